@@ -1,0 +1,42 @@
+"""Everything that nmoe_edge raises on purpose.
+
+    EdgeError
+    ├── ProtocolError
+    │   ├── LocalProtocolError    we tried to say what the wire cannot carry: our bug, our data
+    │   └── RemoteProtocolError   what arrived is no message: their bug, or their attack
+    ├── BundleError               a bundle that is not what its manifest says, or not ours to write over
+    ├── FleetError                a fleet.toml that cannot be so
+    └── ModelError                a graph that does not run here, or does not answer as it did at the desk
+
+A silent peer is weather, not failure: it comes back as data and is never raised.
+"""
+
+from __future__ import annotations
+
+
+class EdgeError(Exception):
+    """The root: its text is one line that says what to do."""
+
+
+class ProtocolError(EdgeError):
+    """Something is wrong with a message."""
+
+
+class LocalProtocolError(ProtocolError):
+    """We made a message that the wire cannot carry."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """What arrived is not a message."""
+
+
+class BundleError(EdgeError):
+    """A bundle cannot be trusted, or cannot be written."""
+
+
+class FleetError(EdgeError):
+    """A fleet file cannot be read, or says what cannot be."""
+
+
+class ModelError(EdgeError):
+    """A graph cannot be run, or gives other answers than at the desk."""

@@ -1,0 +1,44 @@
+"""The answers that arrived, one row's -> its output.
+
+Pure. The weights are the softmax of the gate's scores over those who answered: over the top-k when all did, which is
+the paper's definition, and renormalised over the rest when some did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+COMBINATIONS = ("outputs", "probabilities")
+"""What is summed: the experts' outputs as they are, or the softmax of each."""
+
+
+def softmax(scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Along the last axis, of finite numbers."""
+    scores = np.asarray(scores, np.float64)
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
+    return shares
+
+
+def expert_weights(scores: NDArray[Any], experts: Sequence[int]) -> dict[int, float]:
+    """What each of `experts` weighs in a row, the heaviest first. scores: (experts,)"""
+    ranked = sorted(experts, key=lambda expert: (-scores[expert], expert))
+    # As float32, which is how a Result carries them.
+    return dict(zip(ranked, softmax(scores[ranked]).astype(np.float32).tolist(), strict=True))
+
+
+def combine(
+    answers: Mapping[int, NDArray[Any]], weights: Mapping[int, float], combination: str = "outputs"
+) -> NDArray[np.float32]:
+    """The weighted sum of one row's answers, each (outputs,)."""
+    chosen = np.stack([answers[expert] for expert in weights]).astype(np.float64)  # (experts, outputs)
+    if combination == "probabilities":
+        chosen = softmax(chosen)
+    total = np.asarray(list(weights.values())) @ chosen
+    # Float32's largest number times weights that sum to 1 + 1e-7 would be an infinity.
+    limit = np.finfo(np.float32).max
+    return np.clip(total, -limit, limit).astype(np.float32)

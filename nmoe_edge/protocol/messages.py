@@ -1,0 +1,323 @@
+"""What devices say to each other, and what a client on a device says to it.
+
+Each message is frozen and checks itself when it is made, so one that exists is sound. How it lies on the wire is
+wire.py's business; who answers what is in WIRE.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+
+from nmoe_edge.errors import LocalProtocolError
+from nmoe_edge.protocol.tensor import LATENT_DTYPES, Tensor
+
+PROTOCOL = 1
+"""The version of the wire that this code speaks."""
+
+TRUNK_BYTES = 16
+MAX_EXPERTS = 1024
+"""Experts in one fleet: the header has room for 65,535, a gate has not."""
+MAX_ANSWERED = 64
+"""Experts that one row names, as answering or as missing: no top-k comes near."""
+MAX_DETAIL = 200
+"""Characters of a refusal's detail."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_CAPABILITY = re.compile(r"[a-z0-9][a-z0-9_.:/+-]{0,47}")
+_U32 = 2**32
+_U64 = 2**64
+
+
+class Reason(IntEnum):
+    """Why a device does not answer. The list is closed; the numbers are the wire's."""
+
+    BUSY = 1
+    """The queue is full: try another expert."""
+    EXPIRED = 2
+    """The budget was spent before the work began."""
+    WRONG_TRUNK = 3
+    """The latents come from another extractor."""
+    BAD_REQUEST = 4
+    """No such expert here, or rows of the wrong shape or dtype."""
+    SHUTTING_DOWN = 5
+    """The device drains and takes nothing new."""
+    FAILED = 6
+    """The work was begun and broke."""
+
+
+def _require(holds: bool, text: str, *values: object) -> None:
+    if not holds:
+        raise LocalProtocolError(text.format(*values))
+
+
+def parse_json(text: str) -> object:
+    """JSON from anywhere, or LocalProtocolError: too deep, too long a number and NaN are no JSON here."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise LocalProtocolError("not JSON") from error
+
+
+def check_device_name(name: str) -> None:
+    """Refuse what could not name a device, its folder and its line in a log alike."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise LocalProtocolError(f"{name!r} is no device name: letters, digits, '_', '.', '-', at most 63")
+
+
+def _check_identity(device: str, expert: int, trunk: bytes, capabilities: tuple[str, ...]) -> None:
+    check_device_name(device)
+    _check_expert(expert)
+    _check_trunk(trunk)
+    _require(isinstance(capabilities, tuple), "capabilities are a list")
+    _require(len(capabilities) <= 32, "more than 32 capabilities")
+    for capability in capabilities:
+        sound = isinstance(capability, str) and _CAPABILITY.fullmatch(capability)
+        _require(bool(sound), "{!r} is no capability", capability)
+
+
+def _check_protocol(protocol: int) -> None:
+    _require(type(protocol) is int and 0 < protocol < 256, "{!r} is no protocol version", protocol)
+
+
+def _check_expert(expert: int) -> None:
+    _require(0 <= expert < MAX_EXPERTS, "expert {} is not in 0..{}", expert, MAX_EXPERTS - 1)
+
+
+def _check_trunk(trunk: bytes) -> None:
+    _require(len(trunk) == TRUNK_BYTES, "a trunk digest has {} bytes, not {}", TRUNK_BYTES, len(trunk))
+
+
+def _check_request(request: int) -> None:
+    _require(0 <= request < _U64, "request {} does not fit 64 bits", request)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first word to a peer: who I am and which latents I make."""
+
+    device: str
+    expert: int
+    trunk: bytes
+    capabilities: tuple[str, ...] = ()
+    """What this device can do beyond the version's least, such as `latent:int8`; unknown ones are passed over."""
+    protocols: tuple[int, ...] = (PROTOCOL,)
+    """Every version that it speaks; the peer picks one."""
+
+    def __post_init__(self) -> None:
+        _check_identity(self.device, self.expert, self.trunk, self.capabilities)
+        _require(isinstance(self.protocols, tuple), "protocol versions are a list")
+        _require(0 < len(self.protocols) <= 16, "a device speaks one to sixteen protocol versions")
+        for protocol in self.protocols:
+            _check_protocol(protocol)
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The answer to a Hello that is welcome: the same of the other side."""
+
+    device: str
+    expert: int
+    trunk: bytes
+    capabilities: tuple[str, ...] = ()
+    protocol: int = PROTOCOL
+    """The version to speak from here on."""
+
+    def __post_init__(self) -> None:
+        _check_identity(self.device, self.expert, self.trunk, self.capabilities)
+        _check_protocol(self.protocol)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Run your expert on these latents."""
+
+    request: int
+    """Chosen by the asker, unique among its open asks."""
+    trace: int
+    """Carried along unread, so that logs of several devices can be joined; 0 when nobody traces."""
+    budget_ms: int
+    """What is left of the origin's deadline; work whose budget is spent is never begun."""
+    expert: int
+    """Whose answer is wanted: a device that was given another expert since refuses."""
+    trunk: bytes
+    latents: Tensor
+    """(rows, latent)"""
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+        _require(0 <= self.trace < _U64, "trace {} does not fit 64 bits", self.trace)
+        _require(0 <= self.budget_ms < _U32, "budget_ms {} does not fit 32 bits", self.budget_ms)
+        _check_expert(self.expert)
+        _check_trunk(self.trunk)
+        latents = self.latents
+        _require(latents.dtype in LATENT_DTYPES, "latents do not travel as {}", latents.dtype)
+        _require(len(latents.shape) == 2, "latents are (rows, latent), not {}", latents.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the expert said, row for row."""
+
+    request: int
+    expert: int
+    compute_us: int
+    """From taking the Ask off the queue to here: what is left of the round trip is the network and the queue."""
+    outputs: Tensor
+    """(rows, outputs), float32 or float16"""
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+        _check_expert(self.expert)
+        _require(0 <= self.compute_us < _U32, "compute_us {} does not fit 32 bits", self.compute_us)
+        outputs = self.outputs
+        _require(outputs.dtype in ("float32", "float16"), "outputs do not travel as {}", outputs.dtype)
+        _require(len(outputs.shape) == 2, "outputs are (rows, outputs), not {}", outputs.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """No answer to this request, and why."""
+
+    request: int
+    reason: Reason
+    detail: str = ""
+    """One line for a person; nothing is decided by it."""
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+        _require(self.reason in set(Reason), "{!r} is no reason", self.reason)
+        object.__setattr__(self, "reason", Reason(self.reason))  # the wire brings a number
+        _require(len(self.detail) <= MAX_DETAIL, "a detail has at most {} characters", MAX_DETAIL)
+        _require(self.detail.isprintable(), "a detail is one printable line")
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Are you working? Answered through the same queue as the work, so that a frozen device looks dead."""
+
+    request: int
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """I am."""
+
+    request: int
+    """The Ping's."""
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """I am going: ask me nothing more."""
+
+    device: str
+
+    def __post_init__(self) -> None:
+        check_device_name(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How are you? A person's question."""
+
+    request: int
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The answer to a Status: counters, peers, versions."""
+
+    request: int
+    facts: str
+    """A JSON object. Its keys are the device's to choose; nothing but a screen depends on them."""
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+        _require(self.facts.isascii(), "a report's facts are ASCII: JSON escapes the rest")
+        _require(isinstance(parse_json(self.facts), dict), "a report's facts are a JSON object")
+
+
+@dataclass(frozen=True, slots=True)
+class Infer:
+    """A client's inputs, for the fleet to answer."""
+
+    request: int
+    trace: int
+    budget_ms: int
+    """How long the client will wait."""
+    inputs: Tensor
+    """(rows, …) as the bundle's manifest describes them"""
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+        _require(0 <= self.trace < _U64, "trace {} does not fit 64 bits", self.trace)
+        _require(0 <= self.budget_ms < _U32, "budget_ms {} does not fit 32 bits", self.budget_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswer:
+    """How one row came to its output."""
+
+    experts: tuple[int, ...]
+    """Who answered, the heaviest first; empty when nobody did, not even the local expert: the output is then zeros."""
+    weights: tuple[float, ...]
+    """Of each of them in the output; their sum is 1."""
+    missing: tuple[int, ...] = ()
+    """Whom the gate wanted and who is not in the output: any makes the row degraded."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.experts) == len(self.weights), "every answering expert has a weight")
+        _require(len(self.experts) <= MAX_ANSWERED, "more than {} experts answer a row", MAX_ANSWERED)
+        _require(len(self.missing) <= MAX_ANSWERED, "more than {} experts miss in a row", MAX_ANSWERED)
+        named = self.experts + self.missing
+        _require(len(set(named)) == len(named), "an expert is named twice in a row")
+        for expert in named:
+            _check_expert(expert)
+        _require(all(0 <= w <= 1 for w in self.weights), "a weight is in 0..1")
+        total = math.fsum(self.weights)
+        _require(not self.weights or abs(total - 1) < 1e-3, "a row's weights sum to {}, not to 1", total)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the fleet answered otherwise than the gate wanted."""
+        return bool(self.missing) or not self.experts
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to an Infer: every row of it, whatever happened to the peers."""
+
+    request: int
+    elapsed_us: int
+    """From the Infer's arrival to here."""
+    outputs: Tensor
+    """(rows, outputs), float32"""
+    rows: tuple[RowAnswer, ...]
+
+    def __post_init__(self) -> None:
+        _check_request(self.request)
+        _require(0 <= self.elapsed_us < _U32, "elapsed_us {} does not fit 32 bits", self.elapsed_us)
+        outputs = self.outputs
+        _require(outputs.dtype == "float32", "a result's outputs are float32, not {}", outputs.dtype)
+        _require(len(outputs.shape) == 2, "outputs are (rows, outputs), not {}", outputs.shape)
+        _require(len(self.rows) == outputs.rows, "{} outputs, but {} rows", outputs.rows, len(self.rows))
+
+
+Message = Hello | Welcome | Ask | Answer | Refuse | Ping | Pong | Leave | Status | Report | Infer | Result

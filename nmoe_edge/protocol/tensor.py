@@ -1,0 +1,121 @@
+"""Rows of numbers as bytes: how latents, inputs and answers lie on the wire.
+
+The list of dtypes is closed. `int8` means symmetric int8 with one float32 scale a row, the scales first: the others
+are plain little-endian arrays. A Tensor that exists is sound: its length agrees with its shape, and it holds no NaN
+and no infinity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmoe_edge.errors import LocalProtocolError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "uint8": np.dtype("u1"),
+    "int8": np.dtype("i1"),
+    "int64": np.dtype("<i8"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
+LATENT_DTYPES = ("int8", "float16", "float32")
+"""What a latent may travel as; the exporter chooses one, and the manifest records it."""
+
+SCALE_BYTES = 4
+MAX_DIMS = 4
+"""Dimensions of a row: the header has room for four."""
+MAX_SCALE = float(np.finfo(np.float32).max) / 128
+"""A larger scale would make an infinity of the code -128."""
+
+
+def payload_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """How many bytes rows of this shape take, scales included."""
+    scales = SCALE_BYTES * shape[0] if dtype == "int8" else 0
+    return math.prod(shape) * DTYPES[dtype].itemsize + scales
+
+
+_SOURCES: dict[str, np.dtype[Any]] = DTYPES | {"int8": np.dtype(np.float32)}
+"""What an array must be of the same kind as: int8 is made from floats."""
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if not 2 <= len(shape) <= 1 + MAX_DIMS:
+        raise LocalProtocolError(f"shape {shape} is not rows of one to {MAX_DIMS} dimensions")
+    if min(shape) < 1:
+        raise LocalProtocolError(f"shape {shape} has an empty dimension")
+
+
+def _quantize(rows: NDArray[np.float32]) -> bytes:
+    """Each row's scale max|row| / 127, then its codes. (rows, values) -> bytes."""
+    scales = np.abs(rows).max(axis=1) / np.float32(127)
+    if not scales.max() <= MAX_SCALE:
+        raise LocalProtocolError("the rows hold NaN, infinity or what int8 scales cannot hold")
+    steps = rows / np.where(scales > 0, scales, np.float32(1))[:, None]  # a row of zeros stays zeros
+    codes: NDArray[np.int8] = np.rint(steps).astype(np.int8)
+    return b"".join((scales.astype("<f4").tobytes(), codes.tobytes()))
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Rows as they travel. The first dimension counts them."""
+
+    dtype: str
+    """A key of DTYPES."""
+    shape: tuple[int, ...]
+    """(rows, …), none of them zero."""
+    data: bytes
+    """Exactly payload_bytes(dtype, shape) of them."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise LocalProtocolError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        _check_shape(self.shape)
+        expected = payload_bytes(self.dtype, self.shape)
+        if len(self.data) != expected:
+            raise LocalProtocolError(f"{len(self.data)} bytes for {self.dtype} {self.shape}, which takes {expected}")
+        if self.dtype == "int8":
+            scales = self.scales()
+            if not (scales.min() >= 0 and scales.max() <= MAX_SCALE):  # so written, NaN is refused too
+                raise LocalProtocolError("a row's int8 scale is negative, too large or NaN")
+        elif self.dtype.startswith("float") and not np.isfinite(self.values()).all():
+            raise LocalProtocolError("the rows hold NaN or infinity")
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return self.shape[0]
+
+    @classmethod
+    def pack(cls, array: NDArray[Any], dtype: str) -> Tensor:
+        """An array as `dtype`; float rows become int8 with the scale max|row| / 127."""
+        _check_shape(array.shape)
+        if dtype not in DTYPES or not np.can_cast(array.dtype, _SOURCES[dtype], "same_kind"):
+            raise LocalProtocolError(f"{array.dtype} numbers cannot travel as {dtype!r}")
+        if dtype == "int8":
+            data = _quantize(np.asarray(array, np.float32).reshape(len(array), -1))
+        else:
+            with np.errstate(over="ignore"):  # a float16 overflow is an infinity, refused below
+                data = array.astype(DTYPES[dtype]).tobytes()
+        return cls(dtype, array.shape, data)
+
+    def unpack(self) -> NDArray[Any]:
+        """The rows as an array to compute with: latents as float32, everything else in its own dtype."""
+        if self.dtype == "int8":
+            codes = self.values().reshape(self.rows, -1).astype(np.float32)
+            return (codes * self.scales()[:, None]).reshape(self.shape)
+        values = self.values().reshape(self.shape)
+        return values.astype(np.float32) if self.dtype == "float16" else values
+
+    def values(self) -> NDArray[Any]:
+        """The stored numbers, flat and without their scales: a read-only view."""
+        offset = SCALE_BYTES * self.rows if self.dtype == "int8" else 0
+        return np.frombuffer(self.data, DTYPES[self.dtype], offset=offset)
+
+    def scales(self) -> NDArray[np.float32]:
+        """The scale of each int8 row: a read-only view."""
+        return np.frombuffer(self.data, "<f4", count=self.rows)
