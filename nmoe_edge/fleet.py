@@ -1,0 +1,136 @@
+"""Who the devices of a fleet are: fleet.toml, and the folder of bundles that it stands in.
+
+BUNDLE.md explains every key. It knows neither keys on disk nor sockets: a public key here is text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmoe_edge.bundle import Bundle, read_bundle
+from nmoe_edge.errors import FleetError, LocalProtocolError
+from nmoe_edge.protocol.messages import MAX_EXPERTS, check_device_name
+from nmoe_edge.schema import from_plain
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # JetPack 6 has Python 3.10
+    import tomli as tomllib
+
+SCHEMA = 1
+FLEET_FILE = "fleet.toml"
+MAX_FLEET_BYTES = 1024 * 1024
+
+_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
+_Z85_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _require(holds: bool, text: str) -> None:
+    if not holds:
+        raise ValueError(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device of the fleet."""
+
+    name: str
+    """Also the name of its folder."""
+    expert: int
+    address: str
+    """tcp://HOST:PORT, where its peers reach it."""
+    bundle: str
+    """The digest of its bundle's manifest, which pins every byte of it."""
+    public_key: str | None = None
+    """Its CURVE key in Z85, 40 characters; without one the device serves on loopback only."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_device_name(self.name)
+        except LocalProtocolError as error:
+            raise ValueError(f"name: {error}") from error
+        _require(0 <= self.expert < MAX_EXPERTS, f"expert is {self.expert}, not in 0..{MAX_EXPERTS - 1}")
+        match = _ADDRESS.fullmatch(self.address)
+        _require(match is not None, f"address is {self.address!r}, not tcp://HOST:PORT")
+        _require(match is None or 1 <= int(match[2]) <= 65535, f"address {self.address!r} has no port in 1..65535")
+        _require(bool(_DIGEST.fullmatch(self.bundle)), "bundle is not 64 hexadecimal digits")
+        key = self.public_key
+        _require(key is None or bool(_Z85_KEY.fullmatch(key)), "public_key is not 40 characters of Z85")
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """fleet.toml."""
+
+    schema: int
+    device: tuple[Device, ...]
+    """In TOML one [[device]] each."""
+
+    def __post_init__(self) -> None:
+        _require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
+        _require(len(self.device) > 0, "no [[device]] stands in it")
+        for what in ("name", "expert", "address", "public_key"):
+            counts = Counter(getattr(device, what) for device in self.device)
+            twice = [value for value, count in counts.items() if count > 1 and value is not None]
+            _require(not twice, f"two devices have the same {what} {twice[0] if twice else ''!r}")
+
+    def named(self, name: str) -> Device:
+        """The device of this name; FleetError when there is none."""
+        for device in self.device:
+            if device.name == name:
+                return device
+        raise FleetError(f"no device is named {name!r}; there are {', '.join(d.name for d in self.device)}")
+
+    def render(self) -> str:
+        """fleet.toml, in the one way in which it is written."""
+        lines = [f"schema = {self.schema}"]
+        for device in self.device:
+            # JSON's strings are TOML's basic strings, for what the checks above let through.
+            lines += ["", "[[device]]", f"name = {json.dumps(device.name)}", f"expert = {device.expert}"]
+            lines += [f"address = {json.dumps(device.address)}", f"bundle = {json.dumps(device.bundle)}"]
+            if device.public_key is not None:
+                lines.append(f"public_key = {json.dumps(device.public_key)}")
+        return "\n".join(lines) + "\n"
+
+
+def parse_fleet(text: str) -> Fleet:
+    """fleet.toml, or ValueError."""
+    return from_plain(Fleet, tomllib.loads(text))
+
+
+def read_fleet(path: Path | str) -> Fleet:
+    """Read fleet.toml; FleetError says what is wrong with it."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FLEET_BYTES + 1)
+        if len(data) > MAX_FLEET_BYTES:
+            raise ValueError(f"more than {MAX_FLEET_BYTES} bytes")
+        return parse_fleet(data.decode())
+    except OSError as error:
+        raise FleetError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FleetError(f"{path}: {error}") from error
+
+
+def read_fleet_folder(folder: Path | str) -> tuple[Fleet, dict[str, Bundle]]:
+    """A fleet and the verified bundle of each of its devices, all of one trunk."""
+    folder = Path(folder)
+    fleet = read_fleet(folder / FLEET_FILE)
+    bundles = {device.name: read_bundle(folder / device.name) for device in fleet.device}
+    trunks = {bundle.manifest.trunk for bundle in bundles.values()}
+    if len(trunks) > 1:
+        raise FleetError(f"{folder}: the devices have {len(trunks)} different trunks; their latents must not meet")
+    for device in fleet.device:
+        manifest = bundles[device.name].manifest
+        if manifest.digest != device.bundle:
+            raise FleetError(f"{folder / device.name}: not the bundle that {FLEET_FILE} names; copy it again")
+        if (manifest.device, manifest.expert) != (device.name, device.expert):
+            raise FleetError(f"{folder / device.name}: of device {manifest.device}, expert {manifest.expert}")
+    return fleet, bundles

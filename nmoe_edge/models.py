@@ -1,0 +1,119 @@
+"""A bundle's three graphs, ready to run: the only importer of onnxruntime.
+
+Nothing of the disk is looked at here: a session is made of bytes that bundle.py has verified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from nmoe_edge.bundle import Bundle
+from nmoe_edge.errors import ModelError
+from nmoe_edge.protocol.routing import route
+
+_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(float)": np.dtype(np.float32),
+}
+_FATAL_ONLY = 4
+"""onnxruntime's log level: what goes wrong is raised as well, and said by us in one line."""
+
+
+class Graph:
+    """One graph: rows in, rows out."""
+
+    def __init__(
+        self, name: str, data: bytes, row_in: tuple[int, ...], row_out: tuple[int, ...], threads: int = 1
+    ) -> None:
+        """`row_in` and `row_out` are what the manifest says of a row; a graph of other shapes is refused."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _FATAL_ONLY
+        # An idle pool that spins burns a small board's cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelError(f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_one_line(error)}") from error
+        self._name = name
+        self._input = self._only(self._session.get_inputs(), row_in)
+        self._output = self._only(self._session.get_outputs(), row_out).name
+        self._dtype = _NUMPY_TYPES[self._input.type]
+
+    def __call__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """(rows, …) -> (rows, …) in float32"""
+        try:
+            (output,) = self._session.run([self._output], {self._input.name: rows.astype(self._dtype, copy=False)})
+        except Exception as error:
+            raise ModelError(f"{self._name}: {_one_line(error)}") from error
+        return np.asarray(output, np.float32)
+
+    def _only(self, values: list[Any], row: tuple[int, ...]) -> Any:
+        if len(values) != 1 or values[0].type not in _NUMPY_TYPES:
+            raise ModelError(f"{self._name}: a graph has one tensor in and one out, of a type that rows can have")
+        (value,) = values
+        dims = tuple(value.shape[1:])
+        # A dimension that the graph leaves open is a name; only those that it fixes can disagree.
+        if len(dims) != len(row) or any(isinstance(d, int) and d != due for d, due in zip(dims, row, strict=True)):
+            raise ModelError(f"{self._name}: {value.name} has rows of {list(dims)}, the manifest says {list(row)}")
+        return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class Models:
+    """Extractor, gate and the personal expert of one device."""
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        """Open the three sessions."""
+        manifest = bundle.manifest
+        latent, graphs = (manifest.latent.dim,), bundle.contents
+        self.extractor = Graph("extractor.onnx", graphs["extractor.onnx"], manifest.input.shape, latent, threads)
+        """inputs (rows, *input) -> latents (rows, latent)"""
+        self.gate = Graph("gate.onnx", graphs["gate.onnx"], latent, (manifest.experts,), threads)
+        """latents (rows, latent) -> scores (rows, experts)"""
+        self.expert = Graph("expert.onnx", graphs["expert.onnx"], latent, (manifest.outputs,), threads)
+        """latents (rows, latent) -> outputs (rows, outputs)"""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTestResult:
+    """How this machine's answers compare with the exporter's."""
+
+    rows: int
+    latent_difference: float
+    """Largest absolute difference."""
+    output_difference: float
+    """The same, of the expert fed with the exporter's latents."""
+    other_choices: int
+    """Rows for which the gate chose other experts."""
+    passed: bool
+
+
+def run_selftest(models: Models, bundle: Bundle) -> SelfTestResult:
+    """Replay the bundle's self-test on this very machine.
+
+    Gate and expert get the exporter's latents, so that each graph answers for itself.
+    """
+    test, manifest = bundle.selftest, bundle.manifest
+    latents, outputs = models.extractor(test.inputs), models.expert(test.latents)
+    everyone = range(manifest.experts)
+    chosen = route(models.gate(test.latents), manifest.expert, everyone, manifest.routing.top_k).chosen
+    other_choices = sum(mine != tuple(theirs) for mine, theirs in zip(chosen, test.experts.tolist(), strict=True))
+    latent_difference = float(np.abs(latents - test.latents).max())
+    output_difference = float(np.abs(outputs - test.outputs).max())
+    # So written, a NaN on this machine does not pass.
+    passed = latent_difference <= test.latent_tolerance and output_difference <= test.output_tolerance
+    return SelfTestResult(
+        len(test.inputs), latent_difference, output_difference, other_choices, bool(passed) and other_choices == 0
+    )
