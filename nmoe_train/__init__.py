@@ -1,0 +1,1 @@
+"""Federated training of a networked mixture of experts, and the run that it leaves behind."""

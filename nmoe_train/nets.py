@@ -1,0 +1,109 @@
+"""The networks, and how one is built from a name and arguments: a run holds those, never a pickled object.
+
+A specification is a name of REGISTRY, or `package.module:factory` for anybody's own. Extractors take images as they
+come (uint8 or float, 0 to 255, NCHW): normalisation is theirs, so that what is exported takes raw images.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmoe_train.errors import NetError
+
+
+@dataclass(frozen=True, slots=True)
+class NetSpec:
+    """How to build one network."""
+
+    factory: str
+    """A name of REGISTRY, or `package.module:factory`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the factory is called with: JSON, nothing else."""
+
+
+class Small(nn.Module):
+    """A convolutional extractor without BatchNorm, whose averages would not survive averaging over unlike clients."""
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        dim: int = 64,
+        widths: Sequence[int] = (16, 32, 32),
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.5,),
+    ) -> None:
+        """For images of `channels` × `size` × `size`; `mean` and `std` are those of the pixels scaled to 0..1."""
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
+        strides = (1, *[2] * (len(widths) - 1))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride, padding=1)
+            for (a, b), stride in zip(pairwise((channels, *widths)), strides, strict=True)
+        )
+        for stride in strides:
+            size = (size - 1) // stride + 1
+        self.project = nn.Linear(widths[-1] * size * size, dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, dim)
+        x = (x.float() / 255 - self.mean) / self.std
+        for convolution in self.convolutions:
+            x = convolution(x).relu()
+        return self.norm(self.project(x.flatten(1)))
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them: an expert, or a gate that is not linear."""
+
+    def __init__(self, dim: int, outputs: int, widths: Sequence[int] = (64, 32, 32)) -> None:
+        """(B, dim) -> (B, outputs); with three `widths`, the four layers of the paper's experts."""
+        layers: list[nn.Module] = []
+        for a, b in pairwise((dim, *widths)):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        super().__init__(*layers, nn.Linear((dim, *widths)[-1], outputs))
+
+
+def linear(dim: int, outputs: int) -> nn.Module:
+    """(B, dim) -> (B, outputs): the gate of the paper."""
+    return nn.Linear(dim, outputs)
+
+
+REGISTRY: dict[str, Callable[..., nn.Module]] = {"small": Small, "mlp": MLP, "linear": linear}
+
+
+def build(spec: NetSpec) -> nn.Module:
+    """The network of a specification, with fresh weights, in eval mode."""
+    factory = _imported(spec.factory) if ":" in spec.factory else _registered(spec.factory)
+    try:
+        net = factory(**spec.arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NetError(f"{spec.factory} cannot be built with {dict(spec.arguments)}: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise NetError(f"{spec.factory} returned {type(net).__name__}, not a torch.nn.Module")
+    return net.eval()
+
+
+def _registered(name: str) -> Callable[..., nn.Module]:
+    if name not in REGISTRY:
+        close = difflib.get_close_matches(name, REGISTRY, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(REGISTRY)}, or package.module:factory"
+        raise NetError(f"no network is called {name!r}; {hint}")
+    return REGISTRY[name]
+
+
+def _imported(path: str) -> Callable[..., nn.Module]:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise NetError(f"{path} cannot be imported: {error}") from error
