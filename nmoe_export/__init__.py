@@ -1,0 +1,1 @@
+"""A training run -> one verified ONNX bundle a device."""
