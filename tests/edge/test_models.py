@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nmoe_edge.bundle import read_bundle
+from nmoe_edge.errors import ModelError
+from nmoe_edge.models import Graph, Models, run_selftest
+
+
+@pytest.fixture
+def bundle(tiny_fleet):
+    return read_bundle(tiny_fleet / "barn")
+
+
+def test_an_image_becomes_a_latent_a_route_and_an_answer(bundle):
+    models = Models(bundle)
+    image = np.zeros((1, 1, 6, 6), np.uint8)
+    image[0, 0, 2:4] = 255  # the middle third
+    latents = models.extractor(image)
+    assert latents == pytest.approx(np.array([[0, 1, 0, 1 / 3]]), abs=1e-6)
+    assert models.gate(latents) == pytest.approx(np.array([[0, 8, 0]]), abs=1e-5)
+    assert models.expert(latents) == pytest.approx(np.array([[0, 4.25, 0]]), abs=1e-5)
+
+
+def test_any_number_of_rows_can_be_asked(bundle):
+    extractor = Models(bundle, threads=2).extractor
+    for rows in (1, 2, 33):
+        assert extractor(np.zeros((rows, 1, 6, 6), np.uint8)).shape == (rows, 4)
+
+
+def test_the_selftest_passes_where_the_answers_are_the_exporters(bundle):
+    result = run_selftest(Models(bundle), bundle)
+    assert result.passed
+    assert (result.rows, result.other_choices) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda test: {"latents": test.latents + np.float32(0.1)},
+        lambda test: {"outputs": test.outputs + np.float32(0.1)},
+        lambda test: {"experts": np.roll(test.experts, 1, axis=0)},
+    ],
+    ids=["latents", "outputs", "experts"],
+)
+def test_the_selftest_fails_where_they_are_not(bundle, change):
+    other = replace(bundle, selftest=replace(bundle.selftest, **change(bundle.selftest)))
+    assert not run_selftest(Models(bundle), other).passed
+
+
+def test_rows_of_another_shape_are_an_error_of_ours(bundle):
+    with pytest.raises(ModelError, match=r"extractor\.onnx: .*[Ii]nvalid"):
+        Models(bundle).extractor(np.zeros((1, 1, 5, 6), np.uint8))
+
+
+def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle):
+    with pytest.raises(ModelError, match="onnxruntime .* refuses it") as refused:
+        Graph("gate.onnx", b"\x08\x08", (4,), (3,))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("row_in", "row_out"), [((5,), (3,)), ((4,), (2,)), ((4, 1), (3,))])
+def test_a_graph_of_other_shapes_than_the_manifest_says_is_refused(bundle, row_in, row_out):
+    with pytest.raises(ModelError, match="the manifest says"):
+        Graph("gate.onnx", bundle.contents["gate.onnx"], row_in, row_out)

@@ -1,0 +1,60 @@
+"""What version 1 wrote must load for ever: these files are never changed, whatever becomes of the code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from edge.samples import as_plain
+
+from nmoe_edge.bundle import read_bundle
+from nmoe_edge.fleet import read_fleet
+from nmoe_edge.models import Models, run_selftest
+from nmoe_edge.npz import read_npz
+from nmoe_edge.protocol.wire import decode, encode
+
+
+def test_the_bundle_of_version_1_loads_and_answers_as_it_did(golden):
+    bundle = read_bundle(golden / "bundle")
+    assert bundle.labels == ("top", "middle", "bottom")
+    assert run_selftest(Models(bundle), bundle).passed
+
+
+def test_the_fleet_of_version_1_loads(golden):
+    (device,) = read_fleet(golden / "fleet.toml").device
+    assert device.bundle == read_bundle(golden / "bundle").manifest.digest
+
+
+def test_the_frames_of_version_1_are_read_and_written_as_they_were(golden):
+    lines = (golden / "frames.jsonl").read_text().splitlines()
+    assert len(lines) >= 12
+    for line in lines:
+        sample = json.loads(line)
+        frames = tuple(bytes.fromhex(frame) for frame in sample["frames"])
+        message = decode(frames)
+        assert json.loads(json.dumps(as_plain(message))) == sample["message"]
+        assert encode(message) == frames
+
+
+def test_the_run_of_version_1_loads_and_answers_as_it_did(golden):
+    torch = pytest.importorskip("torch")
+    from nmoe_train.run import read_run
+
+    run, expected = read_run(golden / "run"), read_npz((golden / "run-answers.npz").read_bytes())
+    with torch.no_grad():
+        latents = run.extractor()(torch.from_numpy(run.calibration()["inputs"].copy()))
+        assert np.allclose(latents, expected["latents"], atol=1e-5)
+        for device in range(3):
+            assert np.allclose(run.gate(device)(latents), expected["scores"][device], atol=1e-5)
+            assert np.allclose(run.expert(device)(latents), expected["outputs"][device], atol=1e-5)
+
+
+def test_no_sample_was_touched(golden):
+    found = {
+        str(path.relative_to(golden)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in golden.rglob("*")
+        if path.is_file()
+    }
+    assert found == json.loads(golden.with_suffix(".json").read_text())
