@@ -10,19 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from nmoe_edge.errors import EdgeError
+from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
 
 if TYPE_CHECKING:
     from nmoe_edge.bundle import Bundle
     from nmoe_edge.fleet import Fleet
 
-_FROM_EXTRA = ("onnxruntime", "PIL", "psutil")
-"""What a command may find missing: the extra `edge` brings them, or `edge-gpu` on a board with an accelerator."""
 
-
-@click.group(
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 all is well; 1 it is not, and one line says why; 2 the command was misspelt.",
-)
+@click.group(context_settings=SETTINGS, epilog=EXIT_STATUS)
 @click.version_option(package_name="nmoe", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run one device of a networked mixture of experts."""
@@ -111,14 +106,5 @@ def _fleet_table(fleet: Fleet, bundles: dict[str, Bundle]) -> str:
 
 
 def main() -> None:
-    """The entry point: errors of ours are one line and exit 1, anything else is a bug and shows its traceback."""
-    try:
-        cli(prog_name="nmoe-edge")
-    except EdgeError as error:
-        click.echo(f"nmoe-edge: {error}", err=True)
-    except ModuleNotFoundError as error:
-        if error.name not in _FROM_EXTRA:
-            raise
-        boards = "(with an NVIDIA accelerator: pip install 'nmoe[edge-gpu]')"
-        click.echo(f"nmoe-edge: {error.name} is not installed; pip install 'nmoe[edge]' {boards}", err=True)
-    sys.exit(1)
+    """The entry point."""
+    run_program(cli, "nmoe-edge", EdgeError, "edge", ("onnxruntime", "PIL", "psutil"))

@@ -1,0 +1,29 @@
+"""How a command of ours ends: well, with one line that says what to do, or with the traceback of a bug."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+
+import click
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+EXIT_STATUS = "Exit status: 0 all is well; 1 it is not, and one line says why; 2 the command was misspelt."
+
+
+def run_program(
+    command: click.Command, name: str, errors: type[Exception], extra: str, brings: Collection[str]
+) -> None:
+    """Run `command` and exit; `brings` are the packages that are missing when the extra `extra` is.
+
+    Only `errors`, the root of a package's error tree, and a missing extra are translated: anything else is a bug.
+    """
+    try:
+        command(prog_name=name)
+    except errors as error:
+        click.echo(f"{name}: {error}", err=True)
+    except ModuleNotFoundError as error:
+        if error.name not in brings:
+            raise
+        click.echo(f"{name}: {error.name} is not installed; pip install 'nmoe[{extra}]'", err=True)
+    sys.exit(1)

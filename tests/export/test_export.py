@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nmoe_edge.fleet import read_fleet_folder
+from nmoe_edge.models import Models, run_selftest
+from nmoe_edge.protocol.exchange import Exchange
+from nmoe_edge.protocol.routing import route
+from nmoe_export.cli import main
+from nmoe_export.errors import GraphError, SourceError
+from nmoe_export.fleet import export_run
+from nmoe_export.graphs import export_graph
+from nmoe_train.run import read_run
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """The golden run, exported once for the tests that only look."""
+    from conftest import TESTS
+
+    folder = tmp_path_factory.mktemp("export") / "fleet"
+    export_run(TESTS / "golden" / "v1" / "run", folder)
+    return folder
+
+
+def test_every_device_gets_a_bundle_that_passes_its_selftest(fleet):
+    described, bundles = read_fleet_folder(fleet)
+    assert [device.name for device in described.device] == ["device-00", "device-01", "device-02"]
+    for bundle in bundles.values():
+        assert run_selftest(Models(bundle), bundle).passed
+        assert bundle.manifest.routing.local_first == 0.8
+        assert bundle.manifest.routing.combination == "probabilities"
+        assert set(bundle.manifest.accuracy) == {"held_out"}
+
+
+def test_the_fleet_answers_as_the_networks_of_the_run_do(fleet, golden):
+    """Three bundles and the exchange say what torch says: the run's own modules, routed by hand."""
+    run = read_run(golden / "run")
+    _, bundles = read_fleet_folder(fleet)
+    models = [Models(bundle) for bundle in bundles.values()]
+    images = run.calibration()["inputs"]
+    with torch.no_grad():
+        latents = run.extractor()(torch.from_numpy(images.copy()))
+        experts = torch.stack([run.expert(i)(latents).softmax(1) for i in range(3)])  # (experts, rows, outputs)
+        best = run.gate(1)(latents).topk(2)
+        expected = sum(best.values.softmax(1)[:, k, None] * experts[best.indices[:, k], range(12)] for k in range(2))
+
+    latent = models[1].extractor(images)
+    found = route(models[1].gate(latent), 1, range(3), 2)
+    it = Exchange(found, 3, itertools.count(), deadline=1.0, combination="probabilities")
+    for call in it.start(0.0):
+        it.answered(call.request, call.expert, models[call.expert].expert(latent[list(call.rows)]), 0.5)
+    assert np.allclose(it.result()[0], expected, atol=1e-5)
+
+
+def test_two_exports_are_the_same_bytes(fleet, golden, tmp_path):
+    export_run(golden / "run", tmp_path / "again")
+    for path in fleet.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "again" / path.relative_to(fleet)).read_bytes(), path
+
+
+def test_graphs_carry_no_path_of_the_machine_that_made_them(fleet):
+    for path in fleet.rglob("*.onnx"):
+        assert b".py" not in path.read_bytes()
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"), [(Branches(), "torch cannot export Branches"), (Noisy(), "onnxruntime and torch differ")]
+)
+def test_a_module_without_a_faithful_graph_is_refused_by_name(module, text):
+    with pytest.raises(GraphError, match=f"mine: {text}") as refused:
+        export_graph(module, "mine", torch.ones(2, 3))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def broken(golden, tmp_path):
+    return shutil.copytree(golden / "run", tmp_path / "broken")
+
+
+def test_a_broken_run_is_one_line_and_nothing_is_written(broken, tmp_path):
+    (broken / "experts" / "01.safetensors").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"experts/01\.safetensors"):
+        export_run(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit_are_one_line_and_nothing_is_written(broken, tmp_path):
+    plain = json.loads((broken / "run.json").read_text())
+    plain["networks"]["gate"]["arguments"]["outputs"] = 4
+    (broken / "run.json").write_text(json.dumps(plain))
+    with pytest.raises(SourceError, match="does not fit the gate"):
+        export_run(broken, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+@pytest.fixture
+def nmoe_export(run_main):
+    return lambda *arguments: run_main(main, *arguments)
+
+
+def test_help_shows_an_example(nmoe_export):
+    assert "Examples: nmoe-export" in nmoe_export("--help").output
+
+
+def test_without_a_run_the_newest_is_taken(nmoe_export, golden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no run stands in runs/" in nmoe_export().error
+    shutil.copytree(golden / "run", tmp_path / "runs" / "mine")
+    done = nmoe_export()
+    assert done.exit_code == 0, done.error
+    assert "bundles/mine: 3 bundles" in done.output
+    assert read_fleet_folder(tmp_path / "bundles" / "mine")
+
+
+def test_somebodys_folder_is_never_written_over(nmoe_export, golden, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    done = nmoe_export(golden / "run", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "choose another place" in done.error
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_missing_run_is_one_line(nmoe_export, tmp_path):
+    done = nmoe_export(tmp_path / "nowhere")
+    assert (done.exit_code, done.output) == (1, "")
+    assert done.error == f"nmoe-export: {tmp_path / 'nowhere/run.json'}: No such file or directory\n"
+
+
+def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_export, golden, monkeypatch):
+    for module in ("nmoe_export.graphs", "nmoe_export.fleet"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    shown = nmoe_export(golden / "run")
+    assert (shown.exit_code, shown.output) == (1, "")
+    assert shown.error == "nmoe-export: onnx is not installed; pip install 'nmoe[export]'\n"

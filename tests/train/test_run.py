@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nmoe_train.run as run_module
+from nmoe_train.errors import NetError, RunError
+from nmoe_train.nets import NetSpec, build
+from nmoe_train.run import DataRecord, Inference, Networks, RunRecord, read_run, write_run
+
+NETWORKS = Networks(
+    NetSpec("small", {"channels": 1, "size": 6, "dim": 8, "widths": [4, 4]}),
+    NetSpec("linear", {"dim": 8, "outputs": 2}),
+    NetSpec("mlp", {"dim": 8, "outputs": 3, "widths": [8]}),
+)
+RECORD = RunRecord(
+    schema=1,
+    config={"rounds": 3, "gate": {"laps": 2}},
+    seed=7,
+    data=DataRecord("bands", "ab" * 32, 4, "uint8", (1, 6, 6), "CHW"),
+    networks=NETWORKS,
+    latent_dim=8,
+    experts=2,
+    outputs=3,
+    personal_gates=False,
+    answers_carry_prior=True,
+    inference=Inference(1, "outputs"),
+    labels=("a", "b", "c"),
+)
+RUN_MD = Path(run_module.__file__).with_name("RUN.md").read_text()
+
+
+def parts(record=RECORD):
+    """Everything that write_run takes beside the record."""
+    gates = record.experts if record.personal_gates else 1
+    return {
+        "extractor": build(record.networks.extractor).state_dict(),
+        "gates": [build(record.networks.gate).state_dict() for _ in range(gates)],
+        "experts": [build(record.networks.expert).state_dict() for _ in range(record.experts)],
+        "calibration": {"inputs": np.zeros((4, 1, 6, 6), np.uint8), "labels": np.arange(4)},
+        "metrics": {"accuracy": 0.5},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_run(tmp_path / "run", RECORD, **parts())
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("personal", [False, True])
+def test_a_run_comes_back_with_its_networks(tmp_path, personal):
+    record = replace(RECORD, personal_gates=personal)
+    given = parts(record)
+    write_run(tmp_path / "run", record, **given)
+    run = read_run(tmp_path / "run")
+    assert replace(run.record, versions={}, files={}) == record
+    assert run.metrics == {"accuracy": 0.5}
+    assert np.array_equal(run.calibration()["labels"], np.arange(4))
+    latents = torch.randn(5, 8)
+    for device in range(2):
+        expert = build(NETWORKS.expert)
+        expert.load_state_dict(given["experts"][device])
+        assert torch.equal(run.expert(device)(latents), expert(latents))
+        gate = build(NETWORKS.gate)
+        gate.load_state_dict(given["gates"][device if personal else 0])
+        assert torch.equal(run.gate(device)(latents), gate(latents))
+    images = torch.randint(0, 255, (2, 1, 6, 6), dtype=torch.uint8)
+    extractor = build(NETWORKS.extractor)
+    extractor.load_state_dict(given["extractor"])
+    assert torch.equal(run.extractor()(images), extractor(images))
+    assert not run.extractor().training
+
+
+def test_a_run_says_what_it_was_made_with(folder):
+    assert sorted(read_run(folder).record.versions) == ["nmoe", "numpy", "python", "safetensors", "torch"]
+
+
+def test_nothing_in_a_run_is_pickled(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert path.suffix in {".json", ".safetensors", ".npz"}
+            assert not path.read_bytes().startswith(b"\x80")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["extractor.safetensors", "gate.safetensors", "experts/01.safetensors", "calibration.npz", "metrics.json"],
+)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_file_is_refused_by_name(folder, name, damage):
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "remove":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(data if damage == "flip" else data[:-1])
+    with pytest.raises(RunError, match=re.escape(str(folder / name))) as refused:
+        read_run(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda r: r.update(schema=2), "schema 2 is unknown"),
+        (lambda r: r.update(sede=1), r"unknown key 'sede' \(did you mean 'seed'\?\)"),
+        (lambda r: r["inference"].update(topk=1), "unknown key 'inference.topk'"),
+        (lambda r: r.pop("networks"), "'networks' is missing"),
+        (lambda r: r.update(experts="2"), "experts is text where a whole number was due"),
+        (lambda r: r.update(experts=0), "at least 1"),
+        (lambda r: r["inference"].update(top_k=3), "top_k is 3 of 2 experts"),
+        (lambda r: r.update(labels=["a"]), "1 labels for 3 outputs"),
+        (lambda r: r["networks"].pop("gate"), "'networks.gate' is missing"),
+    ],
+)
+def test_a_record_that_cannot_be_so_is_refused_with_the_reason(folder, edit, text):
+    plain = json.loads((folder / "run.json").read_text())
+    edit(plain)
+    (folder / "run.json").write_text(json.dumps(plain))
+    with pytest.raises(RunError, match=text):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, "{"])
+def test_what_is_no_record_is_refused(folder, text):
+    (folder / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"run\.json: "):
+        read_run(folder)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"run\.json: No such file"):
+        read_run(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_one_line(folder):
+    plain = json.loads((folder / "run.json").read_text())
+    plain["networks"]["expert"]["arguments"]["widths"] = [9]
+    (folder / "run.json").write_text(json.dumps(plain))
+    with pytest.raises(RunError, match="does not fit the expert") as refused:
+        read_run(folder).expert(1)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_would_be_half_is_not_written(tmp_path):
+    with pytest.raises(RunError, match="1 experts"):
+        write_run(tmp_path / "run", RECORD, **{**parts(), "experts": parts()["experts"][:1]})
+    with pytest.raises(RunError, match="cannot be written"):
+        write_run(tmp_path / "run", RECORD, **{**parts(), "metrics": {"loss": float("nan")}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_replaces_the_first_and_nothing_else(folder, tmp_path):
+    write_run(folder, replace(RECORD, seed=8), **parts())
+    assert read_run(folder).record.seed == 8
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
+    with pytest.raises(RunError, match="choose another place"):
+        write_run(tmp_path / "thesis", RECORD, **parts())
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (NetSpec("smal", {}), "did you mean 'small'"),
+        (NetSpec("resnet", {}), "package.module:factory"),
+        (NetSpec("small", {"size": 3}), "cannot be built"),
+        (NetSpec("nowhere.at_all:f", {}), "cannot be imported"),
+        (NetSpec("json:nothing", {}), "cannot be imported"),
+        (NetSpec("builtins:dict", {"a": 1}), "returned dict, not a torch"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_one_line(spec, text):
+    with pytest.raises(NetError, match=text) as refused:
+        build(spec)
+    assert "\n" not in str(refused.value)
+
+
+def test_anybodys_factory_is_imported():
+    assert isinstance(build(NetSpec("torch.nn:Linear", {"in_features": 2, "out_features": 1})), torch.nn.Linear)
+
+
+def test_the_extractor_takes_raw_images_and_has_no_batch_statistics():
+    net = build(NETWORKS.extractor)
+    images = torch.randint(0, 255, (3, 1, 6, 6), dtype=torch.uint8)
+    together, apart = net.train()(images), torch.cat([net(image[None]) for image in images])
+    assert torch.allclose(together, apart, atol=1e-6)
+
+
+def test_the_document_names_every_key():
+    table = RUN_MD[RUN_MD.index("## run.json") :]
+    documented = re.findall(r"^\| `(\w+)` \|", table, re.M)
+    assert documented == [field.name for field in fields(RunRecord)]
+    for part in (DataRecord, Inference, NetSpec):
+        assert all(f"`{field.name}`" in table for field in fields(part))
