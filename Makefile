@@ -1,0 +1,53 @@
+# One word a target. Each makes the environment it needs when that is missing or out of date, and is quick when not.
+
+PYTHON ?= python3
+BIN := .venv/bin
+EDGE := .venv-edge/bin
+INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check test-edge cov fuzz bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/ready  ## from a run to a fleet that answers, with everything that exists
+	$(BIN)/nmoe-train inspect tests/golden/v1/run
+	$(BIN)/nmoe-export tests/golden/v1/run --out bundles/demo
+	$(BIN)/nmoe-edge inspect bundles/demo
+	$(BIN)/nmoe-edge selftest bundles/demo/*/
+	$(BIN)/python examples/one_process_fleet.py tests/tiny/fleet
+
+test: .venv/ready  ## every test
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-edge: .venv-edge/ready  ## the device's tests, with what a device has and no torch
+	$(EDGE)/python -c "import importlib.util as u; assert not (u.find_spec('torch') or u.find_spec('onnx'))"
+	$(EDGE)/python -m pytest tests/edge tests/test_golden.py
+
+cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
+	$(BIN)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 2000 --cov --cov-report term
+
+fuzz: .venv/ready  ## ten million hostile messages, other ones each time: about two hours
+	$(BIN)/python -m pytest tests/edge/test_wire_fuzz.py --fuzz-examples 5000000 --fuzz-random
+
+bench: .venv/ready  ## what a message costs
+	$(BIN)/python tests/bench/wire.py
+
+clean:  ## remove the environments and everything that was built
+	rm -rf .venv .venv-edge build dist bundles/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(INSTALL) '.[all,dev]'
+	@touch $@
+
+.venv-edge/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-edge
+	$(EDGE)/python $(INSTALL) '.[edge,test]'
+	@touch $@

@@ -1,0 +1,151 @@
+"""The floor plan, held against the code: who imports whom, and what is imported by nobody."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("nmoe_edge", "nmoe_export", "nmoe_train")
+
+# Module of nmoe_edge -> the modules of nmoe_edge that it may import. A module that is not listed fails the test.
+LEAVES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("__init__", "errors", "schema", "npz", "folders", "onnxfile", "program", "protocol"), ()
+)
+EDGE = LEAVES | {
+    "protocol.tensor": ("errors",),
+    "protocol.messages": ("errors", "protocol.tensor"),
+    "protocol.wire": ("errors", "protocol.messages", "protocol.tensor"),
+    "protocol.routing": ("errors", "protocol.messages"),
+    "protocol.combine": (),
+    "protocol.exchange": ("errors", "protocol.combine", "protocol.messages", "protocol.routing"),
+    "manifest": ("errors", "schema", "protocol.messages", "protocol.tensor"),
+    "bundle": ("errors", "manifest", "npz", "folders", "onnxfile"),
+    "fleet": ("errors", "schema", "bundle", "protocol.messages"),
+    "models": ("errors", "bundle", "protocol.routing"),
+    "cli": ("errors", "schema", "program", "bundle", "fleet", "models"),
+    "__main__": ("cli",),
+}
+# Package -> what it may import of its sisters.
+SISTERS = {
+    "nmoe_edge": (),
+    "nmoe_train": tuple(f"nmoe_edge.{leaf}" for leaf in ("schema", "npz", "folders", "program")),
+    "nmoe_export": (
+        *(f"nmoe_train.{module}" for module in ("nets", "run", "errors")),
+        *(
+            f"nmoe_edge.{module}"
+            for module in ("bundle", "errors", "fleet", "folders", "manifest", "models", "program")
+        ),
+        *(f"nmoe_edge.protocol.{module}" for module in ("combine", "routing")),
+    ),
+}
+# Package from outside -> the only modules of nmoe_edge that may import it.
+ONLY_IN = {"onnxruntime": {"models"}, "click": {"cli", "program"}, "torch": set(), "onnx": set()}
+IMPURE = {"socket", "time", "datetime", "threading", "asyncio", "os", "pathlib", "zmq", "random", "subprocess"}
+
+
+def modules(package):
+    """Dotted name inside the package -> path of every module."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT / package).with_suffix("").parts) for path in paths]
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
+
+
+def imports(path):
+    """Every module that a file imports, also inside its functions and for its types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inside if is_module(name)} or {node.module}
+    return found
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(EDGE))
+def test_every_room_of_the_edge_knows_only_those_below_it(name):
+    found = {m.removeprefix("nmoe_edge.") for m in imports(modules("nmoe_edge")[name]) if m.startswith("nmoe_edge.")}
+    assert found <= set(EDGE[name])
+
+
+def test_every_room_of_the_edge_is_on_the_plan():
+    assert set(modules("nmoe_edge")) == set(EDGE)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_halves_meet_only_where_the_plan_says(package):
+    for name, path in modules(package).items():
+        for found in imports(path):
+            if found.split(".")[0] in set(PACKAGES) - {package}:
+                assert found in SISTERS[package], f"{package}.{name} imports {found}"
+
+
+@pytest.mark.parametrize(("outside", "inside"), ONLY_IN.items())
+def test_a_foreign_package_has_one_door(outside, inside):
+    edge = modules("nmoe_edge")
+    users = {name for name, path in edge.items() if outside in {found.split(".")[0] for found in imports(path)}}
+    assert users <= inside
+
+
+def test_the_protocol_knows_no_socket_no_clock_and_no_disk():
+    for name, path in modules("nmoe_edge").items():
+        if name.startswith("protocol"):
+            assert not {found.split(".")[0] for found in imports(path)} & IMPURE, name
+
+
+def test_nothing_is_pickled_anywhere():
+    forbidden_modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    for package in PACKAGES:
+        for path in modules(package).values():
+            assert not {found.split(".")[0] for found in imports(path)} & forbidden_modules, path
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("np", "load")}, (
+                        path
+                    )
+                if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                    assert isinstance(node.value, ast.Constant), path
+                    assert node.value.value is False, path
+
+
+def in_a_fresh_interpreter(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+def test_importing_every_module_of_the_edge_brings_no_torch_no_onnx_and_no_sister():
+    names = [f"nmoe_edge.{name}" for name in EDGE if not name.startswith("__")]
+    loaded = in_a_fresh_interpreter(f"import sys, {', '.join(names)}; print(*sys.modules)")
+    assert "nmoe_edge.models" in loaded
+    assert not {name.split(".")[0] for name in loaded} & {"torch", "onnx", "nmoe_train", "nmoe_export"}
+
+
+def test_asking_a_command_for_help_loads_nothing_heavy():
+    code = "import sys, nmoe_edge.cli, nmoe_export.cli, nmoe_train.cli; print(*sys.modules)"
+    assert not in_a_fresh_interpreter(code) & {"numpy", "onnxruntime", "torch", "onnx", "zmq", "importlib.metadata"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_are_small(package):
+    for name, path in modules(package).items():
+        assert len(path.read_text().splitlines()) <= 400, f"is there a second room in {package}.{name}?"
+
+
+def test_the_plan_in_words_names_every_room():
+    words = (ROOT / "ARCHITECTURE.md").read_text()
+    assert len(words.splitlines()) <= 150
+    for package in PACKAGES:
+        for path in modules(package).values():
+            if not path.stem.startswith("__"):
+                assert path.name in words, f"{package}/{path.name} is missing in ARCHITECTURE.md"
