@@ -23,6 +23,8 @@ GRAPHS = ("extractor.onnx", "gate.onnx", "expert.onnx")
 REQUIRED = (*GRAPHS, "selftest.npz")
 OPTIONAL = ("labels.txt",)
 
+_SEAL = re.compile(rb'"digest": "([0-9a-f]{64})"\n}\n\Z')
+"""How every manifest ends. The bytes are digested, not what they mean: later keys with defaults break no old seal."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -149,7 +151,7 @@ class Manifest:
     """trunk_digest of what stands above."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     digest: str = ""
-    """sha256 of this file as it would be with an empty digest: the identity of the whole bundle."""
+    """sha256 of this file without these 64 characters: the identity of the whole bundle. Always the last key."""
 
     def __post_init__(self) -> None:
         _require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
@@ -174,7 +176,7 @@ class Manifest:
         return bytes.fromhex(self.trunk)
 
     def render(self) -> bytes:
-        """The one way in which a manifest is written."""
+        """manifest.json."""
         return (json.dumps(to_plain(self), indent=2) + "\n").encode()
 
     def sealed(self, contents: Mapping[str, bytes]) -> Manifest:
@@ -197,6 +199,11 @@ def parse_manifest(data: bytes) -> Manifest:
     missing = [name for name in REQUIRED if name not in manifest.files]
     if missing:
         raise ValueError(f"files does not list {', '.join(missing)}")
-    if manifest.digest != sha256(replace(manifest, digest="").render()) or manifest.render() != data:
+    seal = _SEAL.search(data)
+    if (
+        seal is None
+        or manifest.digest.encode() != seal[1]
+        or sha256(data[: seal.start(1)] + data[seal.end(1) :]) != manifest.digest
+    ):
         raise ValueError("its digest differs: it was changed after it was written")
     return manifest

@@ -170,11 +170,22 @@ def test_what_is_no_manifest_is_refused(folder, data):
         read_bundle(folder)
 
 
-def test_the_same_manifest_written_otherwise_is_refused(folder):
+@pytest.mark.parametrize("indent", [None, 1, 2])
+def test_the_same_manifest_written_otherwise_is_refused(folder, indent):
     plain = json.loads((folder / "manifest.json").read_bytes())
-    (folder / "manifest.json").write_text(json.dumps(plain))
+    (folder / "manifest.json").write_text(json.dumps({"digest": plain.pop("digest"), **plain}, indent=indent) + "\n")
     with pytest.raises(BundleError, match="digest differs"):
         read_bundle(folder)
+
+
+def test_a_manifest_from_before_a_key_with_a_default_still_loads(folder):
+    data = (folder / "manifest.json").read_bytes()
+    shorter = re.sub(rb',\s+"local_first": null,\s+"adapt": false', b"", data)
+    assert shorter != data
+    digest = read_bundle(folder).manifest.digest.encode()
+    sealed = shorter.replace(digest, sha256(shorter.replace(digest, b"")).encode())
+    (folder / "manifest.json").write_bytes(sealed)
+    assert read_bundle(folder).manifest.routing.adapt is False
 
 
 @pytest.mark.parametrize("caps", [BundleCaps(manifest_bytes=100), BundleCaps(file_bytes=100)])
