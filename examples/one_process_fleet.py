@@ -10,6 +10,7 @@ that never answers.
 from __future__ import annotations
 
 import itertools
+import secrets
 import sys
 
 from nmoe_edge.fleet import read_fleet_folder
@@ -21,6 +22,8 @@ from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import decode, encode
 
 DEADLINE_S = 0.1
+REQUESTS = itertools.count(secrets.randbits(60))
+"""Numbers of requests, never used twice: not even after a restart."""
 
 
 def peer(models, frames):
@@ -38,7 +41,7 @@ def answer(bundles, inputs, silent=()):
 
     latents = models[own].extractor(inputs)
     found = route(models[own].gate(latents), own, models, routing.top_k)
-    it = Exchange(found, manifest.outputs, itertools.count(1), deadline=DEADLINE_S, combination=routing.combination)
+    it = Exchange(found, manifest.outputs, REQUESTS, deadline=DEADLINE_S, combination=routing.combination)
 
     now, sent_bytes = 0.0, 0
     to_do = it.start(now)

@@ -7,6 +7,7 @@ in the folder, not how to run it; models.py does.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 
 from nmoe_edge.errors import BundleError
 from nmoe_edge.folders import staged_folder
-from nmoe_edge.manifest import GRAPHS, Manifest, parse_manifest, sha256
+from nmoe_edge.manifest import GRAPHS, OPTIONAL, REQUIRED, Manifest, parse_manifest, sha256
 from nmoe_edge.npz import read_npz, write_npz
 from nmoe_edge.onnxfile import read_onnx
 
 MANIFEST = "manifest.json"
+FILES = "|".join(map(re.escape, (MANIFEST, *REQUIRED, *OPTIONAL)))
+"""What a bundle's folder may hold, as a regular expression."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class BundleCaps:
     """How much of a bundle a device is willing to read into memory."""
 
     manifest_bytes: int = 1024 * 1024
-    file_bytes: int = 512 * 1024 * 1024
+    bundle_bytes: int = 512 * 1024 * 1024
+    """Of all its files together."""
 
 
 DEFAULT_CAPS = BundleCaps()
@@ -78,21 +82,34 @@ class Bundle:
 def read_bundle(folder: Path | str, caps: BundleCaps = DEFAULT_CAPS) -> Bundle:
     """Read and verify a bundle; BundleError names the file that is not as it should be, and why."""
     folder = Path(folder)
-    with _opened_folder(folder) as directory:
-        with _blamed(folder / MANIFEST):
-            manifest = parse_manifest(_read_file(directory, MANIFEST, caps.manifest_bytes))
-        stray = sorted(set(os.listdir(directory)) - set(manifest.files) - {MANIFEST})
-        if stray:
-            raise BundleError(f"{folder / stray[0]}: not in the manifest; take it out of the bundle")
-        contents = {}
-        for name, entry in manifest.files.items():
-            with _blamed(folder / name):
-                data = _read_file(directory, name, min(entry.bytes, caps.file_bytes))
-                if len(data) != entry.bytes:
-                    raise ValueError(f"{len(data)} bytes, not the {entry.bytes} of the manifest; copy it again")
-                if sha256(data) != entry.sha256:
-                    raise ValueError("its sha256 is not the manifest's; copy it again")
-                contents[name] = data
+    while True:
+        with _opened_folder(folder) as directory:
+            try:
+                return _read(folder, directory, caps)
+            except BundleError:
+                # Swapped for another while it was being read: what was opened is not what stands there now.
+                if not folder.is_dir() or os.path.samestat(os.fstat(directory), folder.stat()):
+                    raise
+
+
+def _read(folder: Path, directory: int, caps: BundleCaps) -> Bundle:
+    with _blamed(folder / MANIFEST):
+        manifest = parse_manifest(_read_file(directory, MANIFEST, caps.manifest_bytes))
+        announced = sum(entry.bytes for entry in manifest.files.values())
+        if announced > caps.bundle_bytes:
+            raise ValueError(f"{announced} bytes of files, more than the {caps.bundle_bytes} that are allowed")
+    stray = sorted(set(os.listdir(directory)) - set(manifest.files) - {MANIFEST})
+    if stray:
+        raise BundleError(f"{folder}: holds {stray[0]!r}, which its manifest does not list; take it out")
+    contents = {}
+    for name, entry in manifest.files.items():
+        with _blamed(folder / name):
+            data = _read_file(directory, name, entry.bytes)
+            if len(data) != entry.bytes:
+                raise ValueError(f"{len(data)} bytes, not the {entry.bytes} of the manifest; copy it again")
+            if sha256(data) != entry.sha256:
+                raise ValueError("its sha256 is not the manifest's; copy it again")
+            contents[name] = data
     return _checked(folder, manifest, contents)
 
 
@@ -102,19 +119,21 @@ def write_bundle(folder: Path | str, manifest: Manifest, contents: Mapping[str, 
     What was written is read back and verified before it takes its place.
     """
     folder = Path(folder)
-    sealed = manifest.sealed(contents)
-    with _blamed(folder), staged_folder(folder, MANIFEST) as staging:
-        for name, data in {**contents, MANIFEST: sealed.render()}.items():
+    with _blamed(folder), staged_folder(folder, MANIFEST, FILES) as staging:
+        for name, data in {**contents, MANIFEST: manifest.sealed(contents).render()}.items():
             (staging / name).write_bytes(data)
-        return read_bundle(staging)
+        try:
+            return read_bundle(staging)
+        except BundleError as error:
+            raise BundleError(str(error).replace(str(staging), str(folder))) from error
 
 
 @contextmanager
 def _opened_folder(folder: Path) -> Iterator[int]:
     try:
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise BundleError(f"{folder}: no bundle: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}: no bundle: {_reason(error)}") from error
     try:
         yield directory
     finally:
@@ -127,8 +146,11 @@ def _blamed(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise BundleError(f"{path}: {reason}") from error
+        raise BundleError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _read_file(directory: int, name: str, most_bytes: int) -> bytes:
@@ -139,13 +161,16 @@ def _read_file(directory: int, name: str, most_bytes: int) -> bytes:
         if stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
             raise ValueError("a link; a bundle holds plain files only") from error
         raise
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a plain file")
         if status.st_size > most_bytes:
-            raise ValueError(f"{status.st_size} bytes, more than the {most_bytes} that are allowed")
-        return file.read(most_bytes)
+            raise ValueError(f"{status.st_size} bytes, more than the {most_bytes} that were due")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(most_bytes)
+    finally:
+        os.close(handle)
 
 
 def _checked(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Bundle:
@@ -164,8 +189,11 @@ def _checked(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) ->
         selftest = _read_selftest(contents["selftest.npz"], manifest)
     bundle = Bundle(manifest, contents, selftest)
     with _blamed(folder / "labels.txt"):
-        if bundle.labels is not None and len(bundle.labels) != manifest.outputs:
-            raise ValueError(f"{len(bundle.labels)} labels for {manifest.outputs} outputs")
+        labels = bundle.labels
+        if labels is not None and len(labels) != manifest.outputs:
+            raise ValueError(f"{len(labels)} labels for {manifest.outputs} outputs")
+        if labels is not None and not all(label.isprintable() for label in labels):
+            raise ValueError("a label that cannot be printed")
     return bundle
 
 
@@ -191,6 +219,8 @@ def _read_selftest(data: bytes, manifest: Manifest) -> SelfTest:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, not {dtype} {shape}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or infinity")
+    if min(arrays["latent_tolerance"], arrays["output_tolerance"]) < 0:
+        raise ValueError("a tolerance is less than 0")
     if arrays["experts"].min() < 0 or arrays["experts"].max() >= manifest.experts:
         raise ValueError(f"experts names one that is not in 0..{manifest.experts - 1}")
     return SelfTest(**arrays)

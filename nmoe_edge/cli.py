@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     from nmoe_edge.fleet import FLEET_FILE, read_fleet_folder
     from nmoe_edge.schema import to_plain
 
-    if (folder / FLEET_FILE).is_file():
+    if os.path.isfile(folder / FLEET_FILE):  # where Path.is_file raises, say for a name that is too long, this is False
         fleet, bundles = read_fleet_folder(folder)
         click.echo(json.dumps(to_plain(fleet), indent=2) if as_json else _fleet_table(fleet, bundles))
     else:

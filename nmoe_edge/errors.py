@@ -29,6 +29,11 @@ class LocalProtocolError(ProtocolError):
 class RemoteProtocolError(ProtocolError):
     """What arrived is not a message."""
 
+    def __init__(self, text: str, request: int | None = None) -> None:
+        """`request` is the number of the request that was not understood, where so much could be read."""
+        super().__init__(text)
+        self.request = request
+
 
 class BundleError(EdgeError):
     """A bundle cannot be trusted, or cannot be written."""

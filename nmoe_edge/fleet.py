@@ -9,9 +9,11 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nmoe_edge.bundle import FILES as BUNDLE_FILES
 from nmoe_edge.bundle import Bundle, read_bundle
 from nmoe_edge.errors import FleetError, LocalProtocolError
 from nmoe_edge.protocol.messages import MAX_EXPERTS, check_device_name
@@ -23,10 +25,19 @@ else:  # JetPack 6 has Python 3.10
     import tomli as tomllib
 
 SCHEMA = 1
+FILES = rf"fleet\.toml|[A-Za-z0-9][A-Za-z0-9_.-]*/({BUNDLE_FILES})"
+"""What a fleet's folder may hold, as a regular expression."""
+_COMMON: dict[str, Callable[[Bundle], object]] = {
+    "trunks": lambda bundle: bundle.manifest.trunk,
+    "lists of labels": lambda bundle: bundle.labels,
+    "combinations": lambda bundle: bundle.manifest.routing.combination,
+    "kinds of answers, with and without a prior": lambda bundle: bundle.manifest.answers_carry_prior,
+}
+"""What all devices of a fleet must have in common to combine their answers."""
 FLEET_FILE = "fleet.toml"
 MAX_FLEET_BYTES = 1024 * 1024
 
-_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
+_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]+(%\w+)?\]|[A-Za-z0-9][A-Za-z0-9.-]*):(?P<port>[1-9][0-9]{0,4})")
 _Z85_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -55,10 +66,11 @@ class Device:
             check_device_name(self.name)
         except LocalProtocolError as error:
             raise ValueError(f"name: {error}") from error
+        _require(self.name != FLEET_FILE, f"name: {FLEET_FILE} is the file's own")
         _require(0 <= self.expert < MAX_EXPERTS, f"expert is {self.expert}, not in 0..{MAX_EXPERTS - 1}")
         match = _ADDRESS.fullmatch(self.address)
-        _require(match is not None, f"address is {self.address!r}, not tcp://HOST:PORT")
-        _require(match is None or 1 <= int(match[2]) <= 65535, f"address {self.address!r} has no port in 1..65535")
+        sound = match is not None and int(match["port"]) <= 65535
+        _require(sound, f"address is {self.address[:80]!r}, not tcp://HOST:PORT with a port in 1..65535")
         _require(bool(_DIGEST.fullmatch(self.bundle)), "bundle is not 64 hexadecimal digits")
         key = self.public_key
         _require(key is None or bool(_Z85_KEY.fullmatch(key)), "public_key is not 40 characters of Z85")
@@ -124,9 +136,10 @@ def read_fleet_folder(folder: Path | str) -> tuple[Fleet, dict[str, Bundle]]:
     folder = Path(folder)
     fleet = read_fleet(folder / FLEET_FILE)
     bundles = {device.name: read_bundle(folder / device.name) for device in fleet.device}
-    trunks = {bundle.manifest.trunk for bundle in bundles.values()}
-    if len(trunks) > 1:
-        raise FleetError(f"{folder}: the devices have {len(trunks)} different trunks; their latents must not meet")
+    for what, value in _COMMON.items():
+        found = {value(bundle) for bundle in bundles.values()}
+        if len(found) > 1:
+            raise FleetError(f"{folder}: the devices have {len(found)} different {what}; they cannot answer each other")
     for device in fleet.device:
         manifest = bundles[device.name].manifest
         if manifest.digest != device.bundle:

@@ -1,4 +1,4 @@
-"""A folder that is written as a whole: a reader sees the new one, the old one, or none, never half of one.
+"""A folder that is written as a whole: a reader sees the new one or the old one, never half of one.
 
 Knows nothing of what is in it. What goes wrong is an OSError, or a ValueError for a place that is not ours to write
 over; whoever knows what the folder was for translates it.
@@ -6,21 +6,27 @@ over; whoever knows what the folder was for translates it.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""From Linux's fcntl.h and fs.h."""
+
 
 @contextmanager
-def staged_folder(destination: Path, marker: str) -> Iterator[Path]:
+def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
     """An empty folder that takes the place of `destination` when the block ends well, and is gone when it does not.
 
-    A folder that is there already is replaced only when it is empty or holds a `marker`, the file that makes it ours.
+    What is there already is replaced only when it is empty, or holds the file `marker` and no file whose path is not
+    matched by the regular expression `ours`.
     """
-    _check_replaceable(destination, marker)
+    _check_replaceable(destination, marker, re.compile(ours))
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
@@ -34,11 +40,16 @@ def staged_folder(destination: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path, marker: str) -> None:
+def _check_replaceable(folder: Path, marker: str, ours: re.Pattern[str]) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError("not a folder; choose another place")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise ValueError(f"holds something else than a {marker} and what belongs to it; choose another place")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    foreign = [name for name in sorted(inside) if not ours.fullmatch(name)]
+    if foreign or marker not in inside:
+        what = f"{foreign[0]!r}" if foreign else f"something without a {marker}"
+        raise ValueError(f"holds {what}, which would be lost; choose another place")
 
 
 def _flush(path: Path) -> None:
@@ -51,15 +62,26 @@ def _flush(path: Path) -> None:
 
 
 def _swap(staging: Path, destination: Path) -> None:
-    """Put `staging` where `destination` is; what was there goes only when that has succeeded."""
+    """Put `staging` where `destination` is, and what was there, if anything, where `staging` was."""
     if not destination.exists():
         staging.rename(destination)
-        return
-    retired = staging.with_name(staging.name + ".old")
-    destination.rename(retired)
+    elif not _exchange(staging, destination):
+        # No such call here: for a moment there is none of the two.
+        retired = staging.with_name(staging.name + ".old")
+        destination.rename(retired)
+        try:
+            staging.rename(destination)
+        except OSError:
+            retired.rename(destination)
+            raise
+        retired.rename(staging)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system or the file system cannot."""
     try:
-        staging.rename(destination)
-    except OSError:
-        retired.rename(destination)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    done = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(done == 0)

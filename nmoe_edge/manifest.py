@@ -15,7 +15,7 @@ from typing import Literal
 from nmoe_edge.errors import LocalProtocolError
 from nmoe_edge.protocol.messages import MAX_ANSWERED, MAX_EXPERTS, TRUNK_BYTES, check_device_name
 from nmoe_edge.protocol.tensor import MAX_DIMS
-from nmoe_edge.schema import from_plain, nearest, to_plain
+from nmoe_edge.schema import from_plain, nearest, parse_json, to_plain
 
 SCHEMA = 1
 
@@ -26,6 +26,7 @@ OPTIONAL = ("labels.txt",)
 _SEAL = re.compile(rb'"digest": "([0-9a-f]{64})"\n}\n\Z')
 """How every manifest ends. The bytes are digested, not what they mean: later keys with defaults break no old seal."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MEASURE = re.compile(r"[a-z0-9_.-]{1,60}")
 
 
 def sha256(data: bytes) -> str:
@@ -33,13 +34,13 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def trunk_digest(extractor_source: str, latent_dim: int, experts: int) -> str:
+def trunk_digest(extractor_source: str, latent_dim: int, experts: int, outputs: int) -> str:
     """The identity that decides whether two devices' latents may meet: the extractor and the gate's schema.
 
     A gate's weights may be personal, and the extractor's precision may differ from board to board; the extractor
-    that was trained, the latent's width and the number of experts may not.
+    that was trained, the latent's width and the numbers of experts and of outputs may not.
     """
-    text = json.dumps([extractor_source, latent_dim, experts])
+    text = json.dumps([extractor_source, latent_dim, experts, outputs])
     return hashlib.sha256(text.encode()).digest()[:TRUNK_BYTES].hex()
 
 
@@ -139,14 +140,14 @@ class Manifest:
     latent: LatentSpec
     routing: RoutingSpec
     precision: PrecisionSpec
-    target: str
-    """The profile that it was quantized for: x86, pi, jetson."""
+    target: Literal["any", "x86", "pi", "jetson"]
+    """The profile that it was made for."""
     opset: int
     ir_version: int
     accuracy: Mapping[str, float]
     """What was measured at export, by name, as shares of one; empty when nothing could be."""
     extractor_source: str
-    """sha256 of the extractor as it was trained, before any quantization."""
+    """Digest of the extractor as it was trained: of its weights and how it is built, not of any exported file."""
     trunk: str
     """trunk_digest of what stands above."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -165,10 +166,12 @@ class Manifest:
         _require(self.routing.top_k <= self.experts, f"top_k is {self.routing.top_k} of {self.experts} experts")
         _require(not (self.routing.adapt and self.answers_carry_prior), "adapt needs answers that carry no prior")
         _require(bool(_SHA256.fullmatch(self.extractor_source)), "extractor_source is not 64 hexadecimal digits")
-        expected = trunk_digest(self.extractor_source, self.latent.dim, self.experts)
+        expected = trunk_digest(self.extractor_source, self.latent.dim, self.experts, self.outputs)
         _require(self.trunk == expected, f"trunk is {self.trunk}, not {expected}")
+        for name, share in self.accuracy.items():
+            _require(bool(_MEASURE.fullmatch(name)) and 0 <= share <= 1, f"accuracy {name!r} is no share of one")
         for name in self.files:
-            _require(name in REQUIRED + OPTIONAL, f"unknown file {name!r}{nearest(name, REQUIRED + OPTIONAL)}")
+            _require(name in REQUIRED + OPTIONAL, f"unknown file {name!r:.80}{nearest(name, REQUIRED + OPTIONAL)}")
 
     @property
     def trunk_bytes(self) -> bytes:
@@ -188,13 +191,10 @@ class Manifest:
 
 def parse_manifest(data: bytes) -> Manifest:
     """manifest.json, or ValueError: not JSON, not of this schema, or not as it was written."""
-    try:
-        plain = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON") from error
+    plain = parse_json(data)
     if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
         # Before its keys are looked at: another schema has others.
-        raise ValueError(f"schema {plain['schema']!r} is unknown: this nmoe reads schema {SCHEMA}")
+        raise ValueError(f"schema {plain['schema']!r:.40} is unknown: this nmoe reads schema {SCHEMA}")
     manifest = from_plain(Manifest, plain)
     missing = [name for name in REQUIRED if name not in manifest.files]
     if missing:

@@ -39,6 +39,8 @@ class Graph:
         options.log_severity_level = _FATAL_ONLY
         # An idle pool that spins burns a small board's cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # What was verified as ONNX is not to be taken for anything else.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -46,20 +48,27 @@ class Graph:
         self._name = name
         self._input = self._only(self._session.get_inputs(), row_in)
         self._output = self._only(self._session.get_outputs(), row_out).name
-        self._dtype = _NUMPY_TYPES[self._input.type]
+        self.dtype = _NUMPY_TYPES[self._input.type]
+        """What it takes."""
+        if "float" not in self._session.get_outputs()[0].type:
+            raise ModelError(f"{name}: puts out {self._session.get_outputs()[0].type}, not floats")
 
     def __call__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """(rows, …) -> (rows, …) in float32"""
         try:
-            (output,) = self._session.run([self._output], {self._input.name: rows.astype(self._dtype, copy=False)})
+            (output,) = self._session.run([self._output], {self._input.name: rows.astype(self.dtype, copy=False)})
         except Exception as error:
             raise ModelError(f"{self._name}: {_one_line(error)}") from error
+        if len(output) != len(rows):
+            raise ModelError(f"{self._name}: {len(output)} rows came of {len(rows)}")
         return np.asarray(output, np.float32)
 
     def _only(self, values: list[Any], row: tuple[int, ...]) -> Any:
         if len(values) != 1 or values[0].type not in _NUMPY_TYPES:
             raise ModelError(f"{self._name}: a graph has one tensor in and one out, of a type that rows can have")
         (value,) = values
+        if not value.shape or isinstance(value.shape[0], int):
+            raise ModelError(f"{self._name}: {value.name} has a fixed number of rows; the first dimension stays open")
         dims = tuple(value.shape[1:])
         # A dimension that the graph leaves open is a name; only those that it fixes can disagree.
         if len(dims) != len(row) or any(isinstance(d, int) and d != due for d, due in zip(dims, row, strict=True)):
@@ -80,6 +89,8 @@ class Models:
         latent, graphs = (manifest.latent.dim,), bundle.contents
         self.extractor = Graph("extractor.onnx", graphs["extractor.onnx"], manifest.input.shape, latent, threads)
         """inputs (rows, *input) -> latents (rows, latent)"""
+        if self.extractor.dtype != np.dtype(manifest.input.dtype):
+            raise ModelError(f"extractor.onnx: takes {self.extractor.dtype}, the manifest says {manifest.input.dtype}")
         self.gate = Graph("gate.onnx", graphs["gate.onnx"], latent, (manifest.experts,), threads)
         """latents (rows, latent) -> scores (rows, experts)"""
         self.expert = Graph("expert.onnx", graphs["expert.onnx"], latent, (manifest.outputs,), threads)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 MAX_DEPTH = 64
 """Messages inside messages: a branch of an If adds three, and real models have two or three such."""
 
+_ORT_IDENTIFIER = b"ORTM"
+"""Where it stands a runtime takes a file for its own format, whatever else the bytes could be read as."""
+
 # Field numbers of onnx.proto, which protobuf promises never to change.
 _IR_VERSION, _OPSET_IMPORT, _GRAPH = 1, 8, 7
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
@@ -36,14 +39,14 @@ class OnnxFacts:
     ir_version: int
     opset: int
     """Of the default domain."""
-    domains: tuple[str, ...]
-    """Other operator sets that it imports, such as com.microsoft."""
     external_data: bool
     """Whether a tensor lies outside the file."""
 
 
 def read_onnx(data: bytes) -> OnnxFacts:
     """The facts of a serialized ModelProto; ValueError when it is none."""
+    if data[4:8] == _ORT_IDENTIFIER:
+        raise ValueError("a model in onnxruntime's own format, not ONNX")
     ir_version, graphs = 0, 0
     opsets: dict[str, int] = {}
     for field, value in _fields(memoryview(data)):
@@ -57,7 +60,7 @@ def read_onnx(data: bytes) -> OnnxFacts:
     if graphs != 1 or ir_version < 1 or "" not in opsets:
         raise ValueError("not an ONNX model")
     external = _is_external("model", memoryview(data), 0)
-    return OnnxFacts(ir_version, opsets.pop(""), tuple(sorted(opsets)), external)
+    return OnnxFacts(ir_version, opsets[""], external)
 
 
 def _opset(data: memoryview) -> tuple[str, int]:
@@ -92,6 +95,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while at < len(data):
         tag, at = _varint(data, at)
         field, wire_type = tag >> 3, tag & 7
+        # Protobuf's own readers cut a tag to 32 bits: a longer one would be another field to them than to us.
+        if field == 0 or tag >= 2**32:
+            raise ValueError("not protobuf")
         if wire_type == 0:
             value, at = _varint(data, at)
             yield field, value

@@ -11,6 +11,12 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 EXIT_STATUS = "Exit status: 0 all is well; 1 it is not, and one line says why; 2 the command was misspelt."
 
 
+def one_line(text: str, longest: int = 500) -> str:
+    """Text that may hold somebody else's words, as one line that a terminal can be trusted with."""
+    clean = "".join(letter if letter.isprintable() else " " for letter in text)
+    return clean if len(clean) <= longest else clean[: longest - 1] + "…"
+
+
 def run_program(
     command: click.Command, name: str, errors: type[Exception], extra: str, brings: Collection[str]
 ) -> None:
@@ -21,7 +27,7 @@ def run_program(
     try:
         command(prog_name=name)
     except errors as error:
-        click.echo(f"{name}: {error}", err=True)
+        click.echo(f"{name}: {one_line(str(error))}", err=True)
     except ModuleNotFoundError as error:
         if error.name not in brings:
             raise

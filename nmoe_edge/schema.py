@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ def from_plain(kind: type[T], value: object, where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in value:
         if key not in fields:
-            raise ValueError(f"unknown key {_join(where, key)!r}{nearest(key, fields)}")
+            raise ValueError(f"unknown key '{_join(where, key)}'{nearest(key, fields)}")
     given = {}
     for name, field in fields.items():
         if name in value:
@@ -36,6 +37,31 @@ def from_plain(kind: type[T], value: object, where: str = "") -> T:
         return kind(**given)
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def parse_json(data: bytes | str) -> object:
+    """JSON, or ValueError: not UTF-8, a key twice, too deep, too long a number, NaN and infinities are no JSON here."""
+
+    def table(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            raise ValueError("not JSON: a key stands twice in one object")
+        return made
+
+    def number(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"not JSON: {text[:40]} is no finite number")
+        return float(text)
+
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        return json.loads(text, object_pairs_hook=table, parse_float=number, parse_constant=number)
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deep") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except ValueError as error:  # bytes that are no text, a number of thousands of digits, or one of ours from above
+        raise ValueError(f"not JSON: {str(error).removeprefix('not JSON: ')}") from error
 
 
 def to_plain(value: Any) -> Any:
@@ -49,7 +75,7 @@ def to_plain(value: Any) -> Any:
 
 def nearest(word: object, known: Iterable[str]) -> str:
     """A hint for somebody who mistyped one of the known words, or nothing."""
-    close = difflib.get_close_matches(str(word), list(known), 1)
+    close = difflib.get_close_matches(str(word)[:80], list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -62,7 +88,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return None if value is None else _convert(present[0], value, where)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise ValueError(f"{where} is {value!r}, none of {', '.join(map(repr, arguments))}")
+            raise ValueError(f"{where} is {value!r:.80}, none of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -79,7 +105,10 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 
 def _scalar(hint: type, value: object, where: str) -> object:
     if hint is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{where} is too large a number") from None
     if type(value) is not hint:
         raise ValueError(f"{where} is {_name(value)} where {_NAMES[hint]} was due")
     if isinstance(value, float) and not math.isfinite(value):
@@ -87,14 +116,17 @@ def _scalar(hint: type, value: object, where: str) -> object:
     return value
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
 def _name(value: object) -> str:
     if value is None:
         return "nothing"
-    return _NAMES.get(type(value), "a table" if isinstance(value, Mapping) else "a list")
+    return "a table" if isinstance(value, Mapping) else _NAMES.get(type(value), type(value).__name__)
 
 
 def _join(where: str, key: object) -> str:
-    return f"{where}.{key}" if where else str(key)
+    name = str(key)
+    if not name.isprintable() or len(name) > 80:
+        name = repr(name[:80])  # somebody else's key must neither break a line nor fill a screen
+    return f"{where}.{name}" if where else name

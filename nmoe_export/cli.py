@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -28,10 +29,10 @@ def cli(run: Path | None, out: Path | None) -> None:
     """Turn RUN (default: the newest in runs/) into one verified float32 ONNX bundle a device.
 
     The folder that is written holds a folder for each device and fleet.toml, which names them all. Edit the addresses
-    there, then copy a device's folder and fleet.toml to it.
+    there, then copy a device's folder and fleet.toml to it. A second export keeps addresses and keys.
     """
     run = run if run is not None else _newest_run()
-    out = out if out is not None else Path("bundles") / run.resolve().name
+    out = out if out is not None else Path("bundles") / Path(os.path.abspath(run)).name
 
     from nmoe_export.fleet import export_run
 

@@ -5,9 +5,11 @@ Float32 so far. What is written is written through nmoe_edge's own bundle, and r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 
 from nmoe_edge.bundle import SelfTest, write_bundle
 from nmoe_edge.errors import EdgeError
-from nmoe_edge.fleet import FLEET_FILE, Device, Fleet
+from nmoe_edge.fleet import FILES as FLEET_FILES
+from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, read_fleet
 from nmoe_edge.fleet import SCHEMA as FLEET_SCHEMA
 from nmoe_edge.folders import staged_folder
 from nmoe_edge.manifest import SCHEMA, InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
@@ -25,10 +28,12 @@ from nmoe_edge.protocol.routing import route
 from nmoe_export.errors import SourceError
 from nmoe_export.graphs import IR_VERSION, OPSET, export_graph
 from nmoe_train.errors import TrainError
-from nmoe_train.run import Run, read_run
+from nmoe_train.run import Run, RunRecord, read_run
 
 FIRST_PORT = 7101
 SELFTEST_ROWS = 8
+LATENT_DTYPE: Literal["float16"] = "float16"
+"""On the wire: half the bytes of float32, and a thousandth of a latent's size away from it."""
 TOLERANCE = 1e-3
 """What another CPU may differ by, of the largest number in the self-test: float32 sums in another order give 1e-6."""
 
@@ -39,13 +44,16 @@ def export_run(run: Run | Path, out: Path, progress: Callable[[str], None] = lam
         run = run if isinstance(run, Run) else read_run(run)
         inputs, labels = _held_out(run)
         source = _Source(run, inputs, progress)
-        with staged_folder(out, FLEET_FILE) as staging:
+        before = _devices_before(out)
+        with staged_folder(out, FLEET_FILE, FLEET_FILES) as staging:
             devices = []
             for number in range(run.record.experts):
                 manifest, contents = source.bundle(number, inputs, labels)
                 bundle = write_bundle(staging / manifest.device, manifest, contents)
-                address = f"tcp://127.0.0.1:{FIRST_PORT + number}"
-                devices.append(Device(manifest.device, number, address, bundle.manifest.digest))
+                fresh = Device(manifest.device, number, f"tcp://127.0.0.1:{FIRST_PORT + number}", "0" * 64)
+                devices.append(
+                    replace(before.get(manifest.device, fresh), expert=number, bundle=bundle.manifest.digest)
+                )
                 progress(f"{manifest.device} written")
             fleet = Fleet(FLEET_SCHEMA, tuple(devices))
             (staging / FLEET_FILE).write_text(fleet.render())
@@ -56,13 +64,24 @@ def export_run(run: Run | Path, out: Path, progress: Callable[[str], None] = lam
     return fleet
 
 
+def _devices_before(out: Path) -> dict[str, Device]:
+    """The devices of the fleet that stands there already: somebody chose their addresses and keys, so they are kept."""
+    if not (out / FLEET_FILE).exists():
+        return {}
+    return {device.name: device for device in read_fleet(out / FLEET_FILE).device}
+
+
 def _held_out(run: Run) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The run's calibration samples: inputs (n, …) and, where they are known, labels (n,)."""
     arrays = run.calibration()
-    inputs, data = arrays.get("inputs"), run.record.data
-    if inputs is None or len(inputs) == 0 or (inputs.dtype.name, inputs.shape[1:]) != (data.dtype, data.shape):
-        raise SourceError(f"{run.folder / 'calibration.npz'}: holds no inputs that are {data.dtype} {list(data.shape)}")
-    return inputs, arrays.get("labels")
+    return arrays["inputs"], arrays.get("labels")
+
+
+def _extractor_source(record: RunRecord) -> str:
+    """The extractor as it was trained: how it is built, and its weights."""
+    net = record.networks.extractor
+    weights = record.files["extractor.safetensors"].sha256
+    return sha256(json.dumps([net.factory, dict(net.arguments), weights], sort_keys=True).encode())
 
 
 class _Source:
@@ -103,7 +122,7 @@ class _Source:
         }
         if record.labels is not None:
             contents["labels.txt"] = ("\n".join(record.labels) + "\n").encode()
-        source, inference = sha256(self.extractor), record.inference
+        source, inference = _extractor_source(record), record.inference
         manifest = Manifest(
             schema=SCHEMA,
             device=f"device-{number:02}",
@@ -118,7 +137,7 @@ class _Source:
                 "exact" if record.data.layout == "none" else "stretch",
                 (0.0, 255.0) if record.data.dtype == "uint8" else (float(inputs.min()), float(inputs.max()) + 1e-6),
             ),
-            latent=LatentSpec(record.latent_dim, "float32"),
+            latent=LatentSpec(record.latent_dim, LATENT_DTYPE),
             routing=RoutingSpec(inference.top_k, inference.combination, inference.local_first, inference.adapt),
             precision=PrecisionSpec("fp32", "fp32", "fp32"),
             target="any",
@@ -126,15 +145,15 @@ class _Source:
             ir_version=IR_VERSION,
             accuracy={} if labels is None else {"held_out": self._accuracy(number, scores, labels)},
             extractor_source=source,
-            trunk=trunk_digest(source, record.latent_dim, record.experts),
+            trunk=trunk_digest(source, record.latent_dim, record.experts, record.outputs),
         )
         return manifest, contents
 
     def _selftest(self, number: int, inputs: NDArray[Any], scores: NDArray[np.float32]) -> SelfTest:
         """The rows whose route is the clearest: another CPU's last bit must not choose another expert."""
         top_k, experts = self.run.record.inference.top_k, scores.shape[1]
-        ranked = -np.sort(-scores, axis=1)
-        margin = ranked[:, top_k - 1] - ranked[:, top_k] if top_k < experts else np.zeros(len(ranked))
+        ranked = -np.sort(-scores, axis=1)[:, : top_k + 1]
+        margin = (ranked[:, :-1] - ranked[:, 1:]).min(axis=1, initial=np.inf)  # of the order as well as of the choice
         rows = np.argsort(-margin, kind="stable")[:SELFTEST_ROWS]
         chosen = route(scores[rows], number, range(experts), top_k).chosen
         latents, outputs = self.latents[rows], self.outputs[number][rows]

@@ -50,8 +50,10 @@ def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
 
 
 def _cleaned(model: onnx.ModelProto) -> bytes:
-    """Without where the code stood on this machine, and of the IR version that old runtimes read."""
+    """Without who made it and where the code stood, and of the IR version that old runtimes read."""
     model.ir_version = IR_VERSION
+    model.ClearField("producer_name")
+    model.ClearField("producer_version")
     model.ClearField("metadata_props")
     model.graph.ClearField("metadata_props")
     for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):

@@ -23,7 +23,7 @@ from torch import nn
 
 from nmoe_edge.folders import staged_folder
 from nmoe_edge.npz import read_npz, write_npz
-from nmoe_edge.schema import from_plain, to_plain
+from nmoe_edge.schema import from_plain, parse_json, to_plain
 from nmoe_train.errors import RunError
 from nmoe_train.nets import NetSpec, build
 
@@ -31,6 +31,11 @@ SCHEMA = 1
 RUN_FILE = "run.json"
 OTHER_FILES = ("calibration.npz", "metrics.json")
 """What a run holds beside run.json and weights; metrics.json is the last."""
+
+FILES = r"run\.json|calibration\.npz|metrics\.json|report\.html|((gates|experts)/\d+|extractor|gate)\.safetensors"
+"""What a run's folder may hold, as a regular expression."""
+MAX_EXPERTS = 1024
+"""What a bundle's manifest and the wire have room for."""
 
 State = Mapping[str, torch.Tensor]
 
@@ -47,6 +52,12 @@ class DataRecord:
     shape: tuple[int, ...]
     """Of one sample."""
     layout: Literal["CHW", "HWC", "none"]
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or not self.shape or min(self.shape) < 1:
+            raise ValueError(f"{self.samples} samples of shape {list(self.shape)} are none")
+        if not self.name.isprintable():
+            raise ValueError("the name of the data cannot be printed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,10 @@ class Inference:
     """A row whose own expert is surer than this is answered at home."""
     adapt: bool = False
     """Whether a device estimates its own class mix and multiplies it in."""
+
+    def __post_init__(self) -> None:
+        if self.local_first is not None and not 0 <= self.local_first <= 1:
+            raise ValueError(f"local_first is {self.local_first}, not in 0..1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +121,16 @@ class RunRecord:
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
-        if min(self.latent_dim, self.experts, self.outputs) < 1:
-            raise ValueError("latent_dim, experts and outputs are at least 1")
+        if min(self.latent_dim, self.outputs) < 1 or not 1 <= self.experts <= MAX_EXPERTS:
+            raise ValueError(f"latent_dim and outputs are at least 1, experts 1 to {MAX_EXPERTS}")
+        if self.inference.adapt and self.answers_carry_prior:
+            raise ValueError("adapt needs answers that carry no prior")
         if not 1 <= self.inference.top_k <= self.experts:
             raise ValueError(f"top_k is {self.inference.top_k} of {self.experts} experts")
         if self.labels is not None and len(self.labels) != self.outputs:
             raise ValueError(f"{len(self.labels)} labels for {self.outputs} outputs")
+        if self.labels is not None and not all(label.isprintable() for label in self.labels):
+            raise ValueError("a label that cannot be printed")
 
 
 @dataclass(frozen=True)
@@ -138,9 +157,16 @@ class Run:
 
     def calibration(self) -> dict[str, np.ndarray]:
         """Held-out training samples: `inputs` (n, …), and `labels` (n,) and `clients` (n,) where they are known."""
-        path = self.folder / "calibration.npz"
+        path, data = self.folder / "calibration.npz", self.record.data
         try:
-            return read_npz(path.read_bytes())
+            arrays = read_npz(path.read_bytes())
+            inputs = arrays.get("inputs", np.zeros(0))
+            if len(inputs) == 0 or (inputs.dtype.name, inputs.shape[1:]) != (data.dtype, data.shape):
+                raise ValueError(f"holds no inputs that are {data.dtype} {list(data.shape)}")
+            for name in arrays.keys() & {"labels", "clients"}:
+                if arrays[name].shape != (len(inputs),) or arrays[name].dtype != np.int64:
+                    raise ValueError(f"{name} are not one whole number an input")
+            return arrays
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: {_reason(error)}") from error
 
@@ -174,16 +200,16 @@ def write_run(
     if len(names) != len(states):
         raise RunError(f"{len(experts)} experts and {len(gates)} gates are not those of {record.experts} devices")
     try:
-        with staged_folder(folder, RUN_FILE) as staging:
+        with staged_folder(folder, RUN_FILE, FILES) as staging:
             for name, state in zip(names, states, strict=True):
                 (staging / name).parent.mkdir(exist_ok=True)
-                (staging / name).write_bytes(save({key: tensor.contiguous() for key, tensor in state.items()}))
+                (staging / name).write_bytes(save({key: tensor.clone() for key, tensor in state.items()}))
             (staging / "calibration.npz").write_bytes(write_npz(calibration))
             (staging / "metrics.json").write_text(_json(metrics))
             files = {name: _describe(staging / name) for name in [*names, *OTHER_FILES]}
             written = replace(record, versions=_versions(), files=files)
             (staging / RUN_FILE).write_text(_json(to_plain(written)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder}: cannot be written: {_reason(error)}") from error
     return read_run(folder)
 
@@ -193,18 +219,30 @@ def read_run(folder: Path | str) -> Run:
     folder = Path(folder)
     path = folder / RUN_FILE
     try:
-        plain = json.loads(path.read_bytes())
+        plain = parse_json(_read_bytes(path))
         if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
             # Before its keys are looked at: another schema has others.
-            raise ValueError(f"schema {plain['schema']!r} is unknown: this nmoe reads schema {SCHEMA}")
+            raise ValueError(f"schema {plain['schema']!r:.40} is unknown: this nmoe reads schema {SCHEMA}")
         record = from_plain(RunRecord, plain)
-        for name in [*_state_files(record), *OTHER_FILES]:
+        names = [*_state_files(record), *OTHER_FILES]
+        if sorted(record.files) != sorted(names):
+            raise ValueError(f"files are not the {len(names)} of a run with {record.experts} experts")
+        for name in names:
             path = folder / name
-            if record.files.get(name) != _describe(path):
+            if record.files[name] != _describe(path):
                 raise ValueError(f"not the file that {RUN_FILE} describes: its size or sha256 differs")
-        return Run(folder, record, json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
+        metrics = parse_json(_read_bytes(path))
+        if not isinstance(metrics, dict):
+            raise ValueError("not a JSON object")
+        return Run(folder, record, metrics)
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: {_reason(error)}") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise ValueError("not a plain file")
+    return path.read_bytes()
 
 
 def _state_files(record: RunRecord) -> list[str]:
@@ -215,11 +253,8 @@ def _state_files(record: RunRecord) -> list[str]:
 
 
 def _describe(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FileRecord(path.stat().st_size, digest.hexdigest())
+    data = _read_bytes(path)
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nmoe_edge.errors import LocalProtocolError
+
 COMBINATIONS = ("outputs", "probabilities")
 """What is summed: the experts' outputs as they are, or the softmax of each."""
 
@@ -35,6 +37,8 @@ def combine(
     answers: Mapping[int, NDArray[Any]], weights: Mapping[int, float], combination: str = "outputs"
 ) -> NDArray[np.float32]:
     """The weighted sum of one row's answers, each (outputs,)."""
+    if combination not in COMBINATIONS:
+        raise LocalProtocolError(f"combination {combination!r} is none of {', '.join(COMBINATIONS)}")
     chosen = np.stack([answers[expert] for expert in weights]).astype(np.float64)  # (experts, outputs)
     if combination == "probabilities":
         chosen = softmax(chosen)

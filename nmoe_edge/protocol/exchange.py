@@ -1,24 +1,27 @@
 """One request at its origin: who has been asked, who still owes an answer, and what to do when none comes.
 
 A state machine without socket, clock or thread. Whoever drives it tells it what happened and when (`answered`,
-`refused`, `lost`, `tick`); it returns what to do next: Call an expert, or know that one is at Fault. `wake_at` says
-when it wants its next `tick`. When it is `done`, every row has an output:
+`refused`, `lost`, `leaving`, `tick`); it returns what to do next: Call an expert, or know that one is at Fault.
+`wake_at` says when it wants its next `tick`. When it is `done`, every row has an output.
 
-    asked ──answer──▶ in the output
-      │
-      ├─refused, lost, wrong, silent beyond `patience`──▶ others of the row answered: their weights grow
-      │                                                   nobody did: the next alive by gate rank is asked
-      └─the deadline──▶ whoever answered counts; a row with nobody is the own expert's
+A row needs as many answers as experts were chosen for it.
 
-The own expert is called like any other but has no deadline: it needs no network, and it is the last resort. Should
-it break too, the row ends as zeros that say that nobody answered; a missing row or a NaN is impossible.
+    refused, lost, wrong   that answer will not come: the others' weights grow; was it the last one hoped for, the
+                           next alive by gate rank is asked
+    late                   past the patience with this expert the next by rank is asked as well, and whoever answers
+                           first counts: hedging
+    the deadline           whoever answered counts; a row with nobody is the own expert's
+
+The own expert is called like any other but is never late: it needs no network, and it is the last resort. Should it
+break too, the row waits for whoever may still answer and at the deadline ends as zeros that say that nobody answered;
+a missing row or a NaN is impossible.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,12 +43,17 @@ class Call:
     rows: tuple[int, ...]
 
 
+Why = Literal["silent", "refused", "lost", "wrong"]
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """To know: `expert` did not do what it was asked."""
+    """To know: `expert` did not do what it was asked. At most one for a call."""
 
     expert: int
-    why: Literal["silent", "refused", "lost", "wrong"]
+    why: Why
+    waited_s: float
+    """Since the call: a peer that was silent for a millisecond, because the client had no more time, is not dead."""
 
 
 Action = Call | Fault
@@ -57,9 +65,10 @@ class _Ask:
 
     expert: int
     rows: tuple[int, ...]
-    overdue_at: float
-    open: bool = True
-    """Nothing has come back yet."""
+    asked_at: float
+    late_at: float
+    replied: bool = False
+    blamed: bool = False
 
 
 class Exchange:
@@ -72,19 +81,19 @@ class Exchange:
         requests: Iterator[int],
         *,
         deadline: float,
-        patience: float = math.inf,
+        patience: Callable[[int], float] = lambda _expert: math.inf,
         combination: str = "outputs",
     ) -> None:
-        """`requests` numbers the calls, uniquely on this device; `deadline` is when waiting for peers ends.
+        """`requests` numbers the calls, never twice the same on this device; `deadline` is when waiting for peers ends.
 
-        After `patience` seconds of silence the next expert is asked, while the silent one may still answer.
-        Leave what the own expert takes between `deadline` and the client's.
+        `patience` is how many seconds an expert may take before another is asked as well. Leave what the own expert
+        takes between `deadline` and the client's.
         """
         self.route = route
         self.outputs = outputs
         self.deadline = deadline
         self.stray: Counter[str] = Counter()
-        """Answers that changed nothing: "unknown", "duplicate" or "late"."""
+        """Replies that changed nothing: "unknown", "duplicate" or "late"."""
         self._patience = patience
         self._requests = requests
         self._combination = combination
@@ -92,7 +101,7 @@ class Exchange:
         self._answers: list[dict[int, NDArray[Any]]] = [{} for _ in range(route.rows)]
         self._waiting: list[set[int]] = [set() for _ in range(route.rows)]
         self._tried: list[set[int]] = [set() for _ in range(route.rows)]
-        self._lost: set[int] = set()
+        self._gone: set[int] = set()
         self._open_rows = set(range(route.rows))
 
     @property
@@ -102,52 +111,66 @@ class Exchange:
 
     @property
     def wake_at(self) -> float:
-        """When something happens by itself: infinity when only the own expert's answer, or none, is awaited."""
-        if not any(self._waiting[row] - {self.route.own} for row in self._open_rows):
+        """When something happens by itself; infinity when nothing does but the own expert's answer."""
+        if all(self._waiting[row] <= {self.route.own} and not self._answers[row] for row in self._open_rows):
             return math.inf
-        overdue = [ask.overdue_at for ask in self._asks.values() if self._awaited(ask)]
-        return min([self.deadline, *overdue])
+        return min([self.deadline, *(ask.late_at for ask in self._asks.values() if self._awaited(ask))])
 
     def start(self, now: float) -> list[Action]:
         """Ask every row's chosen experts: one call for each, whatever the number of its rows."""
-        in_time = now < self.deadline
-        chosen = self.route.chosen if in_time else ((self.route.own,),) * self.route.rows
-        return self._call(dict(enumerate(chosen)), now)
+        experts = {}
+        for row, chosen in enumerate(self.route.chosen):
+            reachable = tuple(expert for expert in chosen if expert not in self._gone) if now < self.deadline else ()
+            experts[row] = reachable or self._substitute(row, now)
+        return self._call(experts, now)
 
     def answered(self, request: int, expert: int, outputs: NDArray[Any], now: float) -> list[Action]:
         """`expert` says this. outputs: (rows, outputs) in the order of the call's rows"""
-        ask = self._close(request)
+        ask = self._take(request)
         if ask is None:
             return []
         fits = expert == ask.expert and outputs.shape == (len(ask.rows), self.outputs)
         if not fits or not np.isfinite(outputs).all():
-            return [Fault(ask.expert, "wrong"), *self._fail([ask], now)]
-        useful = [row for row in ask.rows if row in self._open_rows]
-        if not useful:
+            return self._fail([ask], "wrong", now)
+        if self._open_rows.isdisjoint(ask.rows):
             self.stray["late"] += 1
         for row, output in zip(ask.rows, outputs, strict=True):
             if row in self._open_rows:
                 self._answers[row][ask.expert] = output
                 self._waiting[row].discard(ask.expert)
-        return self._advance(useful, now)
+        return self._advance(ask.rows, now)
 
     def refused(self, request: int, now: float) -> list[Action]:
         """The expert says no, or the own one broke."""
-        ask = self._close(request)
-        return [] if ask is None else [Fault(ask.expert, "refused"), *self._fail([ask], now)]
+        ask = self._take(request)
+        if ask is not None and self._open_rows.isdisjoint(ask.rows):
+            self.stray["late"] += 1
+            return []
+        return [] if ask is None else self._fail([ask], "refused", now)
+
+    def leaving(self, expert: int) -> None:
+        """`expert` takes its leave: it is asked nothing more, but what it was asked it may still answer."""
+        self._gone.add(expert)
 
     def lost(self, expert: int, now: float) -> list[Action]:
-        """The connection to `expert` is gone, or it took its leave: nothing more will come from it."""
-        self._lost.add(expert)
+        """The connection to `expert` is gone: nothing more will come from it."""
+        self._gone.add(expert)
         asks = [ask for ask in self._asks.values() if ask.expert == expert and self._awaited(ask)]
-        faults: list[Action] = [Fault(expert, "lost")] if asks else []
-        return faults + self._fail(asks, now)
+        return self._fail(asks, "lost", now)
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
-        late = [ask for ask in self._asks.values() if now >= min(ask.overdue_at, self.deadline) and self._awaited(ask)]
-        faults: list[Action] = [Fault(expert, "silent") for expert in dict.fromkeys(ask.expert for ask in late)]
-        return faults + self._fail(late, now)
+        awaited = [ask for ask in self._asks.values() if self._awaited(ask)]
+        if now >= self.deadline:
+            return self._fail(awaited, "silent", now) + self._advance(range(self.route.rows), now)
+        late = [ask for ask in awaited if now >= ask.late_at]
+        hedges = {}
+        for ask in late:
+            ask.late_at = math.inf
+            for row in self._open_rows.intersection(ask.rows):
+                if row not in hedges and ask.expert in self._waiting[row]:
+                    hedges[row] = self._substitute(row, now)
+        return self._call(hedges, now)
 
     def result(self) -> tuple[NDArray[np.float32], tuple[RowAnswer, ...]]:
         """Every row's output and how it came about: (rows, outputs), and a RowAnswer a row."""
@@ -165,57 +188,55 @@ class Exchange:
 
     def _awaited(self, ask: _Ask) -> bool:
         """Whether a row still waits for this ask, and time can end that."""
-        if not ask.open or ask.expert == self.route.own:
+        if ask.replied or ask.expert == self.route.own:
             return False
         return any(row in self._open_rows and ask.expert in self._waiting[row] for row in ask.rows)
 
-    def _close(self, request: int) -> _Ask | None:
-        """The open ask that this reply belongs to; None, and counted, when there is none."""
+    def _take(self, request: int) -> _Ask | None:
+        """The ask that this reply belongs to; None, and counted, when there is none or it has been replied to."""
         ask = self._asks.get(request)
-        if ask is None:
-            self.stray["unknown"] += 1
-        elif not ask.open:
-            self.stray["duplicate"] += 1
-        else:
-            ask.open = False
-            return ask
-        return None
+        if ask is None or ask.replied:
+            self.stray["unknown" if ask is None else "duplicate"] += 1
+            return None
+        ask.replied = True
+        return ask
 
-    def _fail(self, asks: Iterable[_Ask], now: float) -> list[Action]:
+    def _fail(self, asks: list[_Ask], why: Why, now: float) -> list[Action]:
         """Wait no longer for these; their rows look elsewhere together, so that a substitute gets one call."""
         rows: list[int] = []
+        faults: list[Action] = []
         for ask in asks:
             for row in ask.rows:
                 self._waiting[row].discard(ask.expert)
             rows += ask.rows
-        return self._advance(rows, now)
+            if not ask.blamed:
+                ask.blamed = True
+                faults.append(Fault(ask.expert, why, now - ask.asked_at))
+        return faults + self._advance(rows, now)
 
     def _advance(self, rows: Iterable[int], now: float) -> list[Action]:
         """Close the rows that have what they need; ask on for those that have nobody left."""
         substitutes: dict[int, tuple[int, ...]] = {}
         for row in self._open_rows.intersection(rows):
-            waiting = self._waiting[row]
-            if self._answers[row] and waiting.isdisjoint(self.route.chosen[row]):
-                self._open_rows.discard(row)  # a substitute that was asked as well is waited for no longer
+            answers, waiting = self._answers[row], self._waiting[row]
+            enough = len(answers) >= len(self.route.chosen[row]) or not waiting or now >= self.deadline
+            if answers and enough:
+                self._open_rows.discard(row)
             elif not waiting:
-                substitute = self._substitute(row, now)
-                if substitute is None:
+                substitutes[row] = self._substitute(row, now)
+                if not substitutes[row]:
                     self._open_rows.discard(row)
-                else:
-                    substitutes[row] = (substitute,)
         return self._call(substitutes, now)
 
-    def _substitute(self, row: int, now: float) -> int | None:
-        """The next expert to ask for this row: by gate rank, after the deadline the own one, or nobody is left."""
+    def _substitute(self, row: int, now: float) -> tuple[int, ...]:
+        """The next expert to ask for this row, if any: by gate rank, after the deadline the own one alone."""
         own, tried = self.route.own, self._tried[row]
-        if now < self.deadline:
-            usable = self.route.alive - self._lost - tried
-            for expert in self.route.ranking(row):
-                if expert in usable:
-                    return expert
-        return None if own in tried else own
+        if now >= self.deadline:
+            return () if own in tried else (own,)
+        usable = self.route.alive - self._gone - tried | ({own} - tried)
+        return tuple(expert for expert in self.route.ranking(row) if expert in usable)[:1]
 
-    def _call(self, experts: dict[int, tuple[int, ...]], now: float) -> list[Action]:
+    def _call(self, experts: Mapping[int, tuple[int, ...]], now: float) -> list[Action]:
         """One call for each distinct expert. experts: row -> whom to ask"""
         rows: defaultdict[int, list[int]] = defaultdict(list)
         for row in sorted(experts):
@@ -226,7 +247,7 @@ class Exchange:
         calls: list[Action] = []
         for expert, its_rows in rows.items():
             call = Call(next(self._requests), expert, tuple(its_rows))
-            overdue_at = math.inf if expert == self.route.own else now + self._patience
-            self._asks[call.request] = _Ask(expert, call.rows, overdue_at)
+            late_at = math.inf if expert == self.route.own else now + self._patience(expert)
+            self._asks[call.request] = _Ask(expert, call.rows, now, late_at)
             calls.append(call)
         return calls

@@ -6,7 +6,6 @@ wire.py's business; who answers what is in WIRE.md.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from enum import IntEnum
 
 from nmoe_edge.errors import LocalProtocolError
 from nmoe_edge.protocol.tensor import LATENT_DTYPES, Tensor
+from nmoe_edge.schema import parse_json
 
 PROTOCOL = 1
 """The version of the wire that this code speaks."""
@@ -28,6 +28,7 @@ MAX_DETAIL = 200
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _CAPABILITY = re.compile(r"[a-z0-9][a-z0-9_.:/+-]{0,47}")
+_DIGEST = re.compile(r"([0-9a-f]{64})?")
 _U32 = 2**32
 _U64 = 2**64
 
@@ -54,28 +55,18 @@ def _require(holds: bool, text: str, *values: object) -> None:
         raise LocalProtocolError(text.format(*values))
 
 
-def parse_json(text: str) -> object:
-    """JSON from anywhere, or LocalProtocolError: too deep, too long a number and NaN are no JSON here."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise LocalProtocolError("not JSON") from error
-
-
 def check_device_name(name: str) -> None:
     """Refuse what could not name a device, its folder and its line in a log alike."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise LocalProtocolError(f"{name!r} is no device name: letters, digits, '_', '.', '-', at most 63")
 
 
-def _check_identity(device: str, expert: int, trunk: bytes, capabilities: tuple[str, ...]) -> None:
+def _check_identity(device: str, expert: int, trunk: bytes, capabilities: tuple[str, ...], bundle: str) -> None:
     check_device_name(device)
     _check_expert(expert)
     _check_trunk(trunk)
+    sound = isinstance(bundle, str) and _DIGEST.fullmatch(bundle)
+    _require(bool(sound), "{!r} is no bundle's digest", bundle)
     _require(isinstance(capabilities, tuple), "capabilities are a list")
     _require(len(capabilities) <= 32, "more than 32 capabilities")
     for capability in capabilities:
@@ -87,16 +78,21 @@ def _check_protocol(protocol: int) -> None:
     _require(type(protocol) is int and 0 < protocol < 256, "{!r} is no protocol version", protocol)
 
 
+def _check_number(what: str, number: int, limit: int) -> None:
+    _require(isinstance(number, int) and 0 <= number < limit, "{} {} is not in 0..{}", what, number, limit - 1)
+
+
 def _check_expert(expert: int) -> None:
-    _require(0 <= expert < MAX_EXPERTS, "expert {} is not in 0..{}", expert, MAX_EXPERTS - 1)
+    _check_number("expert", expert, MAX_EXPERTS)
 
 
 def _check_trunk(trunk: bytes) -> None:
-    _require(len(trunk) == TRUNK_BYTES, "a trunk digest has {} bytes, not {}", TRUNK_BYTES, len(trunk))
+    sound = isinstance(trunk, bytes) and len(trunk) == TRUNK_BYTES
+    _require(sound, "a trunk digest has {} bytes, not {!r}", TRUNK_BYTES, trunk)
 
 
 def _check_request(request: int) -> None:
-    _require(0 <= request < _U64, "request {} does not fit 64 bits", request)
+    _check_number("request", request, _U64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +106,11 @@ class Hello:
     """What this device can do beyond the version's least, such as `latent:int8`; unknown ones are passed over."""
     protocols: tuple[int, ...] = (PROTOCOL,)
     """Every version that it speaks; the peer picks one."""
+    bundle: str = ""
+    """Digest of the bundle that it serves, so that a peer can tell which; empty when it does not say."""
 
     def __post_init__(self) -> None:
-        _check_identity(self.device, self.expert, self.trunk, self.capabilities)
+        _check_identity(self.device, self.expert, self.trunk, self.capabilities, self.bundle)
         _require(isinstance(self.protocols, tuple), "protocol versions are a list")
         _require(0 < len(self.protocols) <= 16, "a device speaks one to sixteen protocol versions")
         for protocol in self.protocols:
@@ -129,9 +127,11 @@ class Welcome:
     capabilities: tuple[str, ...] = ()
     protocol: int = PROTOCOL
     """The version to speak from here on."""
+    bundle: str = ""
+    """As in a Hello."""
 
     def __post_init__(self) -> None:
-        _check_identity(self.device, self.expert, self.trunk, self.capabilities)
+        _check_identity(self.device, self.expert, self.trunk, self.capabilities, self.bundle)
         _check_protocol(self.protocol)
 
 
@@ -140,7 +140,7 @@ class Ask:
     """Run your expert on these latents."""
 
     request: int
-    """Chosen by the asker, unique among its open asks."""
+    """The asker's number, never used twice: it counts from a random one, so that a restart meets no old answers."""
     trace: int
     """Carried along unread, so that logs of several devices can be joined; 0 when nobody traces."""
     budget_ms: int
@@ -153,8 +153,8 @@ class Ask:
 
     def __post_init__(self) -> None:
         _check_request(self.request)
-        _require(0 <= self.trace < _U64, "trace {} does not fit 64 bits", self.trace)
-        _require(0 <= self.budget_ms < _U32, "budget_ms {} does not fit 32 bits", self.budget_ms)
+        _check_number("trace", self.trace, _U64)
+        _check_number("budget_ms", self.budget_ms, _U32)
         _check_expert(self.expert)
         _check_trunk(self.trunk)
         latents = self.latents
@@ -176,7 +176,7 @@ class Answer:
     def __post_init__(self) -> None:
         _check_request(self.request)
         _check_expert(self.expert)
-        _require(0 <= self.compute_us < _U32, "compute_us {} does not fit 32 bits", self.compute_us)
+        _check_number("compute_us", self.compute_us, _U32)
         outputs = self.outputs
         _require(outputs.dtype in ("float32", "float16"), "outputs do not travel as {}", outputs.dtype)
         _require(len(outputs.shape) == 2, "outputs are (rows, outputs), not {}", outputs.shape)
@@ -187,6 +187,7 @@ class Refuse:
     """No answer to this request, and why."""
 
     request: int
+    """Zero for a Hello, which has none."""
     reason: Reason
     detail: str = ""
     """One line for a person; nothing is decided by it."""
@@ -251,7 +252,11 @@ class Report:
     def __post_init__(self) -> None:
         _check_request(self.request)
         _require(self.facts.isascii(), "a report's facts are ASCII: JSON escapes the rest")
-        _require(isinstance(parse_json(self.facts), dict), "a report's facts are a JSON object")
+        try:
+            facts = parse_json(self.facts)
+        except ValueError as error:
+            raise LocalProtocolError(str(error)) from error
+        _require(isinstance(facts, dict), "a report's facts are a JSON object")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +272,9 @@ class Infer:
 
     def __post_init__(self) -> None:
         _check_request(self.request)
-        _require(0 <= self.trace < _U64, "trace {} does not fit 64 bits", self.trace)
-        _require(0 <= self.budget_ms < _U32, "budget_ms {} does not fit 32 bits", self.budget_ms)
+        _check_number("trace", self.trace, _U64)
+        _check_number("budget_ms", self.budget_ms, _U32)
+        _require(self.inputs.dtype != "int8", "inputs do not travel as int8, which has scales")
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +319,7 @@ class Result:
 
     def __post_init__(self) -> None:
         _check_request(self.request)
-        _require(0 <= self.elapsed_us < _U32, "elapsed_us {} does not fit 32 bits", self.elapsed_us)
+        _check_number("elapsed_us", self.elapsed_us, _U32)
         outputs = self.outputs
         _require(outputs.dtype == "float32", "a result's outputs are float32, not {}", outputs.dtype)
         _require(len(outputs.shape) == 2, "outputs are (rows, outputs), not {}", outputs.shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +39,14 @@ def payload_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize + scales
 
 
-_SOURCES: dict[str, np.dtype[Any]] = DTYPES | {"int8": np.dtype(np.float32)}
-"""What an array must be of the same kind as: int8 is made from floats."""
+_SOURCES: dict[str, tuple[np.dtype[Any], Literal["safe", "same_kind"]]] = {
+    "uint8": (DTYPES["uint8"], "safe"),
+    "int8": (np.dtype(np.float32), "same_kind"),
+    "int64": (DTYPES["int64"], "safe"),
+    "float16": (DTYPES["float16"], "same_kind"),
+    "float32": (DTYPES["float32"], "same_kind"),
+}
+"""What an array must be castable to, and how: floats may be rounded, whole numbers never wrap."""
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
@@ -56,7 +62,8 @@ def _quantize(rows: NDArray[np.float32]) -> bytes:
     if not scales.max() <= MAX_SCALE:
         raise LocalProtocolError("the rows hold NaN, infinity or what int8 scales cannot hold")
     steps = rows / np.where(scales > 0, scales, np.float32(1))[:, None]  # a row of zeros stays zeros
-    codes: NDArray[np.int8] = np.rint(steps).astype(np.int8)
+    # Clipped because the smallest scales are rounded themselves.
+    codes: NDArray[np.int8] = np.rint(steps).clip(-127, 127).astype(np.int8)
     return b"".join((scales.astype("<f4").tobytes(), codes.tobytes()))
 
 
@@ -94,7 +101,7 @@ class Tensor:
     def pack(cls, array: NDArray[Any], dtype: str) -> Tensor:
         """An array as `dtype`; float rows become int8 with the scale max|row| / 127."""
         _check_shape(array.shape)
-        if dtype not in DTYPES or not np.can_cast(array.dtype, _SOURCES[dtype], "same_kind"):
+        if dtype not in DTYPES or not np.can_cast(array.dtype, *_SOURCES[dtype]):
             raise LocalProtocolError(f"{array.dtype} numbers cannot travel as {dtype!r}")
         if dtype == "int8":
             data = _quantize(np.asarray(array, np.float32).reshape(len(array), -1))

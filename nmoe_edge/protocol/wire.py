@@ -34,9 +34,9 @@ from nmoe_edge.protocol.messages import (
     RowAnswer,
     Status,
     Welcome,
-    parse_json,
 )
 from nmoe_edge.protocol.tensor import MAX_DIMS, Tensor
+from nmoe_edge.schema import parse_json
 
 Frames = tuple[bytes, ...]
 Fields = dict[str, Any]
@@ -124,17 +124,18 @@ def decode(frames: Sequence[bytes], caps: Caps = DEFAULT_CAPS) -> Message:
     if header.kind not in _BY_KIND:
         raise RemoteProtocolError(f"kind {header.kind} is none of {sorted(_BY_KIND)}")
     payload = frames[1] if len(frames) == 2 else b""
-    if len(payload) > caps.payload_bytes:
-        raise RemoteProtocolError(f"{len(payload)} bytes are over the cap of {caps.payload_bytes}")
     kind, layout = _BY_KIND[header.kind]
+    request = header.request if "request" in layout.header else None
+    if len(payload) > caps.payload_bytes:
+        raise RemoteProtocolError(f"{len(payload)} bytes are over the cap of {caps.payload_bytes}", request)
     try:
         fields = layout.body.read(header, bytes(payload), caps, layout.carried)
         for field, place in layout.header.items():
             fields[field] = getattr(header, place)
         return kind(**fields)
-    except LocalProtocolError as error:
+    except (RemoteProtocolError, LocalProtocolError) as error:
         # A message checks itself; this one was made of their bytes, so the fault is theirs.
-        raise RemoteProtocolError(str(error)) from error
+        raise RemoteProtocolError(str(error), request) from error
 
 
 class Body(NamedTuple):
@@ -200,10 +201,14 @@ def _write_json(message: Any, carried: tuple[str, ...]) -> tuple[Fields, bytes]:
 
 
 def _read_json(header: Header, payload: bytes, caps: Caps, carried: tuple[str, ...]) -> Fields:
-    fields = parse_json(_read_text(header, payload, caps, ("json",))["json"])
-    if not isinstance(fields, dict) or fields.keys() != set(carried):
+    try:
+        fields = parse_json(_read_text(header, payload, caps, ("json",))["json"])
+    except ValueError as error:
+        raise RemoteProtocolError(str(error)) from error
+    if not isinstance(fields, dict) or not fields.keys() >= set(carried):
         raise RemoteProtocolError(f"the payload is no JSON object of {', '.join(carried)}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    # Keys that this version does not know are passed over: a greeting is what versions are agreed on with.
+    return {key: tuple(fields[key]) if isinstance(fields[key], list) else fields[key] for key in carried}
 
 
 def _write_result(message: Result, _carried: tuple[str, ...]) -> tuple[Fields, bytes]:
@@ -278,8 +283,8 @@ _REQUEST = {"request": "request"}
 _BUDGET = {"request": "request", "trace": "trace", "budget_ms": "time"}
 
 LAYOUTS: dict[type[Message], Layout] = {
-    Hello: Layout(1, _IDENTITY, _JSON, ("capabilities", "device", "protocols")),
-    Welcome: Layout(2, _IDENTITY, _JSON, ("capabilities", "device", "protocol")),
+    Hello: Layout(1, _IDENTITY, _JSON, ("bundle", "capabilities", "device", "protocols")),
+    Welcome: Layout(2, _IDENTITY, _JSON, ("bundle", "capabilities", "device", "protocol")),
     Ask: Layout(3, _BUDGET | _IDENTITY, _TENSOR, ("latents",)),
     Answer: Layout(4, _REQUEST | {"expert": "expert", "compute_us": "time"}, _TENSOR, ("outputs",)),
     Refuse: Layout(5, _REQUEST | {"reason": "code"}, _TEXT, ("detail",)),

@@ -30,15 +30,16 @@ IMAGE = np.arange(2 * 1 * 2 * 3, dtype=np.uint8).reshape(2, 1, 2, 3)
 OUTPUTS = Tensor.pack(ROWS[:, :3], "float32")
 
 MESSAGES = (
-    Hello("attic", 0, TRUNK, ("latent:float16", "latent:int8"), (1, 2)),
+    Hello("attic", 0, TRUNK, ("latent:float16", "latent:int8"), (1, 2), "0123456789abcdef" * 4),
     Hello("b", 1023, TRUNK),
-    Welcome("barn.local", 1, TRUNK, ("latent:int8",)),
+    Welcome("barn.local", 1, TRUNK, ("latent:int8",), 1, "fedcba9876543210" * 4),
     Ask(7, 99, 250, 1, TRUNK, Tensor.pack(ROWS, "float32")),
     Ask(8, 0, 0, 1, TRUNK, Tensor.pack(ROWS, "float16")),
     Ask(2**64 - 1, 2**64 - 1, 2**32 - 1, 1, TRUNK, Tensor.pack(ROWS, "int8")),
     Answer(7, 1, 12, OUTPUTS),
     Answer(7, 1, 12, Tensor.pack(ROWS, "float16")),
     Refuse(7, Reason.BUSY),
+    Refuse(0, Reason.WRONG_TRUNK, "no welcome here"),
     Refuse(7, Reason.WRONG_TRUNK, "latents of another extractor: 00ff, not 90ab"),
     Ping(1),
     Pong(1),

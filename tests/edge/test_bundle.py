@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -109,7 +111,7 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(folder, make):
 
 def test_a_file_that_the_manifest_does_not_list_is_refused(folder):
     (folder / "weights.bin").write_bytes(b"external data")
-    with pytest.raises(BundleError, match=r"weights\.bin: not in the manifest"):
+    with pytest.raises(BundleError, match=r"holds 'weights\.bin', which its manifest does not list"):
         read_bundle(folder)
 
 
@@ -145,6 +147,11 @@ def edited(folder, edit):
         (lambda m: m.update(trunk="0" * 32), "trunk is 000"),
         (lambda m: m.update(extractor_source="0"), "extractor_source is not 64"),
         (lambda m: m["accuracy"].update(routed="good"), "accuracy.routed is text"),
+        (lambda m: m["accuracy"].update(routed=7), "accuracy 'routed' is no share of one"),
+        (lambda m: m["accuracy"].update({"a\nb": 1}), "is no share of one"),
+        (lambda m: m["input"].update(range=[0, 10**400]), "input.range[1] is too large a number"),
+        (lambda m: m.update({"x\ny" * 10**5: 1}), "unknown key"),
+        (lambda m: m.update(target="evil\nverified: yes"), "none of 'any', 'x86', 'pi', 'jetson'"),
         (lambda m: m["files"].update({"../../etc/passwd": m["files"]["gate.onnx"]}), "unknown file '../../etc/passwd'"),
         (lambda m: m["files"].update({"/etc/passwd": m["files"]["gate.onnx"]}), "unknown file '/etc/passwd'"),
         (lambda m: m["files"].update({"gate.onx": m["files"].pop("gate.onnx")}), "did you mean 'gate.onnx'?"),
@@ -163,7 +170,21 @@ def test_a_manifest_that_cannot_be_so_is_refused_with_the_reason(folder, edit, t
     assert str(folder / "manifest.json") in str(refused.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"schema": 1}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        b"\xff",
+        b'{"schema": 1}',
+        b'\xef\xbb\xbf{"schema": 1}',
+        b'{"schema": 1, "schema": 1}',
+        b'{"schema": 1e999}',
+        b'{"schema": NaN}',
+    ],
+)
 def test_what_is_no_manifest_is_refused(folder, data):
     (folder / "manifest.json").write_bytes(data)
     with pytest.raises(BundleError, match=r"manifest\.json: "):
@@ -188,9 +209,9 @@ def test_a_manifest_from_before_a_key_with_a_default_still_loads(folder):
     assert read_bundle(folder).manifest.routing.adapt is False
 
 
-@pytest.mark.parametrize("caps", [BundleCaps(manifest_bytes=100), BundleCaps(file_bytes=100)])
+@pytest.mark.parametrize("caps", [BundleCaps(manifest_bytes=100), BundleCaps(bundle_bytes=100)])
 def test_what_is_larger_than_a_device_will_read_is_refused(folder, caps):
-    with pytest.raises(BundleError, match="more than the 100 that are allowed"):
+    with pytest.raises(BundleError, match="more than the 100 that"):
         read_bundle(folder, caps)
 
 
@@ -212,9 +233,9 @@ def test_what_is_no_graph_is_refused(folder):
         read_bundle(rewritten(folder, {"gate.onnx": b""}))
 
 
-@pytest.mark.parametrize("labels", ["one\ntwo\n", "1\n2\n3\n4\n", ""])
-def test_labels_for_other_outputs_are_refused(folder, labels):
-    with pytest.raises(BundleError, match=r"labels\.txt: \d labels for 3 outputs"):
+@pytest.mark.parametrize("labels", ["one\ntwo\n", "1\n2\n3\n4\n", "", "a\nb\n\x1b[2J\n"])
+def test_labels_for_other_outputs_or_for_no_screen_are_refused(folder, labels):
+    with pytest.raises(BundleError, match=r"labels\.txt: (\d labels for 3 outputs|a label that cannot be printed)"):
         read_bundle(rewritten(folder, {"labels.txt": labels.encode()}))
 
 
@@ -230,6 +251,7 @@ def test_labels_for_other_outputs_are_refused(folder, labels):
         ({"experts": np.array([[0], [1], [3]])}, r"not in 0\.\.2"),
         ({"experts": np.array([[0], [1], [-1]])}, r"not in 0\.\.2"),
         ({"output_tolerance": np.array(np.inf)}, "output_tolerance holds NaN or infinity"),
+        ({"latent_tolerance": np.array(-1.0)}, "a tolerance is less than 0"),
         ({"more": np.zeros(1)}, "the arrays are experts"),
     ],
 )
@@ -265,6 +287,61 @@ def test_somebodys_folder_is_never_written_over(folder, tmp_path):
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
+def test_another_manifest_json_with_its_files_is_never_written_over(folder, tmp_path):
+    bundle = read_bundle(folder)
+    app = tmp_path / "web app"
+    (app / "icons").mkdir(parents=True)
+    (app / "manifest.json").write_text("{}")
+    (app / "icons" / "a.png").touch()
+    with pytest.raises(BundleError, match=r"holds 'icons/a\.png', which would be lost"):
+        write_bundle(app, bundle.manifest, bundle.contents)
+    assert (app / "icons" / "a.png").exists()
+
+
+def test_an_unknown_file_is_not_written(folder, tmp_path):
+    bundle = read_bundle(folder)
+    with pytest.raises(BundleError, match=r"unknown file 'gate\.onx'"):
+        write_bundle(tmp_path / "new", bundle.manifest, {**bundle.contents, "gate.onx": b""})
+    assert not (tmp_path / "new").exists()
+
+
+def test_trouble_is_said_of_the_place_that_was_asked_for(folder, tmp_path):
+    bundle = read_bundle(folder)
+    with pytest.raises(BundleError) as refused:
+        write_bundle(tmp_path / "new", bundle.manifest, {**bundle.contents, "labels.txt": b"one\n"})
+    assert str(refused.value).startswith(str(tmp_path / "new" / "labels.txt"))
+
+
+def test_a_refused_bundle_leaves_no_file_open(folder):
+    (folder / "gate.onnx").unlink()
+    (folder / "gate.onnx").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(BundleError):
+            read_bundle(folder)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_bundle_that_is_swapped_while_it_is_read_is_read_whole(folder):
+    """One writer, one reader: every read sees a bundle, the one before or the one after."""
+    old = read_bundle(folder)
+    stop = threading.Event()
+
+    def swap():
+        targets = itertools.cycle(("pi", "x86"))
+        while not stop.is_set():
+            write_bundle(folder, replace(old.manifest, target=next(targets)), old.contents)
+
+    writer = threading.Thread(target=swap)
+    writer.start()
+    try:
+        seen = {read_bundle(folder).manifest.target for _ in range(300)}
+    finally:
+        stop.set()
+        writer.join()
+    assert seen <= {"pi", "x86"}
+
+
 def test_two_writes_are_the_same_bytes(folder, tmp_path):
     bundle = read_bundle(folder)
     for name in ("one", "two"):
@@ -275,10 +352,10 @@ def test_two_writes_are_the_same_bytes(folder, tmp_path):
 
 def test_the_trunk_is_the_extractor_and_the_gates_schema():
     source = sha256(b"extractor")
-    trunk = trunk_digest(source, 64, 10)
+    trunk = trunk_digest(source, 64, 10, 5)
     assert len(bytes.fromhex(trunk)) == 16
-    others = [trunk_digest(sha256(b"another"), 64, 10), trunk_digest(source, 65, 10), trunk_digest(source, 64, 11)]
-    assert len({trunk, *others}) == 4
+    others = [(sha256(b"another"), 64, 10, 5), (source, 65, 10, 5), (source, 64, 11, 5), (source, 64, 10, 6)]
+    assert len({trunk, *(trunk_digest(*other) for other in others)}) == 5
 
 
 def test_the_document_names_every_key(folder):

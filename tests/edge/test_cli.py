@@ -89,3 +89,20 @@ def test_a_bug_shows_its_traceback(nmoe_edge, tiny_fleet, monkeypatch):
     monkeypatch.setattr("nmoe_edge.bundle.parse_manifest", None)
     with pytest.raises(TypeError):
         nmoe_edge("inspect", tiny_fleet / "barn")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "x" * 300, "a\nb\x1b[2J"])
+@pytest.mark.parametrize("command", ["inspect", "selftest"])
+def test_a_place_that_cannot_be_is_one_line(nmoe_edge, tmp_path, command, name):
+    shown = nmoe_edge(command, tmp_path / name)
+    assert shown.exit_code == 1
+    assert shown.error.startswith("nmoe-edge: ")
+    assert shown.error.count("\n") == 1
+    assert "\x1b" not in shown.error
+
+
+def test_a_stray_file_cannot_write_on_the_screen(nmoe_edge, tiny_fleet, tmp_path):
+    folder = shutil.copytree(tiny_fleet / "barn", tmp_path / "barn")
+    (folder / "a\nverified: every file").touch()
+    shown = nmoe_edge("inspect", folder)
+    assert (shown.exit_code, shown.error.count("\n")) == (1, 1)

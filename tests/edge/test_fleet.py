@@ -9,7 +9,7 @@ import pytest
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.errors import BundleError, FleetError
 from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, parse_fleet, read_fleet, read_fleet_folder
-from nmoe_edge.manifest import trunk_digest
+from nmoe_edge.manifest import RoutingSpec, trunk_digest
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 DIGEST = "0123456789abcdef" * 4
@@ -23,7 +23,7 @@ def folder(tiny_fleet, tmp_path):
 
 
 def test_a_fleet_comes_back_as_it_was_written():
-    barn = Device("barn.local-2", 5, "tcp://[2001:db8::1]:7102", DIGEST)
+    barn = Device("barn.local-2", 5, "tcp://[fe80::1%eth0]:7102", DIGEST)
     fleet = Fleet(1, (ATTIC, barn))
     assert parse_fleet(fleet.render()) == fleet
     assert fleet.named("attic") == ATTIC
@@ -41,8 +41,11 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
         ({"expert": -1}, "expert is -1"),
         ({"address": "192.0.2.1:7101"}, "not tcp://HOST:PORT"),
         ({"address": "tcp://*:7101"}, "not tcp://HOST:PORT"),
-        ({"address": "tcp://host:0"}, "no port in 1..65535"),
-        ({"address": "tcp://host:65536"}, "no port in 1..65535"),
+        ({"name": "fleet.toml"}, "the file's own"),
+        ({"address": "tcp://host:0"}, "a port in 1..65535"),
+        ({"address": "tcp://host:65536"}, "a port in 1..65535"),
+        ({"address": "tcp://host:07101"}, "a port in 1..65535"),
+        ({"address": "tcp://...:7101"}, "not tcp://HOST:PORT"),
         ({"bundle": "abc"}, "bundle is not 64"),
         ({"public_key": "short"}, "public_key is not 40"),
         ({"public_key": KEY[:-1] + '"'}, "public_key is not 40"),
@@ -69,6 +72,7 @@ def test_two_devices_share_nothing_that_tells_them_apart(same):
         ("schema = 1\ndevices = []", r"unknown key 'devices' \(did you mean 'device'\?\)"),
         ("schema = 1\n[[device]]\nname = 'a'", r"'device\[0\]\.expert' is missing"),
         ("schema = ", "Invalid value"),
+        ("schema = 1979-05-27\ndevice = []", "schema is date where"),
         ("\udcff", "."),
     ],
 )
@@ -126,9 +130,24 @@ def test_a_bundle_of_another_device_is_refused_even_with_its_digest(folder):
 def test_two_trunks_in_one_fleet_are_refused(folder):
     bundle = read_bundle(folder / "barn")
     source = "1" * 64
-    foreign = replace(bundle.manifest, extractor_source=source, trunk=trunk_digest(source, 4, 3))
+    foreign = replace(bundle.manifest, extractor_source=source, trunk=trunk_digest(source, 4, 3, 3))
     write_bundle(folder / "barn", foreign, bundle.contents)
     with pytest.raises(FleetError, match="2 different trunks"):
+        read_fleet_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "contents", "text"),
+    [
+        ({}, {"labels.txt": b"cat\ndog\ncow\n"}, "lists of labels"),
+        ({"answers_carry_prior": True}, {}, "kinds of answers"),
+        ({"routing": RoutingSpec(1, "probabilities")}, {}, "combinations"),
+    ],
+)
+def test_devices_that_could_not_combine_their_answers_are_refused(folder, change, contents, text):
+    bundle = read_bundle(folder / "barn")
+    write_bundle(folder / "barn", replace(bundle.manifest, **change), {**bundle.contents, **contents})
+    with pytest.raises(FleetError, match=f"2 different {text}"):
         read_fleet_folder(folder)
 
 

@@ -62,6 +62,21 @@ def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle):
     assert "\n" not in str(refused.value)
 
 
+def test_a_graph_with_a_fixed_number_of_rows_is_refused(bundle):
+    # dim { dim_param: "n" } of the input -> dim { dim_value: 1 } with a field of no meaning to fill the place
+    data = bundle.contents["gate.onnx"]
+    at = data.index(b"\n\x03\x12\x01n")
+    fixed = data[:at] + b"\n\x03\x08\x81\x00" + data[at + 5 :]
+    with pytest.raises(ModelError, match="a fixed number of rows"):
+        Graph("gate.onnx", fixed, (4,), (3,))
+
+
+def test_an_extractor_of_another_input_than_the_manifest_says_is_refused(bundle):
+    other = replace(bundle.manifest, input=replace(bundle.manifest.input, dtype="int64"))
+    with pytest.raises(ModelError, match="takes uint8, the manifest says int64"):
+        Models(replace(bundle, manifest=other))
+
+
 @pytest.mark.parametrize(("row_in", "row_out"), [((5,), (3,)), ((4,), (2,)), ((4, 1), (3,))])
 def test_a_graph_of_other_shapes_than_the_manifest_says_is_refused(bundle, row_in, row_out):
     with pytest.raises(ModelError, match="the manifest says"):

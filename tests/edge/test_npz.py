@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import zipfile
 
@@ -9,6 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe_edge.npz import read_npz, write_npz
+
+
+def overlapping(members):
+    """A zip whose every member is the same bytes: much out of little."""
+    whole = zipped({"a.npy": npy(np.zeros(1000))})
+    start, end = whole.index(b"PK\x01\x02"), whole.index(b"PK\x05\x06")
+    entry = whole[start:end]
+    entries = b"".join(entry.replace(b"a.npy", b"%05d" % number) for number in range(members))
+    tail = bytearray(whole[end:])
+    tail[8:16] = members.to_bytes(2, "little") * 2 + len(entries).to_bytes(4, "little")
+    return whole[:start] + entries + bytes(tail)
+
 
 ARRAYS = {
     "inputs": np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
@@ -81,11 +94,31 @@ def test_what_no_npz_of_ours_holds_is_not_written(array):
         zipped({"a.npy": npy(header="{'descr': '|O', 'fortran_order': False, 'shape': (4,)}")}),
         zipped({"a.npy": npy(header="__import__('os').system('true')")}),
         zipped({f"{i}.npy": npy() for i in range(65)}),
+        zipped({"a.npy": npy(), "a": npy()}),
+        overlapping(64),
+        *(
+            zipped({"a.npy": npy(header=header)})
+            for header in (
+                "{'descr': (",
+                "{[]:1}",
+                "{'descr': '<f8', 'fortran_order': False, 'shape': (True,)}",
+                "{'descr': (), 'fortran_order': False, 'shape': (4,)}",
+                "{'descr': 'f8,(', 'fortran_order': False, 'shape': (4,)}",
+                "-" * 100 + "1",
+            )
+        ),
     ],
 )
 def test_odd_files_are_refused(data):
     with pytest.raises(ValueError, match="."):
         read_npz(data)
+
+
+@given(st.binary(max_size=120))
+def test_any_header_is_refused_or_read_and_nothing_else(header):
+    whole = npy()
+    with contextlib.suppress(ValueError):
+        read_npz(zipped({"a.npy": whole[:10] + header.ljust(118)[:118] + whole[128:]}))
 
 
 @given(st.integers(0, len(write_npz(ARRAYS)) - 1), st.binary(max_size=4), st.integers(0, 8))

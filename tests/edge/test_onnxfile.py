@@ -36,12 +36,25 @@ INSIDE = field(9, b"1234") + number(14, 0)
 
 def test_the_facts_of_a_real_model(tiny_fleet):
     facts = read_onnx((tiny_fleet / "attic" / "extractor.onnx").read_bytes())
-    assert facts == OnnxFacts(ir_version=8, opset=18, domains=(), external_data=False)
+    assert facts == OnnxFacts(ir_version=8, opset=18, external_data=False)
 
 
-def test_other_operator_sets_are_named():
+def test_the_opset_is_that_of_the_default_domain():
     data = model(b"", field(8, field(1, b"com.microsoft") + number(2, 1)))
-    assert read_onnx(data) == OnnxFacts(8, 18, ("com.microsoft",), False)
+    assert read_onnx(data).opset == 18
+
+
+def test_a_tag_that_another_reader_would_cut_to_32_bits_is_refused():
+    long_tag = varint((5 << 3 | 2) | 1 << 32)
+    with pytest.raises(ValueError, match="not protobuf"):
+        read_onnx(model(long_tag + varint(len(OUTSIDE)) + OUTSIDE))
+
+
+def test_a_model_in_onnxruntimes_own_format_is_refused():
+    data = model(b"")
+    assert read_onnx(data)
+    with pytest.raises(ValueError, match="onnxruntime's own format"):
+        read_onnx(data[:4] + b"ORTM" + data[8:])
 
 
 @pytest.mark.parametrize("tensor", [OUTSIDE, ALSO_OUTSIDE])
@@ -55,10 +68,13 @@ def test_other_operator_sets_are_named():
         lambda t: model(field(1, field(5, field(5, t)))),
         lambda t: model(field(1, field(5, field(10, t)))),
         lambda t: model(field(1, field(5, field(22, field(1, t))))),
+        lambda t: model(field(1, field(5, field(23, field(2, t))))),
         lambda t: model(field(1, field(5, field(6, field(5, t))))),
         lambda t: model(field(1, field(5, field(11, field(1, field(5, field(5, t))))))),
         lambda t: model(b"", field(25, field(7, field(5, field(5, t))))),
+        lambda t: model(b"", field(25, field(11, field(5, t)))),
         lambda t: model(b"", field(20, field(1, field(5, t)))),
+        lambda t: model(b"", field(20, field(2, field(5, t)))),
     ],
     ids=[
         "initializer",
@@ -68,10 +84,13 @@ def test_other_operator_sets_are_named():
         "constant",
         "constants",
         "sparse constant",
+        "sparse constants",
         "branch",
         "branch of a branch",
         "function",
+        "attribute of a function",
         "training",
+        "training algorithm",
     ],
 )
 def test_a_tensor_outside_the_file_is_found_wherever_it_hides(where, tensor):
@@ -105,6 +124,7 @@ def test_graphs_nested_without_end_are_refused():
         model(b"\xff" * 12),
         number(7, 3),
         b"\x3f",
+        b"\x02\x00" + model(b""),
     ],
 )
 def test_what_is_no_model_is_refused(data):

@@ -81,6 +81,11 @@ def test_probabilities_are_the_softmax_of_each_answer():
     assert mixed.sum() == pytest.approx(1.0)
 
 
+def test_an_unknown_combination_is_refused():
+    with pytest.raises(LocalProtocolError, match="'mean'"):
+        combine({1: np.zeros(2)}, {1: 1.0}, "mean")
+
+
 def test_the_largest_floats_combine_to_no_infinity():
     largest = np.full(2, np.finfo(np.float32).max, np.float32)
     weights = expert_weights(np.zeros(3, np.float32), (0, 1, 2))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from nmoe_edge.schema import from_plain, to_plain
+from nmoe_edge.schema import from_plain, parse_json, to_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ def test_what_has_a_default_may_be_absent():
         ({"inner": {"size": 1.0}}, "inner.size is a number where a whole number was due"),
         ({"inner": {"size": "1"}}, "inner.size is text where a whole number was due"),
         ({"inner": {"size": 1, "ratio": float("nan")}}, "inner.ratio is nan: numbers are finite"),
+        ({"inner": {"size": 1, "ratio": 10**400}}, "inner.ratio is too large a number"),
+        ({"a\nb": 1}, "unknown key ''a\\nb''"),
         ({"name": None}, "name is nothing where text was due"),
         ({"on": 1}, "on is a whole number where true or false was due"),
         ({"kind": "c"}, "kind is 'c', none of 'a', 'b'"),
@@ -81,3 +83,16 @@ def test_what_is_wrong_is_said_with_its_place(change, text):
 def test_what_is_no_table_at_all_is_refused():
     with pytest.raises(ValueError, match="Outer is a list"):
         from_plain(Outer, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", b"\xff", b"\xef\xbb\xbf{}", "[" * 100_000, '{"a": 1, "a": 2}', "NaN", "-Infinity", "1e999", "1" * 5000],
+)
+def test_what_is_no_json_is_refused(text):
+    with pytest.raises(ValueError, match="."):
+        parse_json(text)
+
+
+def test_json_is_read():
+    assert parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}

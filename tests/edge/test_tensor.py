@@ -77,10 +77,25 @@ def test_the_largest_scale_makes_no_infinity():
     assert np.isfinite(Tensor("int8", (1, 1), data).unpack()).all()
 
 
-@pytest.mark.parametrize("array", [np.ones((1, 2)), np.ones((1, 2), np.int64), np.ones((1, 2), np.complex64)])
-def test_numbers_of_another_kind_are_refused_and_not_cast(array):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (np.float64, "uint8"),
+        (np.int64, "uint8"),
+        (np.uint16, "uint8"),
+        (np.uint64, "int64"),
+        (np.complex64, "float32"),
+        (np.complex64, "int8"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused_and_not_cast(kind, dtype):
     with pytest.raises(LocalProtocolError, match="cannot travel"):
-        Tensor.pack(array, "uint8")
+        Tensor.pack(np.ones((1, 2), kind), dtype)
+
+
+def test_the_smallest_numbers_keep_their_sign_in_int8():
+    back = Tensor.pack(np.array([[-3e-43, 3e-43]], np.float32), "int8").unpack()
+    assert back[0, 0] <= 0 <= back[0, 1]
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0), (1, 1, 1, 1, 1, 1)])

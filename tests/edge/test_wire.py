@@ -91,6 +91,21 @@ def test_what_a_kind_does_not_use_is_not_read():
     assert decode([noisy, payload]) == MESSAGES[0]
 
 
+def test_a_greeting_may_bring_what_this_version_does_not_know():
+    hello = MESSAGES[0]
+    header, payload = encode(hello)
+    later = json.dumps({**json.loads(payload), "clock": [1, 2]}).encode()
+    assert decode([header, later]) == hello
+
+
+@pytest.mark.parametrize("message", [m for m in MESSAGES if hasattr(m, "request")], ids=lambda m: type(m).__name__)
+def test_a_request_that_is_not_understood_can_still_be_refused_by_its_number(message):
+    header, *payload = encode(message)
+    with pytest.raises(RemoteProtocolError) as refused:
+        decode([header, payload[0] + b"\xff" if payload else b"x"])
+    assert refused.value.request == message.request
+
+
 def test_a_cap_is_looked_at_before_the_payload():
     infer = encode(Infer(1, 0, 0, Tensor.pack(np.zeros((1, 2), np.uint8), "uint8")))
 

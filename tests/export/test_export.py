@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from nmoe_export.cli import main
 from nmoe_export.errors import GraphError, SourceError
 from nmoe_export.fleet import export_run
 from nmoe_export.graphs import export_graph
-from nmoe_train.run import read_run
+from nmoe_train.run import Inference, read_run, write_run
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,75 @@ def test_the_fleet_answers_as_the_networks_of_the_run_do(fleet, golden):
     for call in it.start(0.0):
         it.answered(call.request, call.expert, models[call.expert].expert(latent[list(call.rows)]), 0.5)
     assert np.allclose(it.result()[0], expected, atol=1e-5)
+
+
+def test_what_the_run_chose_is_what_the_manifest_says(golden, tmp_path):
+    """Settings that differ from every default, and the accuracy that torch measures."""
+    run = read_run(golden / "run")
+    chosen = Inference(top_k=2, combination="outputs", local_first=0.25, adapt=False)
+    other = write_run(
+        tmp_path / "run",
+        replace(run.record, inference=chosen, answers_carry_prior=True),
+        extractor=run.extractor().state_dict(),
+        gates=[run.gate(i).state_dict() for i in range(3)],
+        experts=[run.expert(i).state_dict() for i in range(3)],
+        calibration=run.calibration(),
+        metrics={},
+    )
+    export_run(other, tmp_path / "fleet")
+    _, bundles = read_fleet_folder(tmp_path / "fleet")
+    with torch.no_grad():
+        latents = run.extractor()(torch.from_numpy(run.calibration()["inputs"].copy()))
+        outputs = torch.stack([run.expert(i)(latents) for i in range(3)], 1)  # (rows, experts, outputs)
+        for i, bundle in enumerate(bundles.values()):
+            routing = bundle.manifest.routing
+            assert (routing.top_k, routing.combination, routing.local_first, routing.adapt) == (
+                2,
+                "outputs",
+                0.25,
+                False,
+            )
+            assert bundle.manifest.answers_carry_prior
+            best = run.gate(i)(latents).topk(2)
+            theirs = outputs.gather(1, best.indices[:, :, None].expand(-1, -1, 3))
+            mixed = (best.values.softmax(1)[:, :, None] * theirs).sum(1)
+            right = (mixed.argmax(1).numpy() == run.calibration()["labels"]).mean()
+            assert bundle.manifest.accuracy == {"held_out": pytest.approx(right)}
+
+
+def test_the_selftest_holds_the_rows_whose_route_is_the_clearest(fleet, golden):
+    run = read_run(golden / "run")
+    _, bundles = read_fleet_folder(fleet)
+    with torch.no_grad():
+        latents = run.extractor()(torch.from_numpy(run.calibration()["inputs"].copy()))
+        for i, bundle in enumerate(bundles.values()):
+            best = run.gate(i)(latents).topk(2).values
+            margins = (best[:, 0] - best[:, 1]).sort(descending=True).values[:8]
+            tested = run.gate(i)(torch.from_numpy(bundle.selftest.latents.copy())).topk(2).values
+            assert torch.allclose((tested[:, 0] - tested[:, 1]).sort(descending=True).values, margins, atol=1e-4)
+
+
+def test_the_trunk_names_the_training_and_not_the_file(fleet):
+    _, bundles = read_fleet_folder(fleet)
+    manifests = [bundle.manifest for bundle in bundles.values()]
+    assert len({manifest.trunk for manifest in manifests}) == 1
+    assert manifests[0].extractor_source != manifests[0].files["extractor.onnx"].sha256
+    assert b"pytorch" not in bundles["device-00"].contents["extractor.onnx"]
+
+
+def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
+    out = tmp_path / "fleet"
+    first = export_run(golden / "run", out)
+    key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+    moved = replace(first.device[1], address="tcp://192.0.2.7:9000", public_key=key)
+    (out / "fleet.toml").write_text(replace(first, device=(first.device[0], moved, first.device[2])).render())
+    again = export_run(golden / "run", out)
+    assert again.device[1] == moved
+    (out / "keys").mkdir()
+    (out / "keys" / "secret").touch()
+    with pytest.raises(SourceError, match="holds 'keys/secret', which would be lost"):
+        export_run(golden / "run", out)
+    assert (out / "keys" / "secret").exists()
 
 
 def test_two_exports_are_the_same_bytes(fleet, golden, tmp_path):

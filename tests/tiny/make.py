@@ -112,7 +112,7 @@ def bundle(expert):
         ir_version=IR_VERSION,
         accuracy={"routed": 1.0},
         extractor_source=sha256(trunk),
-        trunk=trunk_digest(sha256(trunk), LATENT, 3),
+        trunk=trunk_digest(sha256(trunk), LATENT, 3, 3),
     )
     return manifest, contents
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_a_damaged_file_is_refused_by_name(folder, name, damage):
         (lambda r: r.pop("networks"), "'networks' is missing"),
         (lambda r: r.update(experts="2"), "experts is text where a whole number was due"),
         (lambda r: r.update(experts=0), "at least 1"),
+        (lambda r: r.update(experts=10**12), "experts 1 to 1024"),
+        (lambda r: r["inference"].update(local_first=7), "local_first is 7"),
+        (
+            lambda r: r.update(answers_carry_prior=True, inference={**r["inference"], "adapt": True}),
+            "adapt needs answers",
+        ),
+        (lambda r: r["data"].update(samples=-5), "-5 samples"),
+        (lambda r: r["data"].update(shape=[0]), "of shape"),
+        (lambda r: r["data"].update(name="x\nverified"), "cannot be printed"),
+        (lambda r: r.update(labels=["a", "b", "\x1b"]), "cannot be printed"),
+        (lambda r: r["files"].update(more={"bytes": 1, "sha256": ""}), "files are not the 6"),
         (lambda r: r["inference"].update(top_k=3), "top_k is 3 of 2 experts"),
         (lambda r: r.update(labels=["a"]), "1 labels for 3 outputs"),
         (lambda r: r["networks"].pop("gate"), "'networks.gate' is missing"),
@@ -157,6 +169,28 @@ def test_a_run_that_would_be_half_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, "holds no inputs"),
+        ({"inputs": np.zeros((2, 1, 6, 5), np.uint8)}, "holds no inputs"),
+        ({"inputs": np.zeros((0, 1, 6, 6), np.uint8)}, "holds no inputs"),
+        ({"inputs": np.zeros((2, 1, 6, 6), np.uint8), "labels": np.zeros(1, np.int64)}, "labels are not one"),
+    ],
+)
+def test_calibration_samples_that_do_not_fit_are_one_line(tmp_path, change, text):
+    run = write_run(tmp_path / "run", RECORD, **{**parts(), "calibration": change})
+    with pytest.raises(RunError, match=text):
+        run.calibration()
+
+
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(folder):
+    (folder / "run.json").unlink()
+    os.mkfifo(folder / "run.json")
+    with pytest.raises(RunError, match="not a plain file"):
+        read_run(folder)
+
+
 def test_a_second_run_replaces_the_first_and_nothing_else(folder, tmp_path):
     write_run(folder, replace(RECORD, seed=8), **parts())
     assert read_run(folder).record.seed == 8
@@ -174,6 +208,8 @@ def test_a_second_run_replaces_the_first_and_nothing_else(folder, tmp_path):
         (NetSpec("small", {"size": 3}), "cannot be built"),
         (NetSpec("nowhere.at_all:f", {}), "cannot be imported"),
         (NetSpec("json:nothing", {}), "cannot be imported"),
+        (NetSpec(".nets:MLP", {}), "cannot be imported"),
+        (NetSpec("mlp", {"dim": 2, "outputs": 2, "widths": [10**30]}), "cannot be built"),
         (NetSpec("builtins:dict", {"a": 1}), "returned dict, not a torch"),
     ],
 )
