@@ -11,12 +11,13 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constr
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/ready  ## from a run to a fleet that answers, with everything that exists
-	$(BIN)/nmoe-train inspect tests/golden/v1/run
-	$(BIN)/nmoe-export tests/golden/v1/run --out bundles/demo
+demo: .venv/ready  ## train ten devices on digits, export them, let them answer: everything that exists
+	rm -rf runs/demo runs/demo.partial
+	$(BIN)/nmoe-train run --out runs/demo
+	$(BIN)/nmoe-export runs/demo --out bundles/demo
 	$(BIN)/nmoe-edge inspect bundles/demo
 	$(BIN)/nmoe-edge selftest bundles/demo/*/
-	$(BIN)/python examples/one_process_fleet.py tests/tiny/fleet
+	$(BIN)/python examples/one_process_fleet.py bundles/demo
 
 test: .venv/ready  ## every test
 	$(BIN)/python -m pytest
@@ -40,7 +41,7 @@ bench: .venv/ready  ## what a message costs
 	$(BIN)/python tests/bench/wire.py
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-edge build dist bundles/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv .venv-edge build dist runs/demo bundles/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

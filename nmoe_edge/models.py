@@ -33,6 +33,8 @@ class Graph:
         self, name: str, data: bytes, row_in: tuple[int, ...], row_out: tuple[int, ...], threads: int = 1
     ) -> None:
         """`row_in` and `row_out` are what the manifest says of a row; a graph of other shapes is refused."""
+        if hasattr(onnxruntime, "disable_telemetry_events"):
+            onnxruntime.disable_telemetry_events()  # newer wheels report home, and a device has nothing to report
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -15,4 +15,4 @@ def test_a_fleet_in_one_process_answers_also_without_an_expert(tiny_fleet):
     )
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines if "answered" in line] == ["top", "middle", "bottom"] * 2
-    assert done.stdout.count("degraded, expert 2 is missing") == 1
+    assert done.stdout.count("degraded, expert 1 is missing") == 1

@@ -1,0 +1,93 @@
+"""Where a training stands, in one file that is replaced whole after every round.
+
+Weights and what must be known beside them lie in one safetensors file, so that neither can be newer than the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from nmoe_train.errors import RunError
+from nmoe_train.federation import State
+
+STAGES = ("extractor", "experts", "gate")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state after `round` rounds of `stage`."""
+
+    config: dict[str, Any]
+    stage: str = "extractor"
+    round: int = 0
+    states: dict[str, Sequence[State]] = field(default_factory=dict)
+    """By stage, one a client; where all clients share one, it is kept once."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a round: stage, round, loss."""
+
+    def write(self, path: Path) -> None:
+        """Replace the file; RunError when the disk does not take it."""
+        tensors, shared = {}, {}
+        for stage, states in self.states.items():
+            shared[stage] = len(states) if all(state is states[0] for state in states) else 0
+            for i, state in enumerate(states[:1] if shared[stage] else states):
+                tensors |= {f"{stage}/{i}/{key}": value.clone() for key, value in state.items()}
+        facts = {
+            "config": self.config,
+            "stage": self.stage,
+            "round": self.round,
+            "shared": shared,
+            "history": self.history,
+        }
+        staged = path.with_suffix(".new")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with staged.open("wb") as file:
+                file.write(save(tensors, {"facts": json.dumps(facts)}))
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
+        except OSError as error:
+            staged.unlink(missing_ok=True)
+            raise RunError(f"{path}: cannot be written: {error.strerror}; the round before is kept") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """The checkpoint in a file; RunError when there is none."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{path}: no checkpoint to go on from: {error}") from error
+        states: dict[str, Sequence[State]] = {}
+        for stage, count in facts["shared"].items():
+            parts: dict[int, dict[str, torch.Tensor]] = {}
+            for key, value in tensors.items():
+                of, number, name = key.split("/", 2)
+                if of == stage:
+                    parts.setdefault(int(number), {})[name] = value
+            states[stage] = [parts[0]] * count if count else [parts[i] for i in sorted(parts)]
+        return cls(facts["config"], facts["stage"], facts["round"], states, facts["history"])
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str | None:
+    """The first setting in which two configurations differ, as a line; None when they are the same."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b, place = old.get(key), new.get(key), f"{where}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            deeper = difference(a, b, f"{place}.")
+            if deeper:
+                return deeper
+        elif a != b:
+            return f"{place} was {a!r} and is {b!r}"
+    return None
