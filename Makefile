@@ -37,8 +37,9 @@ cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
 fuzz: .venv/ready  ## ten million hostile messages, other ones each time: about two hours
 	$(BIN)/python -m pytest tests/edge/test_wire_fuzz.py --fuzz-examples 5000000 --fuzz-random
 
-bench: .venv/ready  ## what a message costs
+bench: .venv/ready  ## what a message, an exchange and a round of training cost
 	$(BIN)/python tests/bench/wire.py
+	$(BIN)/python tests/bench/training.py
 
 clean:  ## remove the environments and everything that was built
 	rm -rf .venv .venv-edge build dist runs/demo bundles/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

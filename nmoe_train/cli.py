@@ -40,7 +40,7 @@ Examples: nmoe-train run
 @click.option("--partition", help="iid, noniid:TAU, dirichlet:A or classes:C.  [default: noniid:0.2]")
 @click.option("--gate", type=click.Choice(("rangate", "rollgate", "fedgate")), help="[default: fedgate]")
 @click.option("--top-k", type=int, help="Experts a row is sent to.  [default: 1]")
-@click.option("--backbone", help="small, or package.module:factory.  [default: small]")
+@click.option("--backbone", help="small, resnet18 or package.module:factory.  [default: small]")
 @click.option("--rounds", type=int, help="Of the extractor.  [default: 20]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads.")

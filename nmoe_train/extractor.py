@@ -43,8 +43,9 @@ def client_update(
     g: torch.Generator,
 ) -> Update:
     """A client's local epochs of SGD from `state`. x: (n, C, H, W) uint8, y: (n,)"""
-    theta = {key: value.clone().requires_grad_(value.is_floating_point()) for key, value in state.items()}
-    learned = [theta[key] for key, _ in net.named_parameters()]
+    net.train()
+    theta = {key: value.clone() for key, value in state.items()}
+    learned = [theta[key].requires_grad_() for key, _ in net.named_parameters()]
     optimiser = torch.optim.SGD(learned, rate, momentum=config.momentum, weight_decay=config.weight_decay)
     losses, seen = 0.0, 0
     for _ in range(config.local_epochs):
@@ -55,7 +56,7 @@ def client_update(
             nn.utils.clip_grad_norm_(learned, config.clip)
             optimiser.step()
             losses, seen = losses + loss.item() * len(batch), seen + len(batch)
-    return Update(client, {key: value.detach() for key, value in theta.items()}, len(x), losses / seen)
+    return Update(client, {key: value.detach() for key, value in theta.items()}, len(x), losses / max(1, seen))
 
 
 def fedce_round(

@@ -44,15 +44,16 @@ def participants(clients: int, share: float, seed: int, *key: object) -> list[in
 
 
 def average(updates: Sequence[Update]) -> dict[str, Tensor]:
-    """FedAvg: Σ nᵢ θᵢ / Σ nᵢ, summed in the order of the clients' numbers."""
+    """FedAvg: Σ nᵢ θᵢ / Σ nᵢ, summed in the order of the clients' numbers; of counters, the first client's."""
     updates = sorted(updates, key=lambda update: update.client)
     total = sum(update.samples for update in updates)
-    return {
-        key: sum(
-            (update.state[key] * (update.samples / total) for update in updates[1:]), first * updates[0].samples / total
-        )
-        for key, first in updates[0].state.items()
-    }
+    shared = dict(updates[0].state)
+    for key, first in shared.items():
+        if first.is_floating_point():
+            shared[key] = sum(
+                (u.state[key] * (u.samples / total) for u in updates[1:]), first * (updates[0].samples / total)
+            )
+    return shared
 
 
 def check_losses(stage: str, round_: int, updates: Sequence[Update]) -> float:

@@ -144,15 +144,16 @@ class _Fleet:
             )
 
     def _extractor_net(self) -> NetSpec:
+        """Ours get the images' shape and statistics; anybody's own gets what the configuration says."""
         extractor = self.config.extractor
-        if extractor.backbone != "small":
+        if ":" in extractor.backbone:
             return NetSpec(extractor.backbone, dict(extractor.arguments))
         channels, size, _ = self.dataset.shape
         pixels = self.dataset.x_train / 255
         mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
         given = {"channels": channels, "size": size, "dim": extractor.dim}
         given |= {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
-        return NetSpec("small", given | dict(extractor.arguments))
+        return NetSpec(extractor.backbone, given | dict(extractor.arguments))
 
     def train_extractor(self, c: Checkpoint, save: Callable[[Checkpoint], None], progress: Progress) -> Checkpoint:
         """Stage 1."""
@@ -270,6 +271,7 @@ def _after(c: Checkpoint, stage: str, round_: int, states: Sequence[State], loss
 
 
 def _encoded(net: nn.Module, x: Tensor) -> Tensor:
-    """net(x) in batches, without gradients."""
+    """net(x) in batches, as it is at inference."""
+    net.eval()
     with torch.no_grad():
         return torch.cat([net(part) for part in x.split(ENCODE_BATCH)])

@@ -1,35 +1,47 @@
-"""What a message costs: an Ask with one row of 512 floats, in µs. Run it with `make bench`.
+"""What a message and an exchange cost: an Ask with one row of 512 floats, in µs. Run it with `make bench`.
 
-`encode` and `decode` are what the wire does; `pack` and `unpack` turn float32 rows into the latent's dtype and back.
-Medians of repeats in turn, so that a machine that slows down slows all of them.
+`encode` and `decode` are what the wire does; `pack` and `unpack` turn float32 rows into the latent's dtype and back. An
+exchange is the origin's whole bookkeeping of a request: route, start, answers, result. Medians of repeats in turn, so
+that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 import timeit
 
 import numpy as np
 
+from nmoe_edge.protocol.exchange import Exchange
 from nmoe_edge.protocol.messages import Ask
+from nmoe_edge.protocol.routing import route
 from nmoe_edge.protocol.tensor import LATENT_DTYPES, Tensor
 from nmoe_edge.protocol.wire import decode, encode
 
-REPEATS, CALLS = 25, 2000
+REPEATS = 25
 
 
-def microseconds(steps):
+def microseconds(steps, calls=2000):
     """The median of each step's time a call."""
     times = {name: [] for name in steps}
     for _ in range(REPEATS):
         for name, step in steps.items():
-            times[name].append(timeit.timeit(step, number=CALLS) / CALLS * 1e6)
+            times[name].append(timeit.timeit(step, number=calls) / calls * 1e6)
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
+def exchange(rows, scores):
+    """One request of `rows` rows to ten experts, answered by everybody at once."""
+    it = Exchange(route(scores[:rows], 0, range(10), 1), 10, itertools.count(), deadline=1.0)
+    for call in it.start(0.0):
+        it.answered(call.request, call.expert, np.zeros((len(call.rows), 10), np.float32), 0.001)
+    return it.result()
+
+
 def main():
-    """Print the table."""
+    """Print the tables."""
     rows = np.random.default_rng(0).normal(size=(1, 512)).astype(np.float32)
     print(f"an Ask with one row of 512 floats, µs; Python {platform.python_version()}, numpy {np.__version__}")
     print(f"{'latent':<8} {'bytes':>6} {'encode':>7} {'decode':>7} {'both':>7} {'pack':>7} {'unpack':>7}")
@@ -49,6 +61,9 @@ def main():
             f"{dtype:<8} {sum(map(len, frames)):>6} {cost['encode']:>7.1f} {cost['decode']:>7.1f}"
             f" {cost['encode'] + cost['decode']:>7.1f} {cost['pack']:>7.1f} {cost['unpack']:>7.1f}"
         )
+    scores = np.random.default_rng(1).normal(size=(64, 10)).astype(np.float32)
+    cost = microseconds({rows: lambda rows=rows: exchange(rows, scores) for rows in (1, 8, 64)}, calls=50)
+    print("an exchange, µs: " + ", ".join(f"{value:.0f} for {rows} rows" for rows, value in cost.items()))
 
 
 if __name__ == "__main__":

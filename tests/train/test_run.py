@@ -204,7 +204,7 @@ def test_a_second_run_replaces_the_first_and_nothing_else(folder, tmp_path):
     ("spec", "text"),
     [
         (NetSpec("smal", {}), "did you mean 'small'"),
-        (NetSpec("resnet", {}), "package.module:factory"),
+        (NetSpec("vgg", {}), "package.module:factory"),
         (NetSpec("small", {"size": 3}), "cannot be built"),
         (NetSpec("nowhere.at_all:f", {}), "cannot be imported"),
         (NetSpec("json:nothing", {}), "cannot be imported"),
@@ -228,6 +228,16 @@ def test_the_extractor_takes_raw_images_and_has_no_batch_statistics():
     images = torch.randint(0, 255, (3, 1, 6, 6), dtype=torch.uint8)
     together, apart = net.train()(images), torch.cat([net(image[None]) for image in images])
     assert torch.allclose(together, apart, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "none"])
+def test_a_resnet18_takes_images_of_both_sizes_as_they_come(norm):
+    for size in (32, 96):
+        net = build(NetSpec("resnet18", {"channels": 3, "size": size, "dim": 16, "norm": norm}))
+        with torch.no_grad():
+            latents = net(torch.randint(0, 255, (2, 3, size, size), dtype=torch.uint8))
+        assert latents.shape == (2, 16)
+        assert latents.isfinite().all()
 
 
 def test_the_document_names_every_key():

@@ -87,6 +87,17 @@ def test_one_round_of_fedce_is_sgd_and_an_average():
         assert after[0][key] is after[1][key]
 
 
+def test_batch_statistics_are_learned_and_averaged_and_counters_kept():
+    torch.manual_seed(0)
+    net = Classifier(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), nn.Linear(4, 3)).eval()
+    data = [(torch.randn(8, 5) + i, torch.randint(0, 3, (8,))) for i in range(2)]
+    start = {key: value.detach().clone() for key, value in net.state_dict().items()}
+    after, _ = fedce_round(net, [start] * 2, data, 0, 0, ExtractorConfig(batch=8, local_epochs=1, rounds=1))
+    assert not torch.equal(after[0]["extractor.1.running_mean"], start["extractor.1.running_mean"])
+    assert after[0]["extractor.1.num_batches_tracked"].item() == 1
+    assert start["extractor.1.num_batches_tracked"].item() == 0
+
+
 def test_local_heads_stay_with_their_clients():
     torch.manual_seed(0)
     net = Classifier(nn.Linear(5, 4), nn.Linear(4, 3))

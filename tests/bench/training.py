@@ -1,0 +1,81 @@
+"""What training costs beside its arithmetic. Run it with `make bench`.
+
+Stages 2 and 3 on cached latents of a ResNet18's size, with ten clients and with a hundred at equal data; and a round of
+FedCE without a single step: sampling, averaging and the checkpoint. Medians where a thing is repeated.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from nmoe_train.checkpoint import Checkpoint
+from nmoe_train.config import ExpertsConfig, ExtractorConfig, GateConfig
+from nmoe_train.experts import train_experts
+from nmoe_train.extractor import Classifier, fedce_round
+from nmoe_train.gate import fedgate_round, fresh_gate
+from nmoe_train.nets import NetSpec, build
+
+SAMPLES, DIM, CLASSES = 25_000, 512, 10
+ROUNDS = 30
+
+
+def stages_2_and_3(clients):
+    """Seconds for experts and gate: 25,000 latents of 512 numbers among `clients`."""
+    g = torch.Generator().manual_seed(0)
+    n = SAMPLES // clients
+    centres = torch.randn(CLASSES, DIM, generator=g)
+    labels = [torch.randint(0, CLASSES, (n,), generator=g) for _ in range(clients)]
+    data = [(centres[y] + 3 * torch.randn(n, DIM, generator=g), y) for y in labels]
+    expert = build(NetSpec("mlp", {"dim": DIM, "outputs": CLASSES, "widths": [256, 128, 64]}))
+    began = time.perf_counter()
+    # The epochs that a client's whole data asks for: batches of 50, as for CIFAR-10.
+    states, _ = train_experts(
+        expert, [expert.state_dict()] * clients, data, CLASSES, 0, ExpertsConfig(epochs=10, batch=50)
+    )
+    experts_s = time.perf_counter() - began
+    began = time.perf_counter()
+    with torch.no_grad():
+        outputs = [torch.stack([torch.func.functional_call(expert, s, (h,)) for s in states], 1) for h, _ in data]
+    seen = [(h, o, y) for (h, y), o in zip(data, outputs, strict=True)]
+    gates, config = [fresh_gate(DIM, clients)] * clients, GateConfig()
+    for round_ in range(config.rounds):
+        gates, _ = fedgate_round(gates, seen, round_, 0, config)
+    return experts_s, time.perf_counter() - began
+
+
+def orchestration():
+    """Median milliseconds of a round of the small net with ten clients that take no step, checkpoint included."""
+    net = Classifier(
+        build(NetSpec("small", {"channels": 1, "size": 8})), build(NetSpec("mlp", {"dim": 64, "outputs": CLASSES}))
+    )
+    state = {key: value.detach() for key, value in net.state_dict().items()}
+    data = [(torch.zeros(105, 1, 8, 8, dtype=torch.uint8), torch.zeros(105, dtype=torch.long))] * 10
+    config = ExtractorConfig(local_epochs=0, rounds=ROUNDS)
+    took = []
+    with tempfile.TemporaryDirectory() as folder:
+        for round_ in range(ROUNDS):
+            began = time.perf_counter()
+            states, _ = fedce_round(net, [state] * 10, data, round_, 0, config)
+            Checkpoint({}, "extractor", round_, {"extractor": states}).write(Path(folder) / "checkpoint.safetensors")
+            took.append((time.perf_counter() - began) * 1000)
+    return statistics.median(took)
+
+
+def main():
+    """Print the table."""
+    torch.set_num_threads(2)
+    print(f"training, two threads, torch {torch.__version__}")
+    print(f"{'clients':>8} {'experts s':>10} {'gate s':>8} {'both s':>8}")
+    for clients in (10, 100):
+        experts_s, gate_s = stages_2_and_3(clients)
+        print(f"{clients:>8} {experts_s:>10.1f} {gate_s:>8.1f} {experts_s + gate_s:>8.1f}")
+    print(f"a FedCE round of ten clients without forward, backward and step: {orchestration():.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
