@@ -19,7 +19,8 @@ from safetensors.torch import save
 from nmoe_train.errors import RunError
 from nmoe_train.federation import State
 
-STAGES = ("extractor", "experts", "gate")
+_FACTS = ("config", "stage", "round", "history", "fingerprint")
+"""What stands beside the weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class Checkpoint:
     """By stage, one a client; where all clients share one, it is kept once."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry a round: stage, round, loss."""
+    fingerprint: str = ""
+    """Of the data that it was trained on."""
 
     def write(self, path: Path) -> None:
         """Replace the file; RunError when the disk does not take it."""
@@ -41,13 +44,7 @@ class Checkpoint:
             shared[stage] = len(states) if all(state is states[0] for state in states) else 0
             for i, state in enumerate(states[:1] if shared[stage] else states):
                 tensors |= {f"{stage}/{i}/{key}": value.clone() for key, value in state.items()}
-        facts = {
-            "config": self.config,
-            "stage": self.stage,
-            "round": self.round,
-            "shared": shared,
-            "history": self.history,
-        }
+        facts = {name: getattr(self, name) for name in _FACTS} | {"shared": shared}
         staged = path.with_suffix(".new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,14 +67,14 @@ class Checkpoint:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path}: no checkpoint to go on from: {error}") from error
         states: dict[str, Sequence[State]] = {}
-        for stage, count in facts["shared"].items():
+        for stage, count in facts.pop("shared").items():
             parts: dict[int, dict[str, torch.Tensor]] = {}
             for key, value in tensors.items():
                 of, number, name = key.split("/", 2)
                 if of == stage:
                     parts.setdefault(int(number), {})[name] = value
             states[stage] = [parts[0]] * count if count else [parts[i] for i in sorted(parts)]
-        return cls(facts["config"], facts["stage"], facts["round"], states, facts["history"])
+        return cls(**facts, states=states)
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str | None:

@@ -7,6 +7,8 @@ killed at any moment goes on to the same numbers.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -77,11 +79,12 @@ def deal(dataset: Dataset, config: Config) -> Clients:
 
 def train(config: Config, out: Path, *, resume: bool = False, progress: Progress = lambda *_: None) -> Run:
     """Train, and write the run to `out`; its checkpoint lies beside it until then."""
-    path = out.with_name(out.name + ".partial") / "checkpoint.safetensors"
+    out, path = Path(os.path.abspath(out)), checkpoint_path(out)
     checkpoint = _begin(config, out, path, resume)
     began = time.perf_counter()
     dataset = load(config.data.name)
     clients = deal(dataset, config)
+    checkpoint = _of_this_data(checkpoint, _fingerprint(dataset, clients), path)
     fleet = _Fleet(config, dataset, clients)
     seconds = {}
     for stage in (fleet.train_extractor, fleet.train_experts, fleet.train_gate):
@@ -103,9 +106,14 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: Progress
         },
         metrics=metrics,
     )
-    path.unlink()
-    path.parent.rmdir()
+    shutil.rmtree(path.parent, ignore_errors=True)
     return run
+
+
+def checkpoint_path(out: Path) -> Path:
+    """Where the training whose run will be `out` keeps its checkpoint."""
+    out = Path(os.path.abspath(out))
+    return out.with_name(out.name + ".partial") / "checkpoint.safetensors"
 
 
 def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
@@ -123,9 +131,29 @@ def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
     return checkpoint
 
 
+def _of_this_data(checkpoint: Checkpoint, fingerprint: str, path: Path) -> Checkpoint:
+    """The checkpoint, once it is known that it comes of the same samples."""
+    if checkpoint.fingerprint not in ("", fingerprint):
+        raise RunError(f"{path}: cannot go on with other data: what was trained on has changed since")
+    return replace(checkpoint, fingerprint=fingerprint)
+
+
+def _fingerprint(dataset: Dataset, clients: Clients) -> str:
+    """sha256 of the samples and of who has which."""
+    digest = hashlib.sha256(dataset.fingerprint().encode())
+    for x, y in clients.train + clients.held_out:
+        digest.update(x.numpy().tobytes())
+        digest.update(y.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def stopped_config(out: Path) -> Config:
     """The configuration of the training that stopped at `out`."""
-    return from_plain(Config, Checkpoint.read(out.with_name(out.name + ".partial") / "checkpoint.safetensors").config)
+    path = checkpoint_path(out)
+    try:
+        return from_plain(Config, Checkpoint.read(path).config)
+    except ValueError as error:
+        raise RunError(f"{path}: of another version: {error}") from error
 
 
 class _Fleet:
@@ -234,7 +262,7 @@ class _Fleet:
             seed=config.seed,
             data=DataRecord(
                 self.dataset.name,
-                self._fingerprint(),
+                c.fingerprint,
                 sum(len(y) for _, y in clients.train),
                 "uint8",
                 self.dataset.shape,
@@ -256,13 +284,6 @@ class _Fleet:
         seen = [self._seen(c, x, y) for x, y in parts]
         seen = seen * len(self.clients.train) if len(seen) == 1 else seen
         return [Rows(scores(gate, h), o, y) for gate, (h, o, y) in zip(c.states["gate"], seen, strict=True)]
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(self.dataset.fingerprint().encode())
-        for x, y in self.clients.train + self.clients.held_out:
-            digest.update(x.numpy().tobytes())
-            digest.update(y.numpy().tobytes())
-        return digest.hexdigest()
 
 
 def _after(c: Checkpoint, stage: str, round_: int, states: Sequence[State], loss: float) -> Checkpoint:

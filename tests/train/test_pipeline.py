@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +120,34 @@ def test_another_configuration_refuses_to_resume_and_names_the_difference(tmp_pa
     (tmp_path / "run.partial" / "checkpoint.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(RunError, match="no checkpoint to go on from"):
         train(configure(flags=SHORT), tmp_path / "run", resume=True)
+
+
+def test_other_data_under_the_same_name_refuses_to_resume(tmp_path):
+    def write(seed):
+        draw = np.random.default_rng(seed)
+        arrays = {f"x_{part}": draw.integers(0, 255, (60, 8, 8), np.uint8) for part in ("train", "test")}
+        np.savez(tmp_path / "mine.npz", **arrays, y_train=np.arange(60) % 3, y_test=np.arange(60) % 3)
+
+    def stop(*_):
+        raise Stop
+
+    write(0)
+    config = configure(flags={**SHORT, "data": {"clients": 3, "name": f"npz:{tmp_path}/mine.npz"}})
+    with pytest.raises(Stop):
+        train(config, tmp_path / "run", progress=stop)
+    write(1)
+    with pytest.raises(RunError, match="cannot go on with other data"):
+        train(config, tmp_path / "run", resume=True)
+    write(0)
+    assert train(config, tmp_path / "run", resume=True).record.data.fingerprint
+
+
+def test_a_run_may_be_named_from_inside_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(configure(flags=SHORT), Path())
+    assert read_run(tmp_path / "here").record.experts == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_finished_run_is_not_trained_over(tmp_path):
