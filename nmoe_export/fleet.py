@@ -49,7 +49,10 @@ def export_run(run: Run | Path, out: Path, progress: Callable[[str], None] = lam
             devices = []
             for number in range(run.record.experts):
                 manifest, contents = source.bundle(number, inputs, labels)
-                bundle = write_bundle(staging / manifest.device, manifest, contents)
+                try:
+                    bundle = write_bundle(staging / manifest.device, manifest, contents)
+                except EdgeError as error:
+                    raise SourceError(str(error).replace(str(staging), str(out))) from error
                 fresh = Device(manifest.device, number, f"tcp://127.0.0.1:{FIRST_PORT + number}", "0" * 64)
                 devices.append(
                     replace(before.get(manifest.device, fresh), expert=number, bundle=bundle.manifest.digest)

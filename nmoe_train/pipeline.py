@@ -116,9 +116,13 @@ def checkpoint_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial") / "checkpoint.safetensors"
 
 
-def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
+def _check_unfinished(out: Path) -> None:
     if (out / RUN_FILE).exists():
         raise RunError(f"{out}: holds a finished run; choose another --out")
+
+
+def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
+    _check_unfinished(out)
     plain = to_plain(config)
     if not resume:
         if path.exists():
@@ -149,6 +153,7 @@ def _fingerprint(dataset: Dataset, clients: Clients) -> str:
 
 def stopped_config(out: Path) -> Config:
     """The configuration of the training that stopped at `out`."""
+    _check_unfinished(out)
     path = checkpoint_path(out)
     try:
         return from_plain(Config, Checkpoint.read(path).config)
