@@ -14,6 +14,7 @@ import secrets
 import sys
 from collections import Counter
 
+from nmoe_edge.errors import EdgeError
 from nmoe_edge.fleet import read_fleet_folder
 from nmoe_edge.models import Models
 from nmoe_edge.protocol.exchange import Call, Exchange
@@ -70,7 +71,7 @@ def show(bundles, outputs, rows, sent_bytes):
     """One line a row: its label, who answered, who was missing."""
     labels = next(iter(bundles.values())).labels or range(outputs.shape[1])
     for output, row in zip(outputs, rows, strict=True):
-        experts = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True))
+        experts = ", ".join(f"expert {e} (weight {w:.2f})" for e, w in zip(row.experts, row.weights, strict=True))
         missing = f"; degraded, expert {', '.join(map(str, row.missing))} is missing" if row.degraded else ""
         print(f"  {labels[output.argmax()]:<8} answered by {experts}{missing}")
     print(f"  {sent_bytes} bytes of latents travelled")
@@ -81,12 +82,16 @@ def main(folder):
     _, bundles = read_fleet_folder(folder)
     first = next(iter(bundles.values()))
     inputs = first.selftest.inputs
-    print(f"{len(bundles)} devices; {first.manifest.device} asks:")
+    print(
+        f"{len(bundles)} devices; {first.manifest.device} asks, and answers nothing at home that its gate sends away:"
+    )
     outputs, rows, sent_bytes = answer(bundles, inputs)
     show(bundles, outputs, rows, sent_bytes)
 
     asked = Counter(expert for row in rows for expert in row.experts if expert != first.manifest.expert)
-    silent = max(asked, key=asked.get, default=None)
+    if not asked:
+        return
+    silent = max(asked, key=asked.get)
     print(f"the same with a silent expert {silent}:")
     show(bundles, *answer(bundles, inputs, {silent}))
 
@@ -94,4 +99,7 @@ def main(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} FLEET")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except EdgeError as error:
+        sys.exit(str(error))

@@ -26,7 +26,7 @@ def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
     What is there already is replaced only when it is empty, or holds the file `marker` and no file whose path is not
     matched by the regular expression `ours`.
     """
-    _check_replaceable(destination, marker, re.compile(ours))
+    check_replaceable(destination, marker, ours)
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
@@ -40,13 +40,14 @@ def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path, marker: str, ours: re.Pattern[str]) -> None:
+def check_replaceable(folder: Path, marker: str, ours: str) -> None:
+    """Refuse, as a ValueError, a place that `staged_folder` would not replace: worth asking before long work."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError("not a folder; choose another place")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
-    foreign = [name for name in sorted(inside) if not ours.fullmatch(name)]
+    foreign = [name for name in sorted(inside) if not re.fullmatch(ours, name)]
     if foreign or marker not in inside:
         what = f"{foreign[0]!r}" if foreign else f"something without a {marker}"
         raise ValueError(f"holds {what}, which would be lost; choose another place")

@@ -205,5 +205,5 @@ def parse_manifest(data: bytes) -> Manifest:
         or manifest.digest.encode() != seal[1]
         or sha256(data[: seal.start(1)] + data[seal.end(1) :]) != manifest.digest
     ):
-        raise ValueError("its digest differs: it was changed after it was written")
+        raise ValueError("its digest differs: it was changed after it was written; copy or export it again")
     return manifest

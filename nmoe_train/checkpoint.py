@@ -5,6 +5,7 @@ Weights and what must be known beside them lie in one safetensors file, so that 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class Checkpoint:
             shared[stage] = len(states) if all(state is states[0] for state in states) else 0
             for i, state in enumerate(states[:1] if shared[stage] else states):
                 tensors |= {f"{stage}/{i}/{key}": value.clone() for key, value in state.items()}
-        facts = {name: getattr(self, name) for name in _FACTS} | {"shared": shared}
+        facts = {name: getattr(self, name) for name in _FACTS} | {"shared": shared, "digest": _digest(tensors)}
         staged = path.with_suffix(".new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +65,11 @@ class Checkpoint:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["facts"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            if facts.pop("digest") != _digest(tensors):
+                raise ValueError("its weights are not those that were written")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{path}: no checkpoint to go on from: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise RunError(f"{path}: no checkpoint to go on from: {reason}; remove its folder to begin anew") from error
         states: dict[str, Sequence[State]] = {}
         for stage, count in facts.pop("shared").items():
             parts: dict[int, dict[str, torch.Tensor]] = {}
@@ -75,6 +79,15 @@ class Checkpoint:
                     parts.setdefault(int(number), {})[name] = value
             states[stage] = [parts[0]] * count if count else [parts[i] for i in sorted(parts)]
         return cls(**facts, states=states)
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of all weights, by name."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str | None:

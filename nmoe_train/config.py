@@ -21,6 +21,19 @@ else:
     import tomli as tomllib
 
 
+_COUNT = (1, 10**6)
+_POSITIVE = (1e-12, 1e30)
+_SHARE = (1e-9, 1)
+
+
+def _check(section: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse a setting that is out of its range; null is for what has a default of its own."""
+    for name, (low, high) in ranges.items():
+        value = getattr(section, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}, not in {low:g}..{high:g}")
+
+
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """What is trained on, and who has what."""
@@ -37,8 +50,7 @@ class DataConfig:
     """Share of a client's training samples that no stage trains on: thresholds are chosen and int8 calibrated there."""
 
     def __post_init__(self) -> None:
-        if self.clients < 1:
-            raise ValueError(f"clients is {self.clients}")
+        _check(self, {"clients": (1, 1024), "train_size": (2, 10**9), "test_size": (1, 10**9)})
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, not between 0 and 1")
 
@@ -68,6 +80,15 @@ class ExtractorConfig:
     share: float = 1.0
     """Of the clients, that train in a round."""
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            {"dim": _COUNT, "rounds": _COUNT, "local_epochs": (0, 10**6), "batch": _COUNT, "warm_rounds": (0, 10**6)},
+        )
+        _check(
+            self, {"rate": _POSITIVE, "momentum": (0, 1), "weight_decay": (0, 1e9), "clip": _POSITIVE, "share": _SHARE}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertsConfig:
@@ -83,6 +104,11 @@ class ExpertsConfig:
     batch: int = 20
     rate: float = 2e-3
     weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _check(self, {"epochs": _COUNT, "batch": _COUNT, "rate": _POSITIVE, "weight_decay": (0, 1e9)})
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths are {list(self.widths)}, not numbers from 1 on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +137,10 @@ class GateConfig:
     laps: int = 10
     """RollGate: how often the gate goes round the ring."""
 
+    def __post_init__(self) -> None:
+        _check(self, {"rounds": _COUNT, "local_steps": _COUNT, "batch": _COUNT, "laps": _COUNT, "rate": _POSITIVE})
+        _check(self, {"noise": (0, 1e9), "load_loss": (0, 1e9), "share": _SHARE, "roll_own": (0, 1)})
+
 
 @dataclass(frozen=True, slots=True)
 class InferenceConfig:
@@ -128,6 +158,8 @@ class Config:
     """A whole training."""
 
     seed: int = 0
+    threads: int = 1
+    """Of the CPU. Sums in another order differ in the last bits, so this belongs to the numbers."""
     data: DataConfig = field(default_factory=DataConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -135,6 +167,7 @@ class Config:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
+        _check(self, {"seed": (0, 2**31), "threads": (1, 256)})
         if self.inference.adapt and self.experts.loss == "plain":
             raise ValueError("inference.adapt needs experts.loss = 'adjusted': plain answers carry a prior already")
         if not 1 <= self.inference.top_k <= self.data.clients:

@@ -30,10 +30,14 @@ class Dataset:
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if len(self.labels) < 2:
+            raise DataError(f"{self.name}: {len(self.labels)} class; there is nothing to tell apart")
         for x, y, what in ((self.x_train, self.y_train, "train"), (self.x_test, self.y_test, "test")):
             if x.dtype != np.uint8 or x.ndim != 4 or len(x) == 0:
                 raise DataError(f"{self.name}: {what} images are {x.dtype} {x.shape}, not uint8 (n, C, H, W)")
-            if y.shape != (len(x),) or y.min() < 0 or y.max() >= len(self.labels):
+            if y.shape != (len(x),):
+                raise DataError(f"{self.name}: {len(y)} {what} labels for {len(x)} images")
+            if y.min() < 0 or y.max() >= len(self.labels):
                 raise DataError(f"{self.name}: {what} labels are not one of 0..{len(self.labels) - 1} an image")
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
             raise DataError(
@@ -83,10 +87,14 @@ def _digits() -> Dataset:
 def _npz(path: Path) -> Dataset:
     """x_train, y_train, x_test, y_test and perhaps classes; images are (n, H, W), (n, H, W, C) or (n, C, H, W)."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("one array, not several by name")
+        with archive:
             arrays = {key: archive[key] for key in archive.files}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as an .npz: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as an .npz: {reason}") from error
     missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
     if missing:
         raise DataError(f"{path}: holds no {missing[0]}; it needs x_train, y_train, x_test, y_test")

@@ -45,7 +45,7 @@ def client_update(
     """A client's local epochs of SGD from `state`. x: (n, C, H, W) uint8, y: (n,)"""
     net.train()
     theta = {key: value.clone() for key, value in state.items()}
-    learned = [theta[key].requires_grad_() for key, _ in net.named_parameters()]
+    learned = [theta[key].requires_grad_() for key, p in net.named_parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(learned, rate, momentum=config.momentum, weight_decay=config.weight_decay)
     losses, seen = 0.0, 0
     for _ in range(config.local_epochs):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nmoe_edge.folders import check_replaceable
 from nmoe_edge.schema import from_plain, to_plain
 from nmoe_train.checkpoint import Checkpoint, difference
 from nmoe_train.config import Config
@@ -31,7 +32,7 @@ from nmoe_train.federation import State
 from nmoe_train.gate import exported, fedgate_round, fresh_gate, random_gate, rollgate_stop, scores
 from nmoe_train.nets import NetSpec, build
 from nmoe_train.partition import class_counts, largest_size, split
-from nmoe_train.run import RUN_FILE, DataRecord, Inference, Networks, Run, RunRecord, write_run
+from nmoe_train.run import FILES, RUN_FILE, DataRecord, Inference, Networks, Run, RunRecord, write_run
 
 PAPER_SIZES = {"cifar10": (2500, 1000)}
 ENCODE_BATCH = 512
@@ -81,6 +82,7 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: Progress
     """Train, and write the run to `out`; its checkpoint lies beside it until then."""
     out, path = Path(os.path.abspath(out)), checkpoint_path(out)
     checkpoint = _begin(config, out, path, resume)
+    torch.set_num_threads(config.threads)
     began = time.perf_counter()
     dataset = load(config.data.name)
     clients = deal(dataset, config)
@@ -123,6 +125,10 @@ def _check_unfinished(out: Path) -> None:
 
 def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
     _check_unfinished(out)
+    try:
+        check_replaceable(out, RUN_FILE, FILES)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{out}: {error}") from error
     plain = to_plain(config)
     if not resume:
         if path.exists():
@@ -181,7 +187,11 @@ class _Fleet:
         extractor = self.config.extractor
         if ":" in extractor.backbone:
             return NetSpec(extractor.backbone, dict(extractor.arguments))
-        channels, size, _ = self.dataset.shape
+        channels, size, width = self.dataset.shape
+        if size != width:
+            raise ConfigError(
+                f"images of {size} × {width}: {extractor.backbone} takes square ones; bring a backbone of your own"
+            )
         pixels = self.dataset.x_train / 255
         mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
         given = {"channels": channels, "size": size, "dim": extractor.dim}

@@ -117,9 +117,13 @@ def test_another_configuration_refuses_to_resume_and_names_the_difference(tmp_pa
         train(configure(flags={**SHORT, "extractor": {"rounds": 2, "rate": 0.1}}), tmp_path / "run", resume=True)
     with pytest.raises(RunError, match="--resume"):
         train(configure(flags=SHORT), tmp_path / "run")
-    (tmp_path / "run.partial" / "checkpoint.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(RunError, match="no checkpoint to go on from"):
-        train(configure(flags=SHORT), tmp_path / "run", resume=True)
+    checkpoint = tmp_path / "run.partial" / "checkpoint.safetensors"
+    flipped = bytearray(checkpoint.read_bytes())
+    flipped[-9] ^= 1
+    for damaged in (bytes(flipped), checkpoint.read_bytes()[:-1], b"\0" * 100):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"no checkpoint to go on from.*remove"):
+            train(configure(flags=SHORT), tmp_path / "run", resume=True)
 
 
 def test_other_data_under_the_same_name_refuses_to_resume(tmp_path):
@@ -156,6 +160,32 @@ def test_a_finished_run_is_not_trained_over(tmp_path):
         train(configure(flags=SHORT), tmp_path / "run")
 
 
+def test_a_place_that_is_taken_is_refused_before_the_training(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    seen = []
+    for place in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(RunError, match="choose another place"):
+            train(configure(flags=SHORT), place, progress=lambda *round_: seen.append(round_))
+    assert not seen
+
+
+def test_a_module_in_the_current_folder_is_found_and_what_it_froze_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("frozen_net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Linear(64, 64).requires_grad_(False)\n"
+        "        nn.init.eye_(self.layer.weight)\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(x.float().flatten(1) / 255)\n"
+    )
+    flags = {**SHORT, "extractor": {"rounds": 2, "backbone": "frozen_net:Net"}}
+    run = train(configure(flags=flags), tmp_path / "run")
+    assert torch.equal(run.extractor().layer.weight, torch.eye(64))
+
+
 def test_a_loss_that_explodes_keeps_the_last_good_state(tmp_path):
     config = configure(flags={**SHORT, "extractor": {"rounds": 3, "rate": 1e30, "clip": 1e30, "warm_rounds": 0}})
     with pytest.raises(DivergedError, match="extractor, round"):
@@ -173,6 +203,17 @@ def test_a_backbone_of_another_width_is_refused(tmp_path):
     ("flags", "text"),
     [
         ({"sed": 1}, "unknown key 'sed' .did you mean 'seed'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"threads": 0}, "threads is 0"),
+        ({"extractor": {"rounds": 0}}, "extractor: rounds is 0"),
+        ({"extractor": {"rate": -1.0}}, "extractor: rate is -1.0"),
+        ({"extractor": {"batch": 0}}, "extractor: batch is 0"),
+        ({"extractor": {"dim": 0}}, "extractor: dim is 0"),
+        ({"extractor": {"share": 7.0}}, "extractor: share is 7.0"),
+        ({"experts": {"widths": [0]}}, "experts: widths"),
+        ({"experts": {"epochs": 0}}, "experts: epochs is 0"),
+        ({"gate": {"rounds": -5}}, "gate: rounds is -5"),
+        ({"gate": {"share": 0.0}}, "gate: share is 0.0"),
         ({"gate": {"lap": 1}}, "unknown key 'gate.lap'"),
         ({"data": {"clients": 0}}, "clients is 0"),
         ({"data": {"held_out": 1.0}}, "held_out is 1.0"),
@@ -231,7 +272,7 @@ def test_run_without_an_option_trains_the_default_and_says_what_came_out(run_mai
     monkeypatch.chdir(tmp_path)
     shown = run_main(main, "run", "--rounds", "2", "--clients", "3", "--gate", "rangate")
     assert shown.exit_code == 0, shown.error
-    assert "kept local" in shown.output
+    assert "asked another device" in shown.output
     assert "runs/digits-1: 3 devices; next: nmoe-export runs/digits-1" in shown.output
     assert "extractor    2/2" in shown.error
     again = run_main(main, "run", "--rounds", "1", "--clients", "3", "--gate", "rangate")
@@ -266,7 +307,7 @@ def test_a_resumed_training_keeps_its_own_settings(run_main, tmp_path, monkeypat
         (("--data", "nowhere"), "no data set is called 'nowhere'"),
         (("--data", "npz:nowhere.npz"), "nowhere.npz: cannot be read"),
         (("--clients", "0"), "clients is 0"),
-        (("--clients", "5000"), "without a sample"),
+        (("--clients", "1000"), "without a sample"),
         (("--backbone", "nowhere:net"), "nowhere:net cannot be imported"),
         (("--resume",), "--resume needs --out"),
         (("--resume", "--out", "nowhere"), "no checkpoint to go on from"),
