@@ -1,7 +1,8 @@
 """What a trained fleet is worth: on each device's own distribution, and on everybody's.
 
-A device is evaluated as it will run: the gate picks, a row whose own expert is sure enough stays at home, the answers
-are combined, and the device's own class mix is multiplied in when it has seen enough rows to estimate it.
+The gate picks, a row whose own expert is sure enough stays at home, the answers are combined, and the device's own
+class mix is multiplied in when there are rows enough to estimate it: from the very rows that are scored, without
+labels.
 """
 
 from __future__ import annotations
@@ -55,10 +56,15 @@ def answers(rows: Rows, device: int, rules: Rules) -> tuple[Tensor, Tensor]:
     p = (weights[:, :, None] * mixed).sum(1)
     if rules.combination == "outputs":
         p = p.softmax(1)
-    if rules.adapt and n >= LEAST_ROWS:
-        p = p * class_mix(p)
-        p = p / p.sum(1, keepdim=True)
-    return p, (weights > 0).float() / (weights > 0).sum(1, keepdim=True)
+    return _adapted(p, rules), (weights > 0).float() / (weights > 0).sum(1, keepdim=True)
+
+
+def _adapted(p: Tensor, rules: Rules) -> Tensor:
+    """Times the device's own class mix, when it has rows enough to estimate it. (n, K) -> (n, K)"""
+    if not rules.adapt or len(p) < LEAST_ROWS:
+        return p
+    p = p * class_mix(p)
+    return p / p.sum(1, keepdim=True)
 
 
 def class_mix(p: Tensor, steps: int = 30) -> Tensor:
@@ -128,7 +134,8 @@ def evaluate(own: Sequence[Rows], everybody: Sequence[Rows], rules: Rules) -> di
     result: dict[str, Any] = {}
     for name, parts in (("own", own), ("iid", everybody)):
         networked = [answers(rows, i, rules) for i, rows in enumerate(parts)]
-        alone = [rows.outputs[:, i].softmax(1) for i, rows in enumerate(parts)]
+        # With the class mix as well: an adjusted expert without it would be compared with its hands tied.
+        alone = [_adapted(rows.outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
         truth = [rows.y for rows in parts]
         routing = torch.stack([went.mean(0) for _, went in networked])  # (devices, N)
         result[name] = {

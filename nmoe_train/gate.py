@@ -1,6 +1,6 @@
 """Stage 3: the gate, which knows whom to ask.
 
-    RanGate    scores that are random: whom it asks has nothing to do with the latent's class
+    RanGate    a fixed random linear map of the latent: nobody trained it, but like latents go the same way
     RollGate   passed round the ring; each client labels its samples with itself (p = 0.7) or another, and trains it
     FedGate    min over G of  -log Σⱼ gⱼ(h) pⱼ(y|h),   g = softmax(G(h) + ε),   federally
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +107,9 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: Progress
         },
         metrics=metrics,
     )
-    shutil.rmtree(path.parent, ignore_errors=True)
+    path.unlink()
+    if not any(path.parent.iterdir()):
+        path.parent.rmdir()
     return run
 
 
@@ -125,6 +126,8 @@ def _check_unfinished(out: Path) -> None:
 
 def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
     _check_unfinished(out)
+    if out in (Path.cwd(), *Path.cwd().parents):
+        raise RunError(f"{out}: the current folder would be replaced; choose another place")
     try:
         check_replaceable(out, RUN_FILE, FILES)
     except (OSError, ValueError) as error:

@@ -146,12 +146,19 @@ def test_other_data_under_the_same_name_refuses_to_resume(tmp_path):
     assert train(config, tmp_path / "run", resume=True).record.data.fingerprint
 
 
-def test_a_run_may_be_named_from_inside_its_folder(tmp_path, monkeypatch):
+def test_the_current_folder_is_never_replaced(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    train(configure(flags=SHORT), Path())
-    assert read_run(tmp_path / "here").record.experts == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    for place in (Path(), tmp_path):
+        with pytest.raises(RunError, match="the current folder would be replaced"):
+            train(configure(flags=SHORT), place)
+
+
+def test_what_somebody_laid_beside_the_checkpoint_stays(tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "thesis.txt").touch()
+    train(configure(flags=SHORT), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run.partial").iterdir()] == ["thesis.txt"]
 
 
 def test_a_finished_run_is_not_trained_over(tmp_path):

@@ -268,3 +268,12 @@ def test_the_share_kept_local_is_the_mean_diagonal_of_the_routing_matrix():
     result = evaluate([ROWS, ROWS], [ROWS, ROWS], Rules(1, "probabilities", None, False))
     assert result["own"]["routing"] == [[0.5, 0.0, 0.5]] * 2
     assert result["own"]["kept_local"] == 0.25
+
+
+def test_an_expert_alone_gets_the_same_class_mix_as_the_fleet():
+    """One device: the fleet is its expert, so the two figures are one."""
+    torch.manual_seed(0)
+    y = torch.multinomial(torch.tensor([0.8, 0.1, 0.1]), 400, replacement=True)
+    rows = Rows(torch.zeros(400, 1), (torch.randn(400, 3) + torch.eye(3)[y])[:, None], y)
+    result = evaluate([rows], [rows], Rules(1, "probabilities", None, True))
+    assert result["own"]["networked"] == result["own"]["own_expert"]
