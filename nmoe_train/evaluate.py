@@ -1,33 +1,23 @@
 """What a trained fleet is worth: on each device's own distribution, and on everybody's.
 
-The gate picks, a row whose own expert is sure enough stays at home, the answers are combined, and the device's own
-class mix is multiplied in when there are rows enough to estimate it: from the very rows that are scored, without
-labels.
+The gate picks, a row whose own expert is sure enough stays at home, the answers are combined, and where the run says
+so the device's own class mix is multiplied in. That mix is estimated without labels and from other rows than those it
+is applied to: two halves of a device's rows help each other. Thresholds are chosen under the same rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nmoe_train.run import Inference
+
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-LEAST_ROWS = 200
-"""Rows of traffic before a device trusts its estimate of its own class mix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What a device does with scores and answers."""
-
-    top_k: int
-    combination: str
-    local_first: float | None
-    adapt: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,29 +32,32 @@ class Rows:
     """(n,)"""
 
 
-def answers(rows: Rows, device: int, rules: Rules) -> tuple[Tensor, Tensor]:
+def answers(rows: Rows, device: int, rules: Inference) -> tuple[Tensor, Tensor]:
     """Class probabilities (n, K), and which experts each row went to (n, N), a share each."""
     n, experts = rows.scores.shape
-    kept = torch.full((n, experts), -torch.inf)
     top = rows.scores.topk(rules.top_k, dim=1)
-    kept.scatter_(1, top.indices, top.values)
-    weights = kept.softmax(1)  # (n, N): zero for whom the gate did not pick
+    said = rows.outputs.gather(1, top.indices[:, :, None].expand(-1, -1, rows.outputs.shape[2]))  # (n, k, K)
+    own = rows.outputs[:, device].softmax(1)
+    if rules.combination == "probabilities":
+        p = (top.values.softmax(1)[:, :, None] * said.softmax(2)).sum(1)
+    else:
+        p = (top.values.softmax(1)[:, :, None] * said).sum(1).softmax(1)
+    went = torch.zeros(n, experts).scatter_(1, top.indices, 1 / rules.top_k)
     if rules.local_first is not None:
-        sure = rows.outputs[:, device].softmax(1).max(1).values > rules.local_first
-        weights[sure] = torch.eye(experts)[device]
-    mixed = rows.outputs.softmax(2) if rules.combination == "probabilities" else rows.outputs
-    p = (weights[:, :, None] * mixed).sum(1)
-    if rules.combination == "outputs":
-        p = p.softmax(1)
-    return _adapted(p, rules), (weights > 0).float() / (weights > 0).sum(1, keepdim=True)
+        sure = own.max(1).values > rules.local_first
+        p[sure], went[sure] = own[sure], torch.eye(experts)[device]
+    return adapted(p, rules), went
 
 
-def _adapted(p: Tensor, rules: Rules) -> Tensor:
-    """Times the device's own class mix, when it has rows enough to estimate it. (n, K) -> (n, K)"""
-    if not rules.adapt or len(p) < LEAST_ROWS:
+def adapted(p: Tensor, rules: Inference) -> Tensor:
+    """Times the device's own class mix, each half of the rows with the mix of the other. (n, K) -> (n, K)"""
+    if not rules.adapt or len(p) < 2:
         return p
-    p = p * class_mix(p)
-    return p / p.sum(1, keepdim=True)
+    result = torch.empty_like(p)
+    for mine, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        weighed = p[mine] * class_mix(p[other])
+        result[mine] = weighed / weighed.sum(1, keepdim=True)
+    return result
 
 
 def class_mix(p: Tensor, steps: int = 30) -> Tensor:
@@ -77,14 +70,14 @@ def class_mix(p: Tensor, steps: int = 30) -> Tensor:
     return mix
 
 
-def choose_threshold(own: Sequence[Rows], everybody: Sequence[Rows], rules: Rules) -> float | None:
+def choose_threshold(own: Sequence[Rows], everybody: Sequence[Rows], rules: Inference) -> float | None:
     """The confidence over which a row stays at home: the best on held-out rows, and of equals what keeps most there.
 
     own, everybody: for each device its own held-out rows, and all devices'
     """
 
     def worth(threshold: float | None) -> float:
-        tried = Rules(rules.top_k, rules.combination, threshold, rules.adapt)
+        tried = replace(rules, local_first=threshold)
         return float(
             np.mean([accuracy(answers(r, i, tried)[0], r.y) for part in (own, everybody) for i, r in enumerate(part)])
         )
@@ -114,34 +107,37 @@ def auc(p: Tensor, y: Tensor) -> float | None:
     return float(np.mean([roc_auc_score(y.numpy() == k, p[:, k].numpy()) for k in present])) if present else None
 
 
-def measure(p: Sequence[Tensor], y: Sequence[Tensor]) -> dict[str, float | None]:
-    """Accuracy, macro F1 and AUC of each device, averaged; no AUC where no device has two classes."""
-    classes = p[0].shape[1]
-    pairs = list(zip(p, y, strict=True))
-    areas = [area for area in (auc(a, b) for a, b in pairs) if area is not None]
+def measure(p: Sequence[Tensor], y: Sequence[Tensor]) -> dict[str, Any]:
+    """Accuracy, macro F1 and AUC: the mean of the devices', all rows pooled, and each device's accuracy.
+
+    AUC is None where no device has two classes.
+    """
+    each = [_figures(a, b) for a, b in zip(p, y, strict=True)]
+    areas = [figures["auc"] for figures in each if figures["auc"] is not None]
     return {
-        "accuracy": float(np.mean([accuracy(a, b) for a, b in pairs])),
-        "macro_f1": float(np.mean([macro_f1(a.argmax(1), b, classes) for a, b in pairs])),
+        "accuracy": float(np.mean([figures["accuracy"] for figures in each])),
+        "macro_f1": float(np.mean([figures["macro_f1"] for figures in each])),
         "auc": float(np.mean(areas)) if areas else None,
+        "pooled": _figures(torch.cat(list(p)), torch.cat(list(y))),
+        "devices": [figures["accuracy"] for figures in each],
     }
 
 
-def evaluate(own: Sequence[Rows], everybody: Sequence[Rows], rules: Rules) -> dict[str, Any]:
-    """The fleet as it will run, beside each device on its own.
+def _figures(p: Tensor, y: Tensor) -> dict[str, float | None]:
+    return {"accuracy": accuracy(p, y), "macro_f1": macro_f1(p.argmax(1), y, p.shape[1]), "auc": auc(p, y)}
 
-    own, everybody: for each device its own test rows, and the balanced test set
-    """
-    result: dict[str, Any] = {}
-    for name, parts in (("own", own), ("iid", everybody)):
-        networked = [answers(rows, i, rules) for i, rows in enumerate(parts)]
-        # With the class mix as well: an adjusted expert without it would be compared with its hands tied.
-        alone = [_adapted(rows.outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
-        truth = [rows.y for rows in parts]
-        routing = torch.stack([went.mean(0) for _, went in networked])  # (devices, N)
-        result[name] = {
-            "networked": measure([p for p, _ in networked], truth),
-            "own_expert": measure(alone, truth),
-            "kept_local": routing.diag().mean().item(),
-            "routing": routing.tolist(),
-        }
-    return result
+
+def evaluate(parts: Sequence[Rows], rules: Inference) -> dict[str, Any]:
+    """The fleet as it will run, beside each device on its own. parts: each device's test rows"""
+    networked = [answers(rows, i, rules) for i, rows in enumerate(parts)]
+    # With the class mix as well: an adjusted expert without it would be compared with its hands tied.
+    alone = [adapted(rows.outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
+    truth = [rows.y for rows in parts]
+    routing = torch.stack([went.mean(0) for _, went in networked])  # (devices, N)
+    return {
+        "networked": measure([p for p, _ in networked], truth),
+        "own_expert": measure(alone, truth),
+        "kept_local": routing.diag().mean().item(),
+        "routing": routing.tolist(),
+        "load": routing.mean(0).tolist(),
+    }

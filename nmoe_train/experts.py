@@ -9,7 +9,7 @@ class, which is what another device wants to know. All clients are trained at on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import ExpertsConfig
-from nmoe_train.errors import DivergedError
-from nmoe_train.federation import State, generator
+from nmoe_train.federation import Round, State, Update, check, generator, report
 
 SMOOTHING = 0.5
 """Added to every class count: a class that a client never saw has a small prior, not none."""
@@ -37,8 +36,12 @@ def train_experts(
     classes: int,
     seed: int,
     config: ExpertsConfig,
-) -> tuple[list[State], float]:
-    """Every client's expert, and the last epoch's mean loss. data: each client's latents (n, d) and labels (n,)"""
+    progress: Callable[[Round], None] = lambda _: None,
+) -> tuple[list[State], Round]:
+    """Every client's expert, and the last epoch. data: each client's latents (n, d) and labels (n,)
+
+    progress: told of every epoch but the last
+    """
     clients = len(data)
     theta = {key: torch.stack([start[key] for start in starts]).requires_grad_() for key in starts[0]}
     log_prior = torch.stack([class_prior(y, classes).log() for _, y in data])  # (clients, K)
@@ -48,30 +51,32 @@ def train_experts(
     forward = vmap(lambda state, h: functional_call(net, state, (h,)))
     steps = max(-(-len(y) // config.batch) for _, y in data)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * steps)
-    loss = torch.zeros(())
     for epoch in range(config.epochs):
-        rows = torch.stack(
-            [
-                _order(len(y), steps * config.batch, generator(seed, "experts", epoch, i))
-                for i, (_, y) in enumerate(data)
-            ]
-        )
+        rows = [
+            _order(len(y), steps * config.batch, generator(seed, "experts", epoch, i)) for i, (_, y) in enumerate(data)
+        ]
         h = torch.stack([h[order] for (h, _), order in zip(data, rows, strict=True)])  # (clients, steps·B, d)
         y = torch.stack([y[order] for (_, y), order in zip(data, rows, strict=True)])  # (clients, steps·B)
+        losses, hits = torch.zeros(clients), torch.zeros(clients)
         for step in range(steps):
             batch = slice(step * config.batch, (step + 1) * config.batch)
             logits = forward(theta, h[:, batch]) + log_prior[:, None]  # (clients, B, K)
-            # Summed over clients: each one's gradient is that of its own mean loss.
-            loss = cross_entropy(logits.flatten(0, 1), y[:, batch].flatten()) * clients
+            loss = cross_entropy(logits.flatten(0, 1), y[:, batch].flatten(), reduction="none").view(clients, -1)
             optimiser.zero_grad()
-            loss.backward()
+            loss.mean(1).sum().backward()  # summed over clients: each one's gradient is that of its own mean loss
             optimiser.step()
             schedule.step()
-    if not loss.isfinite():
-        raise DivergedError("experts: the loss is no number; try a lower rate")
-    return [
-        {key: value[i].detach().clone() for key, value in theta.items()} for i in range(clients)
-    ], loss.item() / clients
+            losses += loss.detach().mean(1) / steps
+            hits += (logits.detach().argmax(2) == y[:, batch]).float().mean(1) / steps
+        states = [{key: value[i].detach() for key, value in theta.items()} for i in range(clients)]
+        updates = [
+            Update(i, state, len(data[i][1]), losses[i].item(), hits[i].item()) for i, state in enumerate(states)
+        ]
+        check("experts", epoch, updates)
+        told = report("experts", epoch, config.epochs, updates)
+        if epoch + 1 < config.epochs:
+            progress(told)
+    return [{key: value.clone() for key, value in state.items()} for state in states], told
 
 
 def _order(samples: int, due: int, g: torch.Generator) -> Tensor:

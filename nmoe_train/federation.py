@@ -28,6 +28,30 @@ class Update:
     samples: int
     loss: float
     """Mean over what it trained on."""
+    accuracy: float | None = None
+    """Likewise, on its own samples while it trained; None where there are no labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What is told of a round when it is over."""
+
+    stage: str
+    round: int
+    """From 1 on."""
+    rounds: int
+    """In all."""
+    loss: float | None
+    """None where everybody dropped out."""
+    accuracy: float | None = None
+    lost: tuple[int, ...] = ()
+    """Clients that were to take part and dropped out."""
+    up: int = 0
+    """Bytes from all clients."""
+    down: int = 0
+    """Bytes to all clients."""
+    epsilon: float | None = None
+    """What all releases so far cost, where they are protected."""
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
@@ -37,10 +61,17 @@ def generator(seed: int, *key: object) -> torch.Generator:
 
 
 def participants(clients: int, share: float, seed: int, *key: object) -> list[int]:
-    """Who trains in this round: round(share · clients) of them, at least one, in the order of their numbers."""
+    """Who is to train in this round: round(share · clients), at least one, in the order of their numbers."""
     count = max(1, round(share * clients))
     chosen: list[int] = torch.randperm(clients, generator=generator(seed, *key, "participants"))[:count].tolist()
     return sorted(chosen)
+
+
+def attending(clients: int, share: float, drop: float, seed: int, *key: object) -> tuple[list[int], tuple[int, ...]]:
+    """Of the participants those who stay, and those who drop out, each with probability `drop`."""
+    chosen = participants(clients, share, seed, *key)
+    luck = torch.rand(clients, generator=generator(seed, *key, "drop"))
+    return [i for i in chosen if luck[i] >= drop], tuple(i for i in chosen if luck[i] < drop)
 
 
 def average(updates: Sequence[Update]) -> dict[str, Tensor]:
@@ -56,15 +87,32 @@ def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     return shared
 
 
-def check_losses(stage: str, round_: int, updates: Sequence[Update]) -> float:
-    """The round's mean loss; DivergedError names the client whose loss is no number."""
+def check(stage: str, round_: int, updates: Sequence[Update]) -> None:
+    """Refuse an update with a loss or a weight that is no number: DivergedError names its client."""
     for update in updates:
-        if not math.isfinite(update.loss):
+        finite = all(value.isfinite().all() for value in update.state.values() if value.is_floating_point())
+        if not (finite and math.isfinite(update.loss)):
+            what = f"the loss is {update.loss}" if finite else "a weight is no number"
             raise DivergedError(
-                f"{stage}, round {round_ + 1}: the loss of client {update.client} is {update.loss};"
-                " the state before this round is kept; try a lower rate"
+                f"{stage}, round {round_ + 1}, client {update.client}: {what}; the state before this round is kept;"
+                f" begin anew with a lower {stage}.rate"
             )
-    return sum(update.loss * update.samples for update in updates) / sum(update.samples for update in updates)
+
+
+def report(stage: str, round_: int, rounds: int, updates: Sequence[Update], **more: object) -> Round:
+    """A round's mean loss and accuracy, by client size."""
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [(value, u.samples) for value, u in zip(values, updates, strict=True) if value is not None]
+        return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+
+    loss, accuracy = mean([u.loss for u in updates]), mean([u.accuracy for u in updates])
+    return Round(stage, round_ + 1, rounds, loss, accuracy, **more)
+
+
+def size(state: State) -> int:
+    """Bytes of a state on its way."""
+    return sum(value.numel() * value.element_size() for value in state.values())
 
 
 def cosine(round_: int, rounds: int, warm_rounds: int = 0) -> float:

@@ -1,139 +1,219 @@
 """Stage 3: the gate, which knows whom to ask.
 
-    RanGate    a fixed random linear map of the latent: nobody trained it, but like latents go the same way
+    RanGate    a draw that knows nothing, with given shares; the latent decides, so that it is the same everywhere
     RollGate   passed round the ring; each client labels its samples with itself (p = 0.7) or another, and trains it
     FedGate    min over G of  -log Σⱼ gⱼ(h) pⱼ(y|h),   g = softmax(G(h) + ε),   federally
 
 Experts are frozen, so what they say to a client's latents is computed once. The dense mixture is trained, because the
 softmax over one kept score is constant; the top-k is taken at inference. With partial synchronisation the scores are
-shared(h) + bᵢ, and only the shared part is averaged: bᵢ lets a device lean to itself.
+shared(h) + own(h), and only the shared part is averaged: the own part lets a device lean to itself. All clients of a
+round are trained at once, with stacked weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import GateConfig
-from nmoe_train.federation import State, Update, average, check_losses, cosine, generator, participants
-
-OWN_BIAS = "own"
-"""The key of a device's own bias beside the shared `weight` and `bias`."""
-
-
-def fresh_gate(dim: int, experts: int) -> dict[str, Tensor]:
-    """A linear gate that prefers nobody."""
-    return {"weight": torch.zeros(experts, dim), "bias": torch.zeros(experts), OWN_BIAS: torch.zeros(experts)}
-
-
-def random_gate(dim: int, experts: int, seed: int) -> dict[str, Tensor]:
-    """RanGate: a linear gate with random weights, the same on every device and for every latent."""
-    weight = torch.randn(experts, dim, generator=generator(seed, "rangate"))
-    return {**fresh_gate(dim, experts), "weight": weight}
+from nmoe_train.federation import (
+    Round,
+    State,
+    Update,
+    attending,
+    average,
+    check,
+    cosine,
+    generator,
+    report,
+    size,
+)
+from nmoe_train.losses import load_loss, mixture_loss
 
 
-def scores(gate: State, h: Tensor) -> Tensor:
-    """shared(h) + bᵢ. (n, d) -> (n, experts)"""
-    return h @ gate["weight"].T + gate["bias"] + gate[OWN_BIAS]
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A client's samples as its gate sees them."""
+
+    h: Tensor
+    """(n, d)"""
+    said: Tensor
+    """What the experts say: see losses.mixture_loss."""
+    y: Tensor
+    """(n,)"""
+
+
+def seen(h: Tensor, outputs: Tensor, y: Tensor, kind: str) -> Seen:
+    """What a mixture's loss needs of every expert's outputs (n, N, K)."""
+    if kind == "probabilities":
+        outputs = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (n, N)
+    return Seen(h, outputs, y)
+
+
+class Gate(nn.Module):
+    """shared(h) + own(h), own(h) being nothing, a bias, or a linear layer."""
+
+    def __init__(self, shared: nn.Module, dim: int, experts: int, own: str) -> None:
+        """Prefers nobody: the last layer that learns starts as zero, and so does the own part."""
+        super().__init__()
+        last = [layer for layer in shared.modules() if isinstance(layer, nn.Linear)][-1:]
+        for parameter in (p for layer in last for p in layer.parameters()):
+            nn.init.zeros_(parameter)
+        shapes = {
+            "nothing": {},
+            "bias": {"bias": (experts,)},
+            "weights": {"bias": (experts,), "weight": (experts, dim)},
+        }
+        self.shared, self.experts = shared, experts
+        self.own = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes[own].items()})
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(n, d) -> (n, experts)"""
+        scores = self.shared(h)
+        scores = scores + self.own["bias"] if "bias" in self.own else scores
+        return scores + h @ self.own["weight"].T if "weight" in self.own else scores
 
 
 def exported(gate: State) -> dict[str, Tensor]:
-    """The same gate as one linear layer."""
-    return {"weight": gate["weight"], "bias": gate["bias"] + gate[OWN_BIAS]}
+    """The same gate as its shared part alone, which takes the own part in."""
+    state = {key.removeprefix("shared."): value for key, value in gate.items() if key.startswith("shared.")}
+    if "own.bias" in gate:
+        last = max((key for key in state if key.endswith("bias")), key=lambda key: (len(key), key))
+        state[last] = state[last] + gate["own.bias"]
+    if "own.weight" in gate:
+        state["weight"] = state["weight"] + gate["own.weight"]
+    return state
 
 
-def mixture_loss(g: Tensor, outputs: Tensor, y: Tensor, kind: str) -> Tensor:
-    """-log of the mixture's probability of the truth. g: (B, N), outputs: (B, N, K), y: (B,)"""
-    if kind == "outputs":
-        return cross_entropy((g[:, :, None] * outputs).sum(1), y)
-    log_p = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (B, N)
-    return -(g.log() + log_p).logsumexp(1).mean()
-
-
-def load_loss(g: Tensor) -> Tensor:
-    """Switch: N · Σ f̄ⱼ P̄ⱼ, f̄ the share of rows whose favourite is j, P̄ the mean of gⱼ; 1 when balanced. g: (B, N)"""
-    n = g.shape[1]
-    favourite = torch.bincount(g.argmax(1), minlength=n) / len(g)
-    return n * (favourite * g.mean(0)).sum()
-
-
-def client_update(
-    gate: State, client: int, h: Tensor, outputs: Tensor, y: Tensor, rate: float, config: GateConfig, g: torch.Generator
-) -> Update:
-    """A client's local steps of FedGate. h: (n, d), outputs: (n, N, K) of all experts on h, y: (n,)"""
-    theta = {key: value.clone() for key, value in gate.items()}
-    learned = ["weight", "bias"] if config.synchronise == "all" else ["weight", "bias", OWN_BIAS]
-    total = 0.0
-    for _ in range(config.local_steps):
-        batch = torch.randperm(len(h), generator=g)[: config.batch]
-        for key in learned:
-            theta[key].requires_grad_()
-        noise = config.noise * torch.randn(len(batch), outputs.shape[1], generator=g)
-        mix = (scores(theta, h[batch]) + noise).softmax(1)
-        loss = mixture_loss(mix, outputs[batch], y[batch], config.loss)
-        if config.load_loss:
-            loss = loss + config.load_loss * load_loss(mix)
-        gradients = torch.autograd.grad(loss, [theta[key] for key in learned])
-        scale = _step_size(gradients, rate, config)
-        for key, gradient in zip(learned, gradients, strict=True):
-            theta[key] = theta[key].detach() - scale * gradient
-        total += loss.item()
-    return Update(client, theta, len(h), total / config.local_steps)
+def imported(state: State, own: State) -> dict[str, Tensor]:
+    """The gate that was exported so; own: an own part of zeros."""
+    return {**{f"shared.{key}": value for key, value in state.items()}, **own}
 
 
 def fedgate_round(
+    net: Gate, gates: Sequence[State], data: Sequence[Seen], round_: int, seed: int, config: GateConfig
+) -> tuple[list[State], Round]:
+    """One round: every client's gate before -> after."""
+    rate = config.rate * cosine(round_, config.rounds)
+    here, lost = attending(len(data), config.share, config.drop, seed, "gate", round_)
+    updates = _stacked_updates(net, gates, data, here, rate, round_, seed, config) if here else []
+    check("gate", round_, updates)
+    sent = size({key: value for key, value in gates[0].items() if key.startswith("shared.")})
+    told = report(
+        "gate",
+        round_,
+        config.rounds,
+        updates,
+        lost=lost,
+        up=sent * len(here),
+        down=sent * (len(here) + len(lost)),
+    )
+    if not updates:
+        return list(gates), told
+    shared = {key: value for key, value in average(updates).items() if key.startswith("shared.")}
+    latest = dict(enumerate(gates)) | {update.client: update.state for update in updates}
+    return [{**latest[i], **shared} for i in range(len(gates))], told
+
+
+def _stacked_updates(
+    net: Gate,
     gates: Sequence[State],
-    data: Sequence[tuple[Tensor, Tensor, Tensor]],
+    data: Sequence[Seen],
+    here: Sequence[int],
+    rate: float,
     round_: int,
     seed: int,
     config: GateConfig,
-) -> tuple[list[State], float]:
-    """One round: every client's gate before -> after, and the mean loss. data: each client's (h, outputs, y)"""
-    rate = config.rate * cosine(round_, config.rounds)
-    updates = [
-        client_update(gates[i], i, *data[i], rate, config, generator(seed, "gate", round_, i))
-        for i in participants(len(data), config.share, seed, "gate", round_)
+) -> list[Update]:
+    """The local steps of FedGate of all clients that are here, at once: each one's numbers are those it has alone."""
+    forward = vmap(lambda state, h: functional_call(net, state, (h,)))
+    theta = {key: torch.stack([gates[i][key] for i in here]) for key in gates[here[0]]}
+    learned = sorted(theta)
+    sources = [generator(seed, "gate", round_, i) for i in here]
+    total = torch.zeros(len(here))
+    for _ in range(config.local_steps):
+        drawn = [_drawn(len(data[i].y), config, net.experts, g) for i, g in zip(here, sources, strict=True)]
+        noise, present = torch.stack([d[1] for d in drawn]), torch.stack([d[2] for d in drawn])
+        h, said, y = (
+            torch.stack([getattr(data[i], name)[rows] for i, (rows, _, _) in zip(here, drawn, strict=True)])
+            for name in ("h", "said", "y")
+        )
+        for key in learned:
+            theta[key].requires_grad_()
+        log_g = (forward(theta, h) + noise).log_softmax(2)  # (clients, B, N)
+        losses = (mixture_loss(log_g, said, y, config.loss) * present).sum(1) / present.sum(1)
+        if config.load_loss:
+            losses = losses + config.load_loss * load_loss(log_g.exp(), present)
+        gradients = torch.autograd.grad(losses.sum(), [theta[key] for key in learned])
+        scale = _step_sizes([gradient.flatten(1) for gradient in gradients], rate, config)
+        for key, gradient in zip(learned, gradients, strict=True):
+            theta[key] = theta[key].detach() - scale.view(-1, *[1] * (gradient.ndim - 1)) * gradient
+        total += losses.detach()
+    return [
+        Update(
+            client,
+            {key: value[j] for key, value in theta.items()},
+            len(data[client].y),
+            total[j].item() / config.local_steps,
+        )
+        for j, client in enumerate(here)
     ]
-    loss = check_losses("gate", round_, updates)
-    shared, own = average(updates), {update.client: update.state[OWN_BIAS] for update in updates}
-    return [{**shared, OWN_BIAS: own.get(i, gates[i][OWN_BIAS])} for i in range(len(gates))], loss
+
+
+def _drawn(samples: int, config: GateConfig, experts: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch's rows (B,), the noise on their scores (B, N), and a one for each that is no padding (B,)."""
+    rows = torch.randperm(samples, generator=g)[: config.batch]
+    noise = config.noise * torch.randn(config.batch, experts, generator=g)
+    padding = config.batch - len(rows)
+    present = torch.cat([torch.ones(len(rows)), torch.zeros(padding)])
+    return torch.cat([rows, torch.zeros(padding, dtype=torch.long)]), noise, present
+
+
+def _step_sizes(gradients: Sequence[Tensor], rate: float, config: GateConfig) -> Tensor:
+    """The rate over each gradient's length: always (unit), or only when it is over one (clipped). -> (clients,)"""
+    length = torch.cat(list(gradients), 1).norm(dim=1)
+    return rate / (length + 1e-12) if config.step == "unit" else rate / length.clamp(min=1)
 
 
 def rollgate_stop(
-    gates: Sequence[State],
-    data: Sequence[tuple[Tensor, Tensor, Tensor]],
-    stop: int,
-    seed: int,
-    config: GateConfig,
-) -> tuple[list[State], float]:
+    net: Gate, gates: Sequence[State], data: Sequence[Seen], stop: int, seed: int, config: GateConfig
+) -> tuple[list[State], Round]:
     """One stop of RollGate: the client whose turn it is trains the one gate for an epoch, then hands it on.
 
     Its samples are labelled with itself with probability p, else with any other expert.
     """
-    client = stop % len(data)
-    h, outputs, _ = data[client]
+    client, experts = visited(stop, len(data), seed, config), len(data)
+    h = data[client].h
     g = generator(seed, "rollgate", stop, client)
-    others = torch.randint(0, outputs.shape[1] - 1, (len(h),), generator=g)
+    others = torch.randint(0, experts - 1, (len(h),), generator=g)
     others = others + (others >= client)
     label = torch.where(torch.rand(len(h), generator=g) < config.roll_own, client, others)
-    gate = {key: value.clone() for key, value in gates[0].items()}
-    rate, total = config.rate * cosine(stop, config.laps * len(data)), 0.0
+    gate = dict(gates[0])
+    learned = sorted(key for key in gate if key.startswith("shared."))
+    rate, total, hits = config.rate * cosine(stop, config.laps * experts), 0.0, 0
     for batch in torch.randperm(len(h), generator=g).split(config.batch):
-        learned = [gate[key].requires_grad_() for key in ("weight", "bias")]
-        loss = cross_entropy(scores(gate, h[batch]), label[batch])
-        gradients = torch.autograd.grad(loss, learned)
-        scale = _step_size(gradients, rate, config)
-        for key, gradient in zip(("weight", "bias"), gradients, strict=True):
-            gate[key] = gate[key].detach() - scale * gradient
-        total += loss.item() * len(batch)
-    check_losses("gate", stop, [Update(client, gate, len(h), total / len(h))])
-    return [gate] * len(gates), total / len(h)
+        theta = {key: gate[key].detach().requires_grad_(key in learned) for key in gate}
+        scores = functional_call(net, theta, (h[batch],))
+        loss = cross_entropy(scores, label[batch])
+        gradients = torch.autograd.grad(loss, [theta[key] for key in learned])
+        scale = _step_sizes([gradient.flatten()[None] for gradient in gradients], rate, config)
+        for key, gradient in zip(learned, gradients, strict=True):
+            gate[key] = gate[key] - scale * gradient
+        total, hits = total + loss.item() * len(batch), hits + int((scores.argmax(1) == label[batch]).sum())
+    update = Update(client, gate, len(h), total / len(h), hits / len(h))
+    check("gate", stop, [update])
+    sent = size({key: gate[key] for key in learned})
+    return [gate] * experts, report("gate", stop, config.laps * experts, [update], up=sent, down=sent)
 
 
-def _step_size(gradients: Sequence[Tensor], rate: float, config: GateConfig) -> Tensor:
-    """The rate over the gradient's length: always (unit), or only when it is longer than one (clipped)."""
-    length = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    return rate / (length + 1e-12) if config.step == "unit" else rate / length.clamp(min=1)
+def visited(stop: int, clients: int, seed: int, config: GateConfig) -> int:
+    """Whom RollGate visits: everybody once a lap, round the ring or in an order that each lap draws anew."""
+    lap, place = divmod(stop, clients)
+    if config.order == "ring":
+        return place
+    return int(torch.randperm(clients, generator=generator(seed, "order", lap))[place])

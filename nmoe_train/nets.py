@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,11 +140,36 @@ def linear(dim: int, outputs: int) -> nn.Module:
     return nn.Linear(dim, outputs)
 
 
+class Random(nn.Module):
+    """RanGate: whom a latent goes to is drawn with given probabilities, and the same for the same latent everywhere.
+
+    A number uⱼ, as good as uniform, is made of the latent for each expert: the phase of a random projection, of which
+    like latents are turns apart. The largest of uⱼ^(1/pⱼ) is expert j's with probability pⱼ.
+    """
+
+    TURNS = 4.0
+    """Standard deviation of the phase over normalised latents: enough to forget where it came from."""
+
+    def __init__(self, dim: int, outputs: int, shares: Sequence[float]) -> None:
+        """(B, dim) -> (B, outputs)"""
+        super().__init__()
+        if len(shares) != outputs:
+            raise ValueError(f"{len(shares)} shares for {outputs} outputs")
+        self.register_buffer("weight", torch.randn(outputs, dim) * self.TURNS / dim**0.5)
+        self.register_buffer("power", 1 / (outputs * torch.tensor(list(shares))))
+
+    def forward(self, h: Tensor) -> Tensor:
+        phase = h @ self.weight.T
+        u = 2 * (phase - phase.floor() - 0.5).abs()  # a triangle wave has no jumps that rounding could cross
+        return u.clamp(min=0.05) ** self.power
+
+
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "small": Small,
     "resnet18": ResNet18,
     "mlp": MLP,
     "linear": linear,
+    "random": Random,
 }
 
 
@@ -152,9 +178,8 @@ def build(spec: NetSpec) -> nn.Module:
     factory = _imported(spec.factory) if ":" in spec.factory else _registered(spec.factory)
     try:
         net = factory(**spec.arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise NetError(f"{spec.factory} cannot be built with {dict(spec.arguments)}: {reason}") from error
+    except Exception as error:  # whatever somebody's factory does
+        raise NetError(f"{spec.factory} cannot be built with {dict(spec.arguments)}: {_line(error)}") from error
     if not isinstance(net, nn.Module):
         raise NetError(f"{spec.factory} returned {type(net).__name__}, not a torch.nn.Module")
     return net.eval()
@@ -174,5 +199,38 @@ def _imported(path: str) -> Callable[..., nn.Module]:
         sys.path.append(str(Path.cwd()))  # an installed command does not look where it is called, as python does
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise NetError(f"{path} cannot be imported: {error}") from error
+    except Exception as error:  # whatever somebody's module does when it is imported
+        raise NetError(f"{path} cannot be imported: {_line(error)}") from error
+
+
+def probe(extractor: nn.Module, shape: Sequence[int], dim: int) -> None:
+    """Try an extractor with two images, there and back: NetError says what is wrong with it."""
+    name = type(extractor).__name__
+    x = torch.arange(2 * math.prod(shape)).remainder(251).to(torch.uint8).reshape(2, *shape)
+    try:
+        extractor.train()
+        h = extractor(x)
+        if not isinstance(h, Tensor):
+            raise NetError(f"{name} returns {type(h).__name__}, not one tensor of latents")
+        if h.shape != (2, dim):
+            raise NetError(f"{name} makes latents of {list(h.shape)} of two images, not [2, {dim}]; see extractor.dim")
+        if h.dtype != torch.float32:
+            raise NetError(f"{name} makes latents of {h.dtype}, not torch.float32")
+        if h.requires_grad:
+            h.sum().backward()
+    except NetError:
+        raise
+    except Exception as error:  # whatever somebody's forward() does
+        raise NetError(f"{name} fails on two uint8 images of {list(shape)}: {_line(error)}") from error
+    finally:
+        extractor.zero_grad(set_to_none=True)
+        extractor.eval()
+    if len(extractor.state_dict()) > len(
+        {value.data_ptr() for value in extractor.state_dict().values() if value.numel()}
+    ):
+        raise NetError(f"{name} has two names for one weight; federated averages and safetensors need one for each")
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -25,6 +24,7 @@ from nmoe_edge.folders import staged_folder
 from nmoe_edge.npz import read_npz, write_npz
 from nmoe_edge.schema import from_plain, parse_json, to_plain
 from nmoe_train.errors import RunError
+from nmoe_train.federation import State
 from nmoe_train.nets import NetSpec, build
 
 SCHEMA = 1
@@ -32,12 +32,13 @@ RUN_FILE = "run.json"
 OTHER_FILES = ("calibration.npz", "metrics.json")
 """What a run holds beside run.json and weights; metrics.json is the last."""
 
-FILES = r"run\.json|calibration\.npz|metrics\.json|report\.html|((gates|experts)/\d+|extractor|gate)\.safetensors"
+FILES = (
+    r"run\.json|calibration\.npz|metrics\.json|baselines\.json|report\.html"
+    r"|((gates|experts|heads)/\d+|extractor|gate|head)\.safetensors"
+)
 """What a run's folder may hold, as a regular expression."""
 MAX_EXPERTS = 1024
 """What a bundle's manifest and the wire have room for."""
-
-State = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +68,19 @@ class Networks:
     extractor: NetSpec
     gate: NetSpec
     expert: NetSpec
+    head: NetSpec | None = None
+    """Of the classifier that stage 1 trained, where it was one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """What a device is to do with them, as held-out training data chose it."""
+    """What a device is to do with them."""
 
     top_k: int
     combination: Literal["outputs", "probabilities"]
     """What is summed: the experts' outputs, or the softmax of each."""
     local_first: float | None = None
-    """A row whose own expert is surer than this is answered at home."""
+    """A row whose own expert is surer than this, which held-out training data chose, is answered at home."""
     adapt: bool = False
     """Whether a device estimates its own class mix and multiplies it in."""
 
@@ -155,6 +158,12 @@ class Run:
         """The personal expert of a device."""
         return self._load("expert", f"experts/{device:02}.safetensors")
 
+    def head(self, device: int) -> nn.Module | None:
+        """The head of stage 1's classifier: everybody's, or the device's own; None where stage 1 had no classifier."""
+        if self.record.networks.head is None:
+            return None
+        return self._load("head", _HEAD if _HEAD in self.record.files else _heads(self.record.experts)[device])
+
     def calibration(self) -> dict[str, np.ndarray]:
         """Held-out training samples: `inputs` (n, …), and `labels` (n,) and `clients` (n,) where they are known."""
         path, data = self.folder / "calibration.npz", self.record.data
@@ -189,14 +198,16 @@ def write_run(
     gates: Sequence[State],
     calibration: Mapping[str, np.ndarray],
     metrics: Mapping[str, Any],
+    heads: Sequence[State] = (),
+    report: str | None = None,
 ) -> Run:
     """Write a run as a whole: a reader sees it, the one before it, or none.
 
-    `gates` are one a device when they are personal, else the one that all share.
+    `gates` are one a device when they are personal, else the one that all share; so are `heads`, where there are any.
     """
     folder = Path(folder)
-    names = _state_files(record)
-    states = [extractor, *gates, *experts]
+    names = [*_state_files(record), *(_heads(len(heads)) if len(heads) > 1 else [_HEAD] * len(heads))]
+    states = [extractor, *gates, *experts, *heads]
     if len(names) != len(states):
         raise RunError(f"{len(experts)} experts and {len(gates)} gates are not those of {record.experts} devices")
     try:
@@ -206,6 +217,8 @@ def write_run(
                 (staging / name).write_bytes(save({key: tensor.clone() for key, tensor in state.items()}))
             (staging / "calibration.npz").write_bytes(write_npz(calibration))
             (staging / "metrics.json").write_text(_json(metrics))
+            if report is not None:
+                (staging / "report.html").write_text(report, encoding="utf-8")
             files = {name: _describe(staging / name) for name in [*names, *OTHER_FILES]}
             written = replace(record, versions=_versions(), files=files)
             (staging / RUN_FILE).write_text(_json(to_plain(written)))
@@ -224,9 +237,12 @@ def read_run(folder: Path | str) -> Run:
             # Before its keys are looked at: another schema has others.
             raise ValueError(f"schema {plain['schema']!r:.40} is unknown: this nmoe reads schema {SCHEMA}")
         record = from_plain(RunRecord, plain)
-        names = [*_state_files(record), *OTHER_FILES]
-        if sorted(record.files) != sorted(names):
-            raise ValueError(f"files are not the {len(names)} of a run with {record.experts} experts")
+        needed = [*_state_files(record), *OTHER_FILES]
+        heads = record.files.keys() - set(needed)
+        due = [{_HEAD}, set(_heads(record.experts))] if record.networks.head else [set()]
+        if len(record.files) != len(needed) + len(heads) or heads not in due:
+            raise ValueError(f"files are not those of a run with {record.experts} experts")
+        names = [*sorted(heads), *needed]
         for name in names:
             path = folder / name
             if record.files[name] != _describe(path):
@@ -239,10 +255,28 @@ def read_run(folder: Path | str) -> Run:
         raise RunError(f"{path}: {_reason(error)}") from error
 
 
+def write_beside(run: Run, name: str, text: str) -> None:
+    """Write a file that is made from a run, and that run.json does not describe: baselines.json, report.html."""
+    staged = run.folder / f"{name}.new"
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(run.folder / name)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise RunError(f"{run.folder / name}: cannot be written: {error.strerror}") from error
+
+
 def _read_bytes(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise ValueError("not a plain file")
     return path.read_bytes()
+
+
+_HEAD = "head.safetensors"
+
+
+def _heads(count: int) -> list[str]:
+    return [f"heads/{i:02}.safetensors" for i in range(count)]
 
 
 def _state_files(record: RunRecord) -> list[str]:

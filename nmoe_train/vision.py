@@ -6,6 +6,13 @@ use its networks, data sets and transforms, none of which needs them; declaring 
 
 from __future__ import annotations
 
+import shutil
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
 import torch
 
 try:
@@ -20,4 +27,38 @@ except RuntimeError as error:
 
 from torchvision import datasets, models
 
-__all__ = ["datasets", "models"]
+__all__ = ["datasets", "fetched", "models"]
+
+_SETS = {
+    "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
+    "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*.gz"),
+}
+"""A data set's class, and where in its folder the archives lie that it is unpacked from."""
+
+
+def fetched(name: str, root: Path) -> tuple[Any, Any]:
+    """torchvision's train and test set out of `root`, where they are put when they are not there or damaged.
+
+    Raises what torchvision does: OSError, RuntimeError or HTTPException.
+    """
+    kind, archives = _SETS[name]
+    try:
+        return kind(root, train=True), kind(root, train=False)
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError):  # absent, or cut off while unpacked
+        _fetch(kind, archives, root)
+    return kind(root, train=True), kind(root, train=False)
+
+
+def _fetch(kind: Any, archives: str, root: Path) -> None:
+    """Fetch and unpack in a folder beside, so that what is cut off leaves nothing; whole files move to their place."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as folder, redirect_stdout(sys.stderr):
+        for archive in root.glob(archives):  # somebody without a network may have brought them
+            copy = Path(folder) / archive.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(archive, copy)
+        kind(folder, download=True)
+        for file in [path for path in Path(folder).rglob("*") if path.is_file()]:
+            place = root / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
 from nmoe_train.cli import main
+from nmoe_train.run import read_run
+
+QUICK = ("--rounds", "2", "--clients", "3", "--set", "gate.rounds=3", "--set", "experts.epochs=2")
 
 
 @pytest.fixture
@@ -14,8 +21,23 @@ def nmoe_train(run_main):
     return lambda *arguments: run_main(main, *arguments)
 
 
-def test_help_shows_an_example(nmoe_train):
-    assert "Example: nmoe-train inspect" in nmoe_train("inspect", "--help").output
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A quick run, which no test changes."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", *QUICK, "--out", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run", "extractor", "experts", "gate", "evaluate", "baselines", "settings", "inspect", "table", "figure"],
+)
+def test_help_shows_an_example(nmoe_train, command):
+    shown = nmoe_train(command, "--help")
+    assert shown.exit_code == 0
+    assert f"nmoe-train {command}" in shown.output.partition("Example")[2]
 
 
 def test_inspect_says_what_a_run_is(nmoe_train, golden):
@@ -45,3 +67,136 @@ def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_train, go
     shown = nmoe_train("inspect", golden / "run")
     assert (shown.exit_code, shown.output) == (1, "")
     assert shown.error == "nmoe-train: torch is not installed; pip install 'nmoe[train]'\n"
+
+
+def test_run_without_an_option_trains_the_default_and_says_what_came_out(nmoe_train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = nmoe_train("run", "--rounds", "2", "--clients", "3", "--gate", "rangate")
+    assert shown.exit_code == 0, shown.error
+    assert "asked another device" in shown.output
+    assert (tmp_path / "runs" / "digits-1" / "report.html").exists()
+    assert "next: nmoe-export runs/digits-1" in shown.output
+    assert "extractor    2/2" in shown.error
+    again = nmoe_train("run", "--rounds", "1", "--clients", "3", "--gate", "rangate")
+    assert "runs/digits-2:" in again.output
+
+
+def test_ctrl_c_says_how_to_go_on(nmoe_train, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nmoe_train.cli.Progress", lambda: interrupt)
+    shown = nmoe_train("run", "--rounds", "2", "--clients", "3", "--out", tmp_path / "run")
+    assert shown.exit_code == 1
+    assert shown.error.endswith(f"nmoe-train: stopped; go on with: nmoe-train run --out {tmp_path}/run --resume\n")
+    monkeypatch.undo()
+
+
+def test_a_resumed_training_keeps_its_own_settings(nmoe_train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("nmoe_train.fleet.Fleet._train_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        nmoe_train("run", "--rounds", "2", "--clients", "3", "--seed", "9", "--out", tmp_path / "run")
+    shown = nmoe_train("run", "--out", tmp_path / "run", "--resume")
+    assert shown.exit_code == 0, shown.error
+    assert read_run(tmp_path / "run").record.seed == 9
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["extractor"]["rounds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--partition", "bogus"), "no split is called 'bogus'"),
+        (("--data", "nowhere"), "no data set is called 'nowhere'"),
+        (("--data", "npz:nowhere.npz"), "nowhere.npz: cannot be read"),
+        (("--clients", "0"), "clients is 0"),
+        (("--clients", "1000"), "take fewer data.clients"),
+        (("--backbone", "nowhere:net"), "nowhere:net cannot be imported"),
+        (("--resume",), "--resume needs --out"),
+        (("--resume", "--out", "nowhere"), "no checkpoint to go on from"),
+        (("--config", "nowhere.toml"), "nowhere.toml: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(nmoe_train, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    shown = nmoe_train("run", *arguments)
+    assert (shown.exit_code, shown.output) == (1, "")
+    assert text in shown.error
+    assert shown.error.count("\n") == 1
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_ctrl_c_before_the_first_checkpoint_does_not_promise_one(nmoe_train, tmp_path, monkeypatch):
+    monkeypatch.setattr("nmoe_train.pipeline.load", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    shown = nmoe_train("run", "--out", tmp_path / "run")
+    assert shown.exit_code == 1
+    assert "--resume" not in shown.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_real_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", "--rounds", "500"]
+    running = subprocess.Popen([*command, "--out", "run"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "run.partial" / "checkpoint.safetensors").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(running.pid, signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 1
+    assert said.endswith("nmoe-train: stopped; go on with: nmoe-train run --out run --resume\n")
+
+
+def test_json_prints_every_round_and_the_result(nmoe_train, tmp_path):
+    shown = nmoe_train("run", *QUICK, "--json", "--out", tmp_path / "run")
+    lines = [json.loads(line) for line in shown.output.splitlines()]
+    assert [(line["stage"], line["round"]) for line in lines[:-1]] == [
+        *(("extractor", n) for n in (1, 2)),
+        *(("experts", n) for n in (1, 2)),
+        *(("gate", n) for n in (1, 2, 3)),
+    ]
+    assert lines[0]["loss"] > 0
+    assert lines[-1]["metrics"]["own"]["networked"]["accuracy"] > 0
+    assert shown.error == ""
+
+
+def test_a_stage_is_trained_again_beside_its_run(nmoe_train, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "mine")
+    shown = nmoe_train("gate", folder, "--gate", "rollgate", "--set", "gate.laps=1")
+    assert shown.exit_code == 0, shown.error
+    made = read_run(tmp_path / "mine-gate-1").record
+    assert made.config["gate"]["method"] == "rollgate"
+    assert made.config["extractor"]["rounds"] == 2
+    shown = nmoe_train("evaluate", folder, "--top-k", "2", "--out", tmp_path / "two")
+    assert read_run(tmp_path / "two").record.inference.top_k == 2
+    shown = nmoe_train("experts", folder, "--set", "extractor.rate=1.0")
+    assert (shown.exit_code, shown.error.count("\n")) == (1, 1)
+    assert "extractor.rate was 0.05 and is 1.0, which `experts` keeps as it is" in shown.error
+
+
+def test_settings_are_a_file_that_run_takes(nmoe_train, tmp_path):
+    shown = nmoe_train("settings", "--recipe", "paper", "--set", "gate.rate=0.25")
+    assert "[gate]" in shown.output
+    assert "rate = 0.25" in shown.output
+    (tmp_path / "all.toml").write_text(shown.output)
+    assert nmoe_train("settings", "--config", tmp_path / "all.toml").output == shown.output
+
+
+def test_baselines_are_measured_once_and_shown_beside_the_run(nmoe_train, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    shown = nmoe_train("baselines", folder)
+    assert shown.exit_code == 0, shown.error
+    for name in ("networked", "local classifiers", "FedAvg classifier", "centralised mixture"):
+        assert name in shown.output
+    found = json.loads((folder / "baselines.json").read_text())
+    assert set(found) == {"local", "fedavg", "centralised"}
+    assert found["fedavg"]["own"] == read_run(folder).metrics["own"]["fedce"]
+    written = (folder / "baselines.json").read_bytes()
+    again = nmoe_train("baselines", folder)
+    assert "extractor" not in again.error
+    assert (folder / "baselines.json").read_bytes() == written
+    (folder / "baselines.json").write_text("[")
+    assert "remove it to measure again" in nmoe_train("baselines", folder).error

@@ -4,23 +4,36 @@ import numpy as np
 import pytest
 import torch
 
-from nmoe_train.data import load
 from nmoe_train.errors import DataError
 from nmoe_train.evaluate import accuracy, auc, macro_f1
-from nmoe_train.partition import EXAMPLES, class_counts, largest_size, split
+from nmoe_train.partition import EXAMPLES, class_counts, largest_size, sized, split
 
 LABELS = np.repeat(np.arange(10), 200)
+SKEWED = ("noniid:0", "noniid:1e-320", "noniid:1e300", "noniid-text:0", "dirichlet:1e-3", "dirichlet:1e-6", "classes:1")
+EVEN = ("noniid:1e15", "dirichlet:1e6")
 
 
-@pytest.mark.parametrize("partition", EXAMPLES)
-def test_every_split_gives_each_client_its_size_and_shares_no_sample(partition):
-    size = largest_size(LABELS, partition, 7, 10, seed=3)
-    counts = class_counts(partition, 7, 10, size, seed=3)
+@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (1, 10), (2, 2), (2, 100), (7, 10), (13, 3), (1024, 10)])
+@pytest.mark.parametrize("partition", [*EXAMPLES, *SKEWED, *EVEN])
+def test_every_split_gives_each_client_its_size_and_shares_no_sample(partition, clients, classes):
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), max(40, 8192 // classes)))
+    size = largest_size(y, partition, clients, classes, seed=3)
+    counts = class_counts(partition, clients, classes, size, seed=3)
+    assert counts.dtype == np.int64
+    assert counts.min() >= 0
     assert (counts.sum(1) == size).all()
-    parts = split(LABELS, counts, seed=3)
-    assert len(set(np.concatenate(parts).tolist())) == 7 * size
+    parts = split(y, counts, seed=3)
+    assert len(set(np.concatenate(parts).tolist())) == clients * size
     for part, due in zip(parts, counts, strict=True):
-        assert np.array_equal(np.bincount(LABELS[part], minlength=10), due)
+        assert np.array_equal(np.bincount(y[part], minlength=classes), due)
+
+
+@pytest.mark.parametrize("partition", [*EXAMPLES, *SKEWED, *EVEN])
+@pytest.mark.parametrize("size", [1, 2, 9, 10**9])
+def test_counts_are_whole_and_sum_to_the_size(partition, size):
+    counts = class_counts(partition, 11, 7, size, seed=0)
+    assert counts.min() >= 0
+    assert (counts.sum(1) == size).all()
 
 
 @pytest.mark.parametrize("partition", EXAMPLES)
@@ -30,6 +43,17 @@ def test_a_split_is_its_seeds(partition):
 
     assert all(np.array_equal(a, b) for a, b in zip(parts(1), parts(1), strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(parts(1), parts(2), strict=True))
+
+
+@pytest.mark.parametrize("partition", [*EXAMPLES, *SKEWED])
+def test_the_largest_size_is_the_largest(partition):
+    def fits(size):
+        return (class_counts(partition, 7, 10, size, seed=5).sum(0) <= 200).all()
+
+    size = largest_size(LABELS, partition, 7, 10, seed=5)
+    assert fits(size)
+    assert not any(fits(larger) for larger in range(size + 1, len(LABELS) // 7 + 1))
+    assert largest_size(LABELS, partition, 7, 10, seed=5, most=4) == 4
 
 
 @pytest.mark.parametrize(("tau", "size"), [("0.5", 1500), ("0.3", 1300), ("0.2", 1200)])
@@ -46,6 +70,21 @@ def test_the_dominant_share_is_one_over_one_plus_tau(tau, size):
 
 def test_the_papers_text_has_another_share():
     assert class_counts("noniid-text:0.3", 10, 10, 1000, seed=0).diagonal().tolist() == [700] * 10
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 0.3, 1, 50])
+def test_each_clients_class_mix_is_a_draw_from_a_dirichlet(alpha):
+    """Whose marginals have the mean 1/K and the variance (K-1) / K² / (Kα+1)."""
+    clients, classes, size = 20_000, 5, 10**6
+    mixes = class_counts(f"dirichlet:{alpha}", clients, classes, size, seed=0) / size
+    variance = (classes - 1) / classes**2 / (classes * alpha + 1)
+    assert np.allclose(mixes.mean(0), 1 / classes, atol=5 * (variance / clients) ** 0.5)
+    assert np.allclose(mixes.var(0), variance, rtol=0.05)
+
+
+def test_a_tiny_dirichlet_gives_each_client_one_class_and_a_huge_one_all_alike():
+    assert (class_counts("dirichlet:1e-6", 50, 10, 100, seed=0).max(1) == 100).all()
+    assert np.ptp(class_counts("dirichlet:1e6", 50, 10, 100, seed=0)) <= 2
 
 
 @pytest.mark.parametrize(
@@ -79,76 +118,68 @@ def constant_predictor(partition, size):
     ("partition", "text"),
     [
         ("bogus", "no split is called 'bogus'"),
+        ("", "no split is called ''"),
+        (":", "no split is called ':'"),
         ("iid:1", "no split is called 'iid:1'"),
+        ("iid:" + "1" * 9999, "no split is called 'iid:1111"),
         ("noniid", "no split is called 'noniid'"),
-        ("noniid:x", "'x' in 'noniid:x' is no number"),
+        ("noniid:x", "'noniid:x' ends in no finite number"),
+        ("noniid:0.5:0.5", "ends in no finite number"),
+        ("noniid:1\n2", "ends in no finite number"),
         ("noniid:-1", "less than 0"),
         ("noniid-text:1", "not in 0..1"),
+        ("noniid-text:-0.1", "not in 0..1"),
         ("dirichlet:0", "over 0"),
+        ("dirichlet:-1", "over 0"),
+        ("dirichlet:1e-400", "over 0"),
+        ("dirichlet:1e9", "over 0, from 1e-6 to 1e6, not 1e\\+09"),
         ("classes:11", "1 to 10 classes"),
         ("classes:1.5", "1 to 10 classes"),
+        ("classes:-2", "1 to 10 classes"),
+        ("classes:1." + "0" * 5000 + "1x", "ends in no finite number"),
+        *[
+            (f"{kind}:{value}", "ends in no finite number")
+            for kind in ("noniid", "noniid-text", "dirichlet", "classes")
+            for value in ("nan", "inf", "-inf", "1e400", "1" * 5000)
+        ],
     ],
 )
-def test_a_split_that_cannot_be_is_refused(partition, text):
-    with pytest.raises(DataError, match=text):
+def test_a_split_that_cannot_be_is_refused_in_one_line(partition, text):
+    with pytest.raises(DataError, match=text) as refused:
         class_counts(partition, 10, 10, 100, seed=0)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 300
 
 
 def test_too_few_samples_of_a_class_are_said_with_their_number():
-    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200"):
+    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200: .*data.train_size"):
         split(LABELS, class_counts("iid", 10, 10, 400, seed=0), seed=0)
-    with pytest.raises(DataError, match="without a sample"):
-        largest_size(LABELS[:50], "iid", 100, 10, seed=0)
-
-
-def test_the_digits_can_be_shared_by_ten_clients():
-    digits = load("digits")
-    assert np.bincount(digits.y_train).tolist() == [120] * 10
-    assert len(digits.y_train) + len(digits.y_test) == 1797
-    assert digits.fingerprint() == load("digits").fingerprint()
-
-
-def npz(path, **changes):
-    arrays = {
-        "x_train": np.zeros((4, 8, 8, 3), np.uint8),
-        "y_train": np.arange(4),
-        "x_test": np.zeros((2, 8, 8, 3), np.uint8),
-        "y_test": np.arange(2),
-    }
-    arrays |= changes
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return f"npz:{path}"
-
-
-def test_anybodys_npz_is_read_with_channels_first(tmp_path):
-    dataset = load(npz(tmp_path / "mine.npz", classes=np.array(["a", "b", "c", "d"])))
-    assert dataset.shape == (3, 8, 8)
-    assert dataset.labels == ("a", "b", "c", "d")
-    assert load(
-        npz(tmp_path / "grey.npz", x_train=np.zeros((4, 8, 8), np.uint8), x_test=np.zeros((2, 8, 8), np.uint8))
-    ).shape == (1, 8, 8)
+    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200: .*data.clients"):
+        sized(LABELS, "iid", 10, 10, wanted=400, usual=None, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("labels", "clients", "partition", "text"),
     [
-        ({"x_train": None}, "holds no x_train"),
-        ({"x_train": np.zeros((4, 8, 8, 3))}, "train images are float64"),
-        ({"x_train": np.zeros((4, 8), np.uint8)}, "train images are uint8"),
-        ({"x_test": np.zeros((2, 9, 9, 3), np.uint8)}, "test images"),
-        ({"y_train": np.arange(3)}, "train labels"),
-        ({"y_train": np.array([0, 1, 2, -1])}, "train labels"),
-        ({"y_train": np.array(["a", "b", "c", "d"])}, "labels are whole numbers"),
-        ({"y_train": np.array([object()] * 4)}, "cannot be read"),
+        (LABELS[::40], 100, "iid", "iid among 100 clients leaves each 0 of 50 samples"),
+        (LABELS[::40], 50, "iid", "leaves each 1 of 50"),
+        (LABELS[:-200], 10, "iid", r"class 9 has 0\): take fewer data.clients"),
+        (np.repeat([0, 1], [100, 1]), 20, "dirichlet:1e-3", "dirichlet:1e-3 among 20 clients leaves each 0 of 101"),
     ],
 )
-def test_an_npz_of_other_shapes_or_dtypes_is_one_line(tmp_path, change, text):
+def test_a_split_that_leaves_a_client_fewer_than_two_samples_is_refused(labels, clients, partition, text):
     with pytest.raises(DataError, match=text):
-        load(npz(tmp_path / "mine.npz", **change))
+        largest_size(labels, partition, clients, 10, seed=0)
 
 
-def test_a_missing_file_and_an_unknown_name_are_one_line(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
-        load(f"npz:{tmp_path}/nowhere.npz")
-    with pytest.raises(DataError, match="there are digits"):
-        load("mnist")
+def test_a_split_has_the_size_that_is_wanted_or_the_usual_one_or_the_largest():
+    def size(wanted, usual):
+        (only,) = set(sized(LABELS, "noniid:0.5", 10, 10, wanted, usual, seed=0).sum(1))
+        return only
+
+    largest = largest_size(LABELS, "noniid:0.5", 10, 10, seed=0)
+    assert size(None, None) == largest
+    assert size(None, 30) == 30
+    assert size(None, 10**6) == largest
+    assert size(25, 30) == 25
+    assert size(1, None) == 1

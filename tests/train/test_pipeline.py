@@ -1,23 +1,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nmoe_train.checkpoint import Checkpoint, difference
-from nmoe_train.cli import main
-from nmoe_train.config import Config, configure
+from nmoe_train.clients import deal
+from nmoe_train.config import DataConfig, configure
+from nmoe_train.data import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
-from nmoe_train.pipeline import stopped_config, train
+from nmoe_train.evaluate import class_mix
+from nmoe_train.pipeline import retrained, stopped_config, train
 from nmoe_train.run import read_run
 
 SHORT = {"extractor": {"rounds": 2}, "gate": {"rounds": 3, "laps": 1}, "experts": {"epochs": 2}, "data": {"clients": 3}}
@@ -46,13 +47,13 @@ def test_a_training_leaves_a_run_and_nothing_else(tmp_path, method):
     done = train(
         configure(flags={**SHORT, "gate": {"method": method, "rounds": 3, "laps": 1}}),
         tmp_path / "run",
-        progress=lambda *round_: seen.append(round_[:3]),
+        progress=lambda told: seen.append((told.stage, told.round, told.rounds)),
     )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert seen[:3] == [("extractor", 1, 2), ("extractor", 2, 2), ("experts", 1, 1)]
+    assert seen[:3] == [("extractor", 1, 2), ("extractor", 2, 2), ("experts", 1, 2)]
     run = read_run(tmp_path / "run")
     assert run.metrics == done.metrics
-    assert set(run.metrics) == {"own", "iid", "history", "seconds"}
+    assert set(run.metrics) == {"own", "iid", "split", "bytes", "history", "seconds"}
     assert run.record.config["gate"]["method"] == method
     calibration = run.calibration()
     assert len(calibration["inputs"]) == len(calibration["labels"]) == len(calibration["clients"])
@@ -172,7 +173,7 @@ def test_a_place_that_is_taken_is_refused_before_the_training(tmp_path):
     seen = []
     for place in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(RunError, match="choose another place"):
-            train(configure(flags=SHORT), place, progress=lambda *round_: seen.append(round_))
+            train(configure(flags=SHORT), place, progress=seen.append)
     assert not seen
 
 
@@ -202,69 +203,8 @@ def test_a_loss_that_explodes_keeps_the_last_good_state(tmp_path):
 
 def test_a_backbone_of_another_width_is_refused(tmp_path):
     flags = {**SHORT, "extractor": {"backbone": "torch.nn:Flatten", "rounds": 1}}
-    with pytest.raises(NetError, match=r"makes latents of \(64,\), not 32|makes latents"):
+    with pytest.raises(NetError, match=r"makes latents of \[2, 64\] of two images, not \[2, 32\]"):
         train(configure(flags={**flags, "extractor": {**flags["extractor"], "dim": 32}}), tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        ({"sed": 1}, "unknown key 'sed' .did you mean 'seed'"),
-        ({"seed": -1}, "seed is -1"),
-        ({"threads": 0}, "threads is 0"),
-        ({"extractor": {"rounds": 0}}, "extractor: rounds is 0"),
-        ({"extractor": {"rate": -1.0}}, "extractor: rate is -1.0"),
-        ({"extractor": {"batch": 0}}, "extractor: batch is 0"),
-        ({"extractor": {"dim": 0}}, "extractor: dim is 0"),
-        ({"extractor": {"share": 7.0}}, "extractor: share is 7.0"),
-        ({"experts": {"widths": [0]}}, "experts: widths"),
-        ({"experts": {"epochs": 0}}, "experts: epochs is 0"),
-        ({"gate": {"rounds": -5}}, "gate: rounds is -5"),
-        ({"gate": {"share": 0.0}}, "gate: share is 0.0"),
-        ({"gate": {"lap": 1}}, "unknown key 'gate.lap'"),
-        ({"data": {"clients": 0}}, "clients is 0"),
-        ({"data": {"held_out": 1.0}}, "held_out is 1.0"),
-        ({"inference": {"top_k": 11}}, "top_k is 11 of 10"),
-        ({"experts": {"loss": "plain"}}, "adapt needs"),
-        ({"extractor": {"heads": "local"}}, "needs extractor.heads"),
-        ({"gate": {"method": "softgate"}}, "none of 'rangate', 'rollgate', 'fedgate'"),
-    ],
-)
-def test_settings_that_cannot_be_are_one_line(flags, text):
-    with pytest.raises(ConfigError, match=text):
-        configure(flags=flags)
-
-
-def test_flags_override_the_file_which_overrides_the_recipe(tmp_path):
-    file = tmp_path / "mine.toml"
-    file.write_text("seed = 4\n[gate]\nrounds = 7\nload_loss = 0.5\n")
-    config = configure("paper", file, {"gate": {"rounds": 9}})
-    assert (config.seed, config.gate.rounds, config.gate.load_loss, config.gate.loss) == (4, 9, 0.5, "outputs")
-    assert configure("best") == Config()
-    with pytest.raises(ConfigError, match="no recipe is called 'worst'"):
-        configure("worst")
-    file.write_text("seed = ")
-    with pytest.raises(ConfigError, match="mine.toml"):
-        configure(file=file)
-    with pytest.raises(ConfigError, match="No such file"):
-        configure(file=tmp_path / "nowhere.toml")
-
-
-def test_a_checkpoint_comes_back_whole_and_keeps_shared_weights_once(tmp_path):
-    shared = {"w": torch.randn(3)}
-    states = {"extractor": [shared] * 3, "gate": [{"b": torch.ones(2) * i} for i in range(3)]}
-    written = Checkpoint({"seed": 1}, "gate", 4, states, [{"loss": 0.1}])
-    written.write(tmp_path / "c.safetensors")
-    back = Checkpoint.read(tmp_path / "c.safetensors")
-    assert (back.config, back.stage, back.round, back.history) == ({"seed": 1}, "gate", 4, [{"loss": 0.1}])
-    assert back.states["extractor"][0] is back.states["extractor"][2]
-    assert [state["b"][0].item() for state in back.states["gate"]] == [0, 1, 2]
-
-
-def test_the_first_difference_is_named_with_its_place():
-    assert difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
-    assert difference({"a": {"b": 1}, "c": 1}, {"a": {"b": 2}, "c": 1}) == "a.b was 1 and is 2"
-    assert difference({}, {"c": 1}) == "c was None and is 1"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -275,56 +215,352 @@ def test_the_default_is_as_good_as_it_is_said_to_be(tmp_path, seed):
     assert metrics["own"]["kept_local"] >= 0.85
 
 
-def test_run_without_an_option_trains_the_default_and_says_what_came_out(run_main, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shown = run_main(main, "run", "--rounds", "2", "--clients", "3", "--gate", "rangate")
-    assert shown.exit_code == 0, shown.error
-    assert "asked another device" in shown.output
-    assert "runs/digits-1: 3 devices; next: nmoe-export runs/digits-1" in shown.output
-    assert "extractor    2/2" in shown.error
-    again = run_main(main, "run", "--rounds", "1", "--clients", "3", "--gate", "rangate")
-    assert "runs/digits-2:" in again.output
+def stop_after(rounds):
+    """A progress that stops a training as Ctrl-C would."""
+    left = iter(range(rounds - 1))
+
+    def stop(_told):
+        if next(left, None) is None:
+            raise Stop
+
+    return stop
 
 
-def test_ctrl_c_says_how_to_go_on(run_main, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def test_nobody_trains_on_what_is_held_out_or_tested_on():
+    """By the digits' own number: an image that stands twice in the data is another one each time."""
+    dataset = load("digits")
+    stamped = replace(
+        dataset,
+        x_train=numbered(dataset.x_train, 0),
+        x_test=numbered(dataset.x_test, len(dataset.x_train)),
+    )
+    clients = deal(stamped, DataConfig(), 0)
 
-    monkeypatch.setattr("nmoe_train.cli.Progress", lambda: interrupt)
-    shown = run_main(main, "run", "--rounds", "2", "--clients", "3", "--out", tmp_path / "run")
-    assert shown.exit_code == 1
-    assert shown.error.endswith(f"nmoe-train: stopped; go on with: nmoe-train run --out {tmp_path}/run --resume\n")
-    monkeypatch.undo()
+    def numbers(parts):
+        return [int(n) for x, _ in parts for n in stamp(x)]
+
+    train, held_out, own = numbers(clients.train), numbers(clients.held_out), numbers(clients.own_test)
+    test = numbers([clients.test])
+    for part in (train, held_out, own, test):
+        assert len(part) == len(set(part))
+    assert not set(train) & set(held_out)
+    assert not (set(train) | set(held_out)) & set(test)
+    assert set(own) <= set(test)
+    assert len(train) + len(held_out) == 1200
 
 
-def test_a_resumed_training_keeps_its_own_settings(run_main, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr("nmoe_train.pipeline._Fleet.train_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run_main(main, "run", "--rounds", "2", "--clients", "3", "--seed", "9", "--out", tmp_path / "run")
-    shown = run_main(main, "run", "--out", tmp_path / "run", "--resume")
-    assert shown.exit_code == 0, shown.error
-    assert read_run(tmp_path / "run").record.seed == 9
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["extractor"]["rounds"] == 2
+def numbered(x, first):
+    """Images whose first two pixels say which they are."""
+    x = x.copy()
+    n = np.arange(first, first + len(x))
+    x[:, 0, 0, 0], x[:, 0, 0, 1] = n // 256, n % 256
+    return x
+
+
+def stamp(x):
+    return x[:, 0, 0, 0].long() * 256 + x[:, 0, 0, 1].long()
+
+
+def test_own_tests_are_split_like_the_training_or_as_it_is_said():
+    dataset = load("digits")
+    alike = deal(dataset, DataConfig(), 0)
+    assert alike.split(10)["test"][3][3] > 40
+    even = deal(dataset, DataConfig(test_partition="iid"), 0)
+    assert max(even.split(10)["test"][3]) - min(even.split(10)["test"][3]) <= 1
+    assert even.split(10)["train"] == alike.split(10)["train"]
+
+
+def test_the_threshold_is_chosen_on_held_out_samples_and_the_fleet_measured_on_the_tests(tmp_path, monkeypatch):
+    clients = deal(load("digits"), configure(flags=SHORT).data, 0)
+    chosen, measured = [], []
+
+    def choose(own, everybody, rules):
+        chosen.append(([rows.y for rows in own], [rows.y for rows in everybody]))
+        return 0.8
+
+    def evaluate(parts, rules):
+        measured.append([rows.y for rows in parts])
+        assert rules.local_first == 0.8
+        return {"networked": {}, "own_expert": {}, "kept_local": 1.0, "routing": [[1.0]], "load": [1.0]}
+
+    monkeypatch.setattr("nmoe_train.fleet.choose_threshold", choose)
+    monkeypatch.setattr("nmoe_train.fleet.evaluate", evaluate)
+    run = train(configure(flags=SHORT), tmp_path / "run")
+    ((own, everybody),) = chosen
+    assert all(torch.equal(a, y) for a, (_, y) in zip(own, clients.held_out, strict=True))
+    assert all(torch.equal(a, torch.cat([y for _, y in clients.held_out])) for a in everybody)
+    assert all(torch.equal(a, y) for a, (_, y) in zip(measured[0], clients.own_test, strict=True))
+    assert all(torch.equal(a, clients.test[1]) for a in measured[1])
+    assert run.record.inference.local_first == 0.8
+
+
+@pytest.mark.parametrize("recipe", ["best", "paper"])
+def test_the_figures_of_a_run_are_those_of_its_files(tmp_path, recipe):
+    """Networks rebuilt from the run, rows sent by hand, accuracy counted by hand."""
+    config = configure(recipe, flags=SHORT)
+    run = train(config, tmp_path / "run")
+    rules, clients = run.record.inference, deal(load("digits"), config.data, 0)
+    assert (rules.adapt, rules.combination) == ((True, "probabilities") if recipe == "best" else (False, "outputs"))
+    assert run.record.answers_carry_prior == (recipe == "paper")
+    extractor, experts = run.extractor(), [run.expert(i) for i in range(3)]
+    for part, tests in (("own", clients.own_test), ("iid", [clients.test] * 3)):
+        right, kept = [], []
+        for device, (x, y) in enumerate(tests):
+            with torch.no_grad():
+                h = extractor(x)
+                asked = run.gate(device)(h).argmax(1)
+                said = torch.stack([expert(h) for expert in experts], 1).softmax(2)
+            if rules.local_first is not None:
+                asked[said[:, device].max(1).values > rules.local_first] = device
+            p = said[torch.arange(len(y)), asked]
+            if rules.adapt:
+                even, odd = p[::2] * class_mix(p[1::2]), p[1::2] * class_mix(p[::2])
+                p[::2], p[1::2] = even / even.sum(1, keepdim=True), odd / odd.sum(1, keepdim=True)
+            right.append((p.argmax(1) == y).double().mean().item())
+            kept.append((asked == device).double().mean().item())
+        figures = run.metrics[part]
+        assert figures["networked"]["devices"] == pytest.approx(right, abs=1e-6)
+        assert figures["kept_local"] == pytest.approx(sum(kept) / 3, abs=1e-6)
+    head = run.head(0)
+    with torch.no_grad():
+        p = head(extractor(clients.test[0])).softmax(1)
+    if recipe == "paper":
+        right = (p.argmax(1) == clients.test[1]).double().mean().item()
+        assert run.metrics["iid"]["fedce"]["accuracy"] == pytest.approx(right, abs=1e-6)
+
+
+def test_calibration_samples_are_the_held_out_ones_by_client(tmp_path):
+    run = train(configure(flags=SHORT), tmp_path / "run")
+    clients, calibration = deal(load("digits"), configure(flags=SHORT).data, 0), run.calibration()
+    for client, (x, y) in enumerate(clients.held_out):
+        mine = calibration["clients"] == client
+        assert np.array_equal(calibration["inputs"][mine], x.numpy())
+        assert np.array_equal(calibration["labels"][mine], y.numpy())
+
+
+def test_the_papers_fedgate_beats_rangate_by_ten_points(tmp_path):
+    config = configure("paper")
+    fedgate = train(config, tmp_path / "fedgate")
+    again = retrained(fedgate, "gate", {"gate": {"method": "rangate"}})
+    rangate = train(again, tmp_path / "rangate", again=(fedgate, "gate"))
+    learned, drawn = (run.metrics["iid"]["networked"]["accuracy"] for run in (fedgate, rangate))
+    assert learned >= drawn + 0.10
+    assert fedgate.metrics["iid"]["own_expert"] == rangate.metrics["iid"]["own_expert"]
+
+
+def test_a_stage_is_trained_again_and_what_came_before_is_kept(tmp_path):
+    first = train(configure(flags=SHORT), tmp_path / "first")
+    same = train(retrained(first, "experts", {}), tmp_path / "same", again=(first, "experts"))
+    assert weights(tmp_path / "same") == weights(tmp_path / "first")
+    assert {**same.metrics, "seconds": 0} == {**first.metrics, "seconds": 0}
+    config = retrained(first, "experts", {"experts": {"epochs": 5}})
+    other = train(config, tmp_path / "other", again=(first, "experts"))
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "other")
+    assert before["extractor.safetensors"] == after["extractor.safetensors"]
+    assert before["experts/01.safetensors"] != after["experts/01.safetensors"]
+    assert [entry["stage"] for entry in other.metrics["history"]].count("extractor") == 2
+    config = retrained(first, "evaluate", {"inference": {"local_first": False, "top_k": 2}})
+    measured = train(config, tmp_path / "measured", again=(first, "evaluate"))
+    assert weights(tmp_path / "measured") == before
+    assert measured.record.inference.top_k == 2
+    assert measured.record.inference.local_first is None
+
+
+def test_a_stage_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
+    first = train(configure(flags=SHORT), tmp_path / "first")
+    config = retrained(first, "gate", {"gate": {"rounds": 4}})
+    train(config, tmp_path / "whole", again=(first, "gate"))
+    with pytest.raises(Stop):
+        train(config, tmp_path / "parts", again=(first, "gate"), progress=stop_after(2))
+    train(config, tmp_path / "parts", again=(first, "gate"), resume=True)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_what_a_stage_does_not_train_again_cannot_be_changed(tmp_path):
+    run = train(configure(flags=SHORT), tmp_path / "run")
+    for flags, text in (
+        ({"extractor": {"rate": 0.1}}, r"extractor\.rate was 0\.05 and is 0\.1, which `gate` keeps"),
+        ({"data": {"partition": "iid"}}, r"data\.partition"),
+        ({"experts": {"epochs": 9}}, r"experts\.epochs"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            retrained(run, "gate", flags)
+    assert retrained(run, "gate", {"inference": {"top_k": 2}}).inference.top_k == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    "changes",
     [
-        (("--partition", "bogus"), "no split is called 'bogus'"),
-        (("--data", "nowhere"), "no data set is called 'nowhere'"),
-        (("--data", "npz:nowhere.npz"), "nowhere.npz: cannot be read"),
-        (("--clients", "0"), "clients is 0"),
-        (("--clients", "1000"), "without a sample"),
-        (("--backbone", "nowhere:net"), "nowhere:net cannot be imported"),
-        (("--resume",), "--resume needs --out"),
-        (("--resume", "--out", "nowhere"), "no checkpoint to go on from"),
-        (("--config", "nowhere.toml"), "nowhere.toml: No such file"),
+        {"extractor": {"heads": "local", "rounds": 2}},
+        {"extractor": {"head": "linear", "rounds": 2}, "experts": {"start": "fresh", "epochs": 2}},
+        {"gate": {"method": "rollgate", "laps": 1, "order": "shuffled"}},
+        {"gate": {"widths": [8], "rounds": 2}},
+        {"gate": {"own": "weights", "rounds": 2}},
+        {"gate": {"own": "nothing", "rounds": 2}},
+        {"gate": {"method": "rangate", "shares": [0.5, 0.3, 0.2]}},
+        {"extractor": {"drop": 0.5, "rounds": 3, "share": 0.7, "step_limit": 3}, "gate": {"drop": 0.5, "rounds": 3}},
+        {"data": {"clients": 1}, "gate": {"rounds": 2}},
+        {"extractor": {"method": "fedsc", "rounds": 2, "batch": 64}, "fedsc": {"views": "crop", "epsilon": 8.0}},
     ],
+    ids=lambda changes: " ".join(f"{s}.{k}={v}" for s, table in changes.items() for k, v in table.items()),
 )
-def test_bad_input_is_one_line(run_main, tmp_path, monkeypatch, arguments, text):
+def test_every_kind_of_training_is_resumed_and_can_be_taken_up_again(tmp_path, changes):
+    flags = {section: {**SHORT.get(section, {}), **changes.get(section, {})} for section in {**SHORT, **changes}}
+    config = configure(flags=flags)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(config, tmp_path / "parts", progress=stop_after(2))
+    train(config, tmp_path / "parts", resume=True)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    run = read_run(tmp_path / "whole")
+    measured = train(retrained(run, "evaluate", {}), tmp_path / "measured", again=(run, "evaluate"))
+    assert {**measured.metrics, "seconds": 0} == {**run.metrics, "seconds": 0}
+
+
+def test_heads_that_stayed_at_home_are_kept_each_and_their_classifiers_measured_each(tmp_path):
+    run = train(configure(flags={**SHORT, "extractor": {"heads": "local", "rounds": 2}}), tmp_path / "run")
+    heads = [run.head(i).state_dict() for i in range(3)]
+    assert not torch.equal(heads[0]["0.weight"], heads[1]["0.weight"])
+    assert len(set(run.metrics["iid"]["fedce"]["devices"])) > 1
+
+
+def test_fedsc_needs_no_head_and_says_what_its_matrices_cost(tmp_path):
+    flags = {**SHORT, "extractor": {"method": "fedsc", "rounds": 3}, "fedsc": {"epsilon": 4.0, "views": "crop"}}
+    seen = []
+    run = train(configure(flags=flags), tmp_path / "run", progress=seen.append)
+    assert run.head(0) is None
+    assert "fedce" not in run.metrics["own"]
+    costs = [told.epsilon for told in seen if told.stage == "extractor"]
+    assert costs == sorted(costs)
+    assert costs[-1] == pytest.approx(4.0, rel=1e-6)
+    assert run.metrics["privacy"] == {
+        "epsilon": costs[-1],
+        "delta": 1e-5,
+        "sigma": pytest.approx(max(run.metrics["privacy"]["sigma"], 0.01)),
+        "releases": 3,
+    }
+
+
+def test_a_spent_budget_ends_the_stage_and_one_that_buys_nothing_is_refused(tmp_path):
+    def flags(sigma):
+        return {**SHORT, "extractor": {"method": "fedsc", "rounds": 9}, "fedsc": {"epsilon": 8.0, "sigma": sigma}}
+
+    run = train(configure(flags=flags(0.35)), tmp_path / "run")
+    rounds = [entry for entry in run.metrics["history"] if entry["stage"] == "extractor"]
+    assert 0 < len(rounds) < 9
+    assert rounds[-1]["epsilon"] <= 8.0
+    with pytest.raises(ConfigError, match="one release"):
+        train(configure(flags=flags(0.001)), tmp_path / "other")
+    assert not (tmp_path / "other.partial").exists()
+
+
+def test_bytes_are_counted_by_stage(tmp_path):
+    run = train(configure(flags=SHORT), tmp_path / "run")
+    classifier = sum(p.numel() * 4 for net in (run.extractor(), run.head(0)) for p in net.state_dict().values())
+    expert = sum(p.numel() * 4 for p in run.expert(0).state_dict().values())
+    assert run.metrics["bytes"]["extractor"] == {"up": 2 * 3 * classifier, "down": 2 * 3 * classifier}
+    assert run.metrics["bytes"]["experts"] == {"up": 3 * expert, "down": 6 * expert}
+    gate = 4 * (64 * 3 + 3)
+    assert run.metrics["bytes"]["gate"] == {"up": 3 * 2 * gate, "down": 3 * 2 * gate}
+
+
+def test_two_trainings_at_one_place_are_refused(tmp_path):
+    """The first is another process that trains there for real."""
+    command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", "--rounds", "500", "--out"]
+    first = subprocess.Popen([*command, tmp_path / "run"], stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "run.partial" / "checkpoint.safetensors").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        for resume in (False, True):
+            with pytest.raises(RunError, match="another process is training there"):
+                train(configure(flags=SHORT), tmp_path / "run", resume=resume)
+    finally:
+        first.kill()
+        first.wait()
+    with pytest.raises(RunError, match="go on with --resume"):
+        train(configure(flags=SHORT), tmp_path / "run")
+
+
+def test_a_run_whose_checkpoint_had_no_time_to_go_is_finished(tmp_path):
+    with pytest.raises(Stop):
+        train(configure(flags=SHORT), tmp_path / "run", progress=stop_after(4))
+    left = (tmp_path / "run.partial" / "checkpoint.safetensors").read_bytes()
+    train(configure(flags=SHORT), tmp_path / "run", resume=True)
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "checkpoint.safetensors").write_bytes(left)
+    assert train(configure(flags=SHORT), tmp_path / "run", resume=True).record.experts == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_fails_before_the_first_round_leaves_nothing(tmp_path):
+    with pytest.raises(NetError):
+        train(configure(flags={"extractor": {"backbone": "nowhere:Net"}}), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (Path("/"), tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(RunError, match="choose another"):
+            train(configure(flags=SHORT), place)
+    (tmp_path / "run.partial").touch()
+    with pytest.raises(RunError, match="choose another"):
+        train(configure(flags=SHORT), tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_that_is_absent_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="finds no CUDA device here; use --device cpu"):
+        train(configure(flags={**SHORT, "device": "cuda"}), tmp_path / "run")
+
+
+def test_a_training_changes_nothing_of_its_process(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    train(configure(flags={**SHORT, "threads": 2}), tmp_path / "run")
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.get_num_threads() == 1
+
+
+MODULE = """
+import torch
+from torch import nn
+class net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        {more}
+    def forward(self, x):
+        flat = x.flatten(1)
+        return {answer}
+"""
+
+
+def module(answer, more=""):
+    return MODULE.format(answer=answer, more=more)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("def net():\n    return 3", "returned int, not a torch"),
+        ("import nowhere_at_all", "cannot be imported: ModuleNotFoundError"),
+        ("def net(:", "cannot be imported: SyntaxError"),
+        ("def net():\n    raise KeyError('x')", "cannot be built with {}: KeyError: 'x'"),
+        (module("self.layer(flat)"), "fails on two uint8 images"),
+        (module("flat"), "torch.uint8, not torch.float32"),
+        (module("(flat, flat)"), "returns tuple, not one tensor"),
+        (module("flat.double()"), "torch.float64, not torch.float32"),
+        (module("self.layer(flat.float())[0]"), r"\[64\] of two images, not \[2, 64\]"),
+        (module("self.other(flat.float())", "self.other = nn.Linear(64, 64); self.other.weight = self.layer.weight"),
+         "two names for one weight"),
+    ],
+)  # fmt: skip
+def test_backbones_that_cannot_be_trained_are_one_line(tmp_path, monkeypatch, source, text):
     monkeypatch.chdir(tmp_path)
-    shown = run_main(main, "run", *arguments)
-    assert (shown.exit_code, shown.output) == (1, "")
-    assert text in shown.error
-    assert shown.error.count("\n") == 1
-    assert not list(tmp_path.rglob("run.json"))
+    name = f"backbone_{abs(hash(source))}"
+    Path(f"{name}.py").write_text(source + "\n")
+    with pytest.raises(NetError, match=text):
+        train(configure(flags={**SHORT, "extractor": {"backbone": f"{name}:net", "rounds": 1}}), tmp_path / "run")

@@ -126,7 +126,7 @@ def test_a_damaged_file_is_refused_by_name(folder, name, damage):
         (lambda r: r["data"].update(shape=[0]), "of shape"),
         (lambda r: r["data"].update(name="x\nverified"), "cannot be printed"),
         (lambda r: r.update(labels=["a", "b", "\x1b"]), "cannot be printed"),
-        (lambda r: r["files"].update(more={"bytes": 1, "sha256": ""}), "files are not the 6"),
+        (lambda r: r["files"].update(more={"bytes": 1, "sha256": ""}), "files are not those of a run"),
         (lambda r: r["inference"].update(top_k=3), "top_k is 3 of 2 experts"),
         (lambda r: r.update(labels=["a"]), "1 labels for 3 outputs"),
         (lambda r: r["networks"].pop("gate"), "'networks.gate' is missing"),

@@ -1,0 +1,197 @@
+"""What a run is to be compared with, on the same split and with as many epochs.
+
+local        every client trains a whole classifier on its own samples, and nobody averages
+fedavg       FedCE's one classifier for all, which is this run's own stage 1 where that was FedCE
+centralised  all samples in one place: extractor, experts and gate of the same shapes, trained as a plain mixture
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from nmoe_edge.schema import parse_json
+from nmoe_train.checkpoint import Checkpoint, claimed
+from nmoe_train.config import ExtractorConfig, configure
+from nmoe_train.errors import RunError
+from nmoe_train.evaluate import Rows, adapted, answers, measure
+from nmoe_train.extractor import Headed, fedce_round, fedce_update
+from nmoe_train.federation import Round, State, Update, check, cosine, generator, report
+from nmoe_train.fleet import Fleet, Progress
+from nmoe_train.losses import load_loss, mixture_loss
+from nmoe_train.nets import build
+from nmoe_train.pipeline import fleet_of, surroundings
+from nmoe_train.report import page
+from nmoe_train.run import Inference, Run, write_beside
+
+METHODS = ("local", "fedavg", "centralised")
+FILE = "baselines.json"
+SPREAD = 0.01
+"""Weight of the centralised mixture's load loss: without it one expert takes all."""
+
+
+def baselines(run: Run, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Train and measure what is not there yet; baselines.json and report.html of the run are written after each."""
+    place = run.folder.with_name(f"{run.folder.name}-baselines")
+    with claimed(place) as path, surroundings(run.record.config.get("threads", 1)):
+        fleet, _ = fleet_of(run)
+        found = measured(run)
+        for name in METHODS:
+            if name not in found:
+                found[name] = _measure(fleet, run, name, lambda c: c.write(path), _stopped(path, name), progress)
+                write_beside(run, FILE, json.dumps(found, indent=2, allow_nan=False) + "\n")
+                path.unlink(missing_ok=True)
+        text = page(run.folder.name, run.record.config, run.metrics, run.record.labels or (), by_part(found))
+        write_beside(run, "report.html", text)
+        return found
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """What baselines.json holds so far, by method."""
+    path = run.folder / FILE
+    try:
+        plain = parse_json(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: {error}; remove it to measure again") from error
+    if not isinstance(plain, dict):
+        raise RunError(f"{path}: not a JSON object; remove it to measure again")
+    return plain
+
+
+def by_part(found: dict[str, Any]) -> dict[str, Any]:
+    """The same, own and balanced test apart, as metrics.json has it."""
+    return {part: {name: figures[part] for name, figures in found.items()} for part in ("own", "iid")}
+
+
+def _stopped(path: Any, name: str) -> Checkpoint:
+    """Where this baseline stopped, or its beginning."""
+    c = Checkpoint.read(path) if path.exists() else Checkpoint({}, name)
+    return c if c.stage == name else Checkpoint({}, name)
+
+
+def _measure(
+    fleet: Fleet, run: Run, name: str, save: Callable[[Checkpoint], None], c: Checkpoint, progress: Progress
+) -> dict[str, Any]:
+    config = _settings(fleet)
+    torch.manual_seed(fleet.config.seed)
+    net = Headed(build(fleet.networks.extractor), build(fleet.config.expert_net(fleet.classes))).to(fleet.device)
+    data = [(x.to(fleet.device), y.to(fleet.device)) for x, y in fleet.clients.train]
+    if name == "centralised":
+        data = [tuple(torch.cat(column) for column in zip(*data, strict=True))]
+    if name == "fedavg" and run.record.networks.head is not None and fleet.config.extractor.heads == "shared":
+        return {part: run.metrics[part]["fedce"] for part in ("own", "iid")}
+    step = _alone_round if name == "local" else fedce_round
+    first = {key: value.detach().clone() for key, value in net.state_dict().items()}
+    states: Sequence[State] = c.states.get(name, [first] * len(data))
+    for round_ in range(c.round, config.rounds):
+        states, told = step(net, states, data, round_, fleet.config.seed, config)
+        save(Checkpoint({}, name, round_ + 1, {name: states}))
+        progress(replace(told, stage=name))
+    if name == "centralised":
+        return _mixture(fleet, net, states[0], data[0], progress)
+    return {
+        part: measure([adapted(_said(net, states[i % len(states)], x), run.record.inference) for i, (x, _) in parts], y)
+        for part, parts, y in _tests(fleet)
+    }
+
+
+def _settings(fleet: Fleet) -> ExtractorConfig:
+    """Those of the run's FedCE; where its stage 1 was none, the defaults for its data and its network."""
+    config = fleet.config.extractor
+    if config.method == "fedce":
+        return replace(config, heads="shared", head="expert")
+    usual = configure(flags={"data": {"name": fleet.config.data.name}}).extractor
+    return replace(usual, backbone=config.backbone, arguments=config.arguments, dim=config.dim)
+
+
+def _tests(fleet: Fleet) -> list[tuple[str, list[tuple[int, Any]], list[Tensor]]]:
+    """(name, each device's number and test set, its labels)"""
+    sets = (("own", fleet.clients.own_test), ("iid", [fleet.clients.test] * fleet.count))
+    return [(name, list(enumerate(parts)), [y for _, y in parts]) for name, parts in sets]
+
+
+def _alone_round(
+    net: nn.Module,
+    states: Sequence[State],
+    data: Sequence[tuple[Tensor, Tensor]],
+    round_: int,
+    seed: int,
+    config: ExtractorConfig,
+) -> tuple[list[State], Round]:
+    """A round of FedCE of which nobody tells anybody."""
+    rate = config.rate * cosine(round_, config.rounds, config.warm_rounds)
+    updates = [
+        fedce_update(net, states[i], i, *data[i], rate, config, generator(seed, "extractor", round_, i))
+        for i in range(len(data))
+    ]
+    check("extractor", round_, updates)
+    return [update.state for update in updates], report("local", round_, config.rounds, updates)
+
+
+def _said(net: nn.Module, state: State, x: Tensor) -> Tensor:
+    net.eval()
+    device = next(net.parameters()).device
+    with torch.no_grad():
+        parts = [functional_call(net, dict(state), (rows.to(device),)).cpu() for rows in x.split(512)]
+    return torch.cat(parts).softmax(1)
+
+
+def _mixture(
+    fleet: Fleet, net: Headed, state: State, data: tuple[Tensor, Tensor], progress: Progress
+) -> dict[str, Any]:
+    """Experts and gate trained together on everybody's latents."""
+    config, seed, n = fleet.config, fleet.config.seed, fleet.count
+    net.load_state_dict(state)
+    h, y = _latents(net, data[0]), data[1].cpu()
+    starts = [build(fleet.networks.expert).state_dict() for _ in range(n)]
+    experts = {key: torch.stack([start[key] for start in starts]).requires_grad_() for key in starts[0]}
+    gate = nn.Linear(config.extractor.dim, n)
+    every = vmap(lambda expert, rows: functional_call(fleet.expert, expert, (rows,)), in_dims=(0, None), out_dims=1)
+    batch = config.experts.batch * n  # as many steps an epoch as the clients take side by side
+    steps = config.experts.epochs * -(-len(y) // batch)
+    learned = [*experts.values(), *gate.parameters()]
+    optimiser = torch.optim.AdamW(learned, config.experts.rate, weight_decay=config.experts.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for epoch in range(config.experts.epochs):
+        g = generator(seed, "centralised", epoch)
+        total = 0.0
+        for rows in torch.randperm(len(y), generator=g).split(batch):
+            noise = config.gate.noise * torch.randn(len(rows), n, generator=g)
+            log_g = (gate(h[rows]) + noise).log_softmax(1)
+            said = every(experts, h[rows])  # (B, N, K)
+            if config.gate.loss == "probabilities":
+                said = said.log_softmax(2)[torch.arange(len(rows)), :, y[rows]]
+            loss = mixture_loss(log_g, said, y[rows], config.gate.loss).mean()
+            loss = loss + SPREAD * load_loss(log_g.exp(), torch.ones(len(rows)))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            total += loss.item() * len(rows)
+        updates = [Update(0, {key: value.detach() for key, value in experts.items()}, len(y), total / len(y))]
+        check("experts", epoch, updates)
+        progress(report("mixture", epoch, config.experts.epochs, updates))
+    rules = Inference(config.inference.top_k, config.gate.loss)
+    figures: dict[str, Any] = {}
+    with torch.no_grad():
+        for part, parts, truth in _tests(fleet):
+            seen = [(i, _latents(net, x), y) for i, (x, y) in (parts if part == "own" else parts[:1])]
+            rows = [Rows(gate(h), every(experts, h), y) for _, h, y in seen]
+            said = [answers(r, 0, rules) for r in rows]
+            routing = torch.stack([went.mean(0) for _, went in said] * (fleet.count // len(said)))
+            figures[part] = measure([p for p, _ in said], truth[: len(said)])
+            figures[part] |= {"routing": routing.tolist(), "kept_local": routing.diag().mean().item()}
+    return figures
+
+
+def _latents(net: Headed, x: Tensor) -> Tensor:
+    net.eval()
+    device = next(net.parameters()).device
+    with torch.no_grad():
+        return torch.cat([net.extractor(rows.to(device)).cpu() for rows in x.split(512)])
