@@ -228,22 +228,24 @@ def _heat_maps(done: Mapping[str, Any]) -> Iterator[str]:
     for row in ("fedce-fedgate", "fedsc-fedgate", "centralised"):
         (figures,) = figures_of(done, row, FIGURE_PARTITION, "own", 1)
         kept, theirs = figures["kept_local"], THEIR_SHARE_KEPT.get(row.partition("-")[0])
-        beside = f"; the paper's: {theirs} %" if theirs else ""
+        beside = f"; in the paper {theirs} %" if theirs else ""
         names = [str(i) for i in range(len(figures["routing"]))]
-        caption = f"{ROWS[row]}: {kept:.0%} of the rows stay at home{beside}. Rows: who asks; columns: whose expert."
+        caption = f"{ROWS[row]}: {100 * kept:.0f} % of the rows stay at home{beside}. Rows ask, columns are asked."
         yield figure(heat_map, figures["routing"], names, names, caption=caption)
 
 
 def _curves(done: Mapping[str, Any]) -> Iterator[str]:
-    for stage, key, label in (
-        ("extractor", "accuracy", "accuracy on what is trained on"),
-        ("extractor", "loss", "loss"),
-        ("gate", "loss", "loss"),
-    ):
-        series = {}
-        for extractor, name in (("fedce", "FedCE"), ("fedsc", "FedSC")):
-            unit = done[Unit(FIGURE_PARTITION, extractor, "fedgate", 0).name]
-            points = [(e["round"], e[key]) for e in unit["history"] if e["stage"] == stage and key in e]
-            if points:
-                series[name] = points
-        yield figure(curves, series, "round", label, caption=f"{stage}: {label}, round by round.")
+    names = {"fedce": "FedCE", "fedsc": "FedSC"}
+    history = {e: done[Unit(FIGURE_PARTITION, e, "fedgate", 0).name]["history"] for e in names}
+
+    def series(extractor: str, stage: str, key: str) -> list[tuple[float, float]]:
+        return [(e["round"], e[key]) for e in history[extractor] if e["stage"] == stage and key in e]
+
+    accuracy = [(round_, 100 * share) for round_, share in series("fedce", "extractor", "accuracy")]
+    told = "The classifier that FedCE trains, on its own training samples: higher is better."
+    yield figure(curves, {"FedCE": accuracy}, "round", "percent", caption=told)
+    for extractor, name in names.items():
+        loss = {name: series(extractor, "extractor", "loss")}
+        yield figure(curves, loss, "round", "loss", caption=f"{name}'s own loss: lower is better.")
+    gates = {f"on {name}": series(extractor, "gate", "loss") for extractor, name in names.items()}
+    yield figure(curves, gates, "round", "loss", caption="FedGate's loss on either extractor: lower is better.")

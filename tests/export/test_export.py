@@ -19,6 +19,8 @@ from nmoe_export.cli import main
 from nmoe_export.errors import GraphError, SourceError
 from nmoe_export.fleet import export_run
 from nmoe_export.graphs import export_graph
+from nmoe_train.config import configure
+from nmoe_train.pipeline import train
 from nmoe_train.run import Inference, read_run, write_run
 
 
@@ -223,3 +225,22 @@ def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_export, g
     shown = nmoe_export(golden / "run")
     assert (shown.exit_code, shown.output) == (1, "")
     assert shown.error == "nmoe-export: onnx is not installed; pip install 'nmoe[export]'\n"
+
+
+@pytest.mark.parametrize(
+    "gate", [{"method": "rangate", "shares": [0.7, 0.3]}, {"widths": [16]}, {"own": "weights"}], ids=str
+)
+def test_every_kind_of_gate_becomes_a_bundle(tmp_path, gate):
+    """Trained, not made up: what the exporter finds in a run is what training leaves there."""
+    flags = {"data": {"clients": 2}, "extractor": {"rounds": 1}, "gate": {"rounds": 2, **gate}}
+    run = train(configure(flags=flags), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "fleet")
+    _, bundles = read_fleet_folder(tmp_path / "fleet")
+    images = run.calibration()["inputs"]
+    for device, bundle in enumerate(bundles.values()):
+        models = Models(bundle)
+        assert run_selftest(models, bundle).passed
+        with torch.no_grad():
+            scores = run.gate(device)(run.extractor()(torch.from_numpy(images.copy()))).numpy()
+        agree = models.gate(models.extractor(images)).argmax(1) == scores.argmax(1)
+        assert agree.mean() > 0.99

@@ -241,8 +241,21 @@ def test_a_resnet18_takes_images_of_both_sizes_as_they_come(norm):
 
 
 def test_the_document_names_every_key():
-    table = RUN_MD[RUN_MD.index("## run.json") :]
+    table = RUN_MD[RUN_MD.index("## run.json") : RUN_MD.index("## metrics.json")]
     documented = re.findall(r"^\| `(\w+)` \|", table, re.M)
     assert documented == [field.name for field in fields(RunRecord)]
     for part in (DataRecord, Inference, NetSpec):
         assert all(f"`{field.name}`" in table for field in fields(part))
+
+
+def test_the_document_names_every_metric(golden, tmp_path):
+    from nmoe_train.config import configure
+    from nmoe_train.pipeline import train
+
+    flags = {"extractor": {"rounds": 1, "method": "fedsc"}, "fedsc": {"epsilon": 8.0}, "gate": {"rounds": 1}}
+    metrics = train(configure(flags={**flags, "data": {"clients": 2}}), tmp_path / "run").metrics
+    table = RUN_MD[RUN_MD.index("## metrics.json") : RUN_MD.index("## Your own data")]
+    documented = [key for keys in re.findall(r"^\| (`.*?) \|", table, re.M) for key in re.findall(r"`(\w+)`", keys)]
+    assert sorted(documented) == sorted(metrics)
+    for key in (*metrics["own"], *metrics["own"]["networked"], *metrics["privacy"]):
+        assert f"`{key}`" in table, key
