@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from nmoe_train.errors import RunError
 from nmoe_train.evaluate import Rows, adapted, answers, measure
 from nmoe_train.extractor import Headed, fedce_round, fedce_update
 from nmoe_train.federation import Round, State, Update, check, cosine, generator, report
-from nmoe_train.fleet import Fleet, Progress
+from nmoe_train.fleet import Fleet, Progress, moved
 from nmoe_train.losses import load_loss, mixture_loss
 from nmoe_train.nets import build
 from nmoe_train.pipeline import fleet_of, surroundings
@@ -44,7 +45,7 @@ def baselines(run: Run, progress: Progress = lambda _: None) -> dict[str, Any]:
         found = measured(run)
         for name in METHODS:
             if name not in found:
-                found[name] = _measure(fleet, run, name, lambda c: c.write(path), _stopped(path, name), progress)
+                found[name] = _measure(fleet, run, name, lambda c: c.write(path), _begun(path, run, name), progress)
                 write_beside(run, FILE, json.dumps(found, indent=2, allow_nan=False) + "\n")
                 path.unlink(missing_ok=True)
         text = page(run.folder.name, run.record.config, run.metrics, run.record.labels or (), by_part(found))
@@ -69,10 +70,11 @@ def by_part(found: dict[str, Any]) -> dict[str, Any]:
     return {part: {name: figures[part] for name, figures in found.items()} for part in ("own", "iid")}
 
 
-def _stopped(path: Any, name: str) -> Checkpoint:
+def _begun(path: Path, run: Run, name: str) -> Checkpoint:
     """Where this baseline stopped, or its beginning."""
-    c = Checkpoint.read(path) if path.exists() else Checkpoint({}, name)
-    return c if c.stage == name else Checkpoint({}, name)
+    first = Checkpoint(dict(run.record.config), name, fingerprint=run.record.data.fingerprint)
+    c = Checkpoint.read(path) if path.exists() else first
+    return c if (c.config, c.stage, c.fingerprint) == (first.config, name, first.fingerprint) else first
 
 
 def _measure(
@@ -80,7 +82,8 @@ def _measure(
 ) -> dict[str, Any]:
     config = _settings(fleet)
     torch.manual_seed(fleet.config.seed)
-    net = Headed(build(fleet.networks.extractor), build(fleet.config.expert_net(fleet.classes))).to(fleet.device)
+    head = fleet.networks.head or fleet.config.expert_net(fleet.classes)
+    net = Headed(build(fleet.networks.extractor), build(head)).to(fleet.device)
     data = [(x.to(fleet.device), y.to(fleet.device)) for x, y in fleet.clients.train]
     if name == "centralised":
         data = [tuple(torch.cat(column) for column in zip(*data, strict=True))]
@@ -88,10 +91,10 @@ def _measure(
         return {part: run.metrics[part]["fedce"] for part in ("own", "iid")}
     step = _alone_round if name == "local" else fedce_round
     first = {key: value.detach().clone() for key, value in net.state_dict().items()}
-    states: Sequence[State] = c.states.get(name, [first] * len(data))
+    states = moved(c.states.get(name, [first] * len(data)), fleet.device)
     for round_ in range(c.round, config.rounds):
         states, told = step(net, states, data, round_, fleet.config.seed, config)
-        save(Checkpoint({}, name, round_ + 1, {name: states}))
+        save(replace(c, round=round_ + 1, states={name: states}))
         progress(replace(told, stage=name))
     if name == "centralised":
         return _mixture(fleet, net, states[0], data[0], progress)
@@ -105,7 +108,7 @@ def _settings(fleet: Fleet) -> ExtractorConfig:
     """Those of the run's FedCE; where its stage 1 was none, the defaults for its data and its network."""
     config = fleet.config.extractor
     if config.method == "fedce":
-        return replace(config, heads="shared", head="expert")
+        return replace(config, heads="shared")
     usual = configure(flags={"data": {"name": fleet.config.data.name}}).extractor
     return replace(usual, backbone=config.backbone, arguments=config.arguments, dim=config.dim)
 

@@ -23,18 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from nmoe_train.augment import VIEWS
 from nmoe_train.config import ExtractorConfig, FedSCConfig
-from nmoe_train.federation import (
-    Round,
-    State,
-    Update,
-    attending,
-    average,
-    check,
-    cosine,
-    generator,
-    report,
-    size,
-)
+from nmoe_train.federation import Round, State, Update, attending, average, check, cosine, generator, report, size
 from nmoe_train.losses import correlation, of_the_others, shortened, spectral_loss
 from nmoe_train.privacy import noise_for, spent
 
@@ -125,15 +114,7 @@ def fedce_round(
     check("extractor", round_, updates)
     local = config.heads == "local"
     sent = size({key: value for key, value in states[0].items() if not (local and key.startswith("head."))})
-    told = report(
-        "extractor",
-        round_,
-        config.rounds,
-        updates,
-        lost=lost,
-        up=sent * len(here),
-        down=sent * (len(here) + len(lost)),
-    )
+    told = report("extractor", round_, config.rounds, updates, lost, sent)
     if not updates:
         return list(states), told
     shared = average(updates)
@@ -201,14 +182,7 @@ def fedsc_round(
     check("extractor", round_, updates)
     sent = size(states[0]) + (size({"C": others[0]}) if others else 0)
     told = report(
-        "extractor",
-        round_,
-        min(config.rounds, shield.rounds),
-        updates,
-        lost=lost,
-        up=sent * len(here),
-        down=sent * (len(here) + len(lost)),
-        epsilon=shield.spent(round_ + 1),
+        "extractor", round_, min(config.rounds, shield.rounds), updates, lost, sent, epsilon=shield.spent(round_ + 1)
     )
     return [average(updates)] * len(data) if updates else list(states), told
 

@@ -99,15 +99,24 @@ def check(stage: str, round_: int, updates: Sequence[Update]) -> None:
             )
 
 
-def report(stage: str, round_: int, rounds: int, updates: Sequence[Update], **more: object) -> Round:
-    """A round's mean loss and accuracy, by client size."""
+def report(
+    stage: str,
+    round_: int,
+    rounds: int,
+    updates: Sequence[Update],
+    lost: tuple[int, ...] = (),
+    sent: int = 0,
+    epsilon: float | None = None,
+) -> Round:
+    """A round's mean loss and accuracy, by client size; `sent` bytes went to each client, and came back from most."""
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [(value, u.samples) for value, u in zip(values, updates, strict=True) if value is not None]
         return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
 
     loss, accuracy = mean([u.loss for u in updates]), mean([u.accuracy for u in updates])
-    return Round(stage, round_ + 1, rounds, loss, accuracy, **more)
+    up, down = sent * len(updates), sent * (len(updates) + len(lost))
+    return Round(stage, round_ + 1, rounds, loss, accuracy, lost, up, down, epsilon)
 
 
 def size(state: State) -> int:

@@ -155,12 +155,12 @@ class Fleet:
         config, fedsc, seed = self.config.extractor, self.config.fedsc, self.config.seed
         data = [(x.to(self.device), y.to(self.device)) for x, y in self.clients.train]
         for round_ in range(c.round, self.rounds):
-            states = _moved(c.states["extractor"], self.device)
+            states = moved(c.states["extractor"], self.device)
             if config.method == "fedce":
                 states, told = fedce_round(self.net, states, data, round_, seed, config)
             else:
                 states, told = fedsc_round(self.net, states, data, round_, seed, config, fedsc)
-            c = after(c, _moved(states, torch.device("cpu")), told)
+            c = after(c, moved(states, torch.device("cpu")), told)
         return c
 
     def _train_experts(self, c: Checkpoint, after: Callable[..., Checkpoint], progress: Progress) -> Checkpoint:
@@ -324,15 +324,13 @@ def _own(gate: Gate) -> dict[str, Tensor]:
     return {key: value for key, value in _detached(gate).items() if key.startswith("own.")}
 
 
-def _moved(states: Sequence[State], device: torch.device) -> list[State]:
+def moved(states: Sequence[State], device: torch.device) -> list[State]:
     """States on another device; what clients share stays shared."""
-    moved: dict[int, State] = {}
-    for state in states:
-        if id(state) not in moved:
-            moved[id(state)] = {
-                key: value.to(device, memory_format=_layout(value, device)) for key, value in state.items()
-            }
-    return [moved[id(state)] for state in states]
+    once = {
+        id(state): {key: value.to(device, memory_format=_layout(value, device)) for key, value in state.items()}
+        for state in states
+    }
+    return [once[id(state)] for state in states]
 
 
 def _layout(value: Tensor, device: torch.device) -> torch.memory_format:

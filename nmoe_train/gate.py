@@ -21,18 +21,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import GateConfig
-from nmoe_train.federation import (
-    Round,
-    State,
-    Update,
-    attending,
-    average,
-    check,
-    cosine,
-    generator,
-    report,
-    size,
-)
+from nmoe_train.federation import Round, State, Update, attending, average, check, cosine, generator, report, size
 from nmoe_train.losses import load_loss, mixture_loss
 
 
@@ -104,15 +93,7 @@ def fedgate_round(
     updates = _stacked_updates(net, gates, data, here, rate, round_, seed, config) if here else []
     check("gate", round_, updates)
     sent = size({key: value for key, value in gates[0].items() if key.startswith("shared.")})
-    told = report(
-        "gate",
-        round_,
-        config.rounds,
-        updates,
-        lost=lost,
-        up=sent * len(here),
-        down=sent * (len(here) + len(lost)),
-    )
+    told = report("gate", round_, config.rounds, updates, lost, sent)
     if not updates:
         return list(gates), told
     shared = {key: value for key, value in average(updates).items() if key.startswith("shared.")}
@@ -208,7 +189,7 @@ def rollgate_stop(
     update = Update(client, gate, len(h), total / len(h), hits / len(h))
     check("gate", stop, [update])
     sent = size({key: gate[key] for key in learned})
-    return [gate] * experts, report("gate", stop, config.laps * experts, [update], up=sent, down=sent)
+    return [gate] * experts, report("gate", stop, config.laps * experts, [update], sent=sent)
 
 
 def visited(stop: int, clients: int, seed: int, config: GateConfig) -> int:
