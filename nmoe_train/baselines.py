@@ -1,4 +1,4 @@
-"""What a run is to be compared with, on the same split and with as many epochs.
+"""What a run is to be compared with, on the same split and with as many epochs as its FedCE had, nobody absent.
 
 local        every client trains a whole classifier on its own samples, and nobody averages
 fedavg       FedCE's one classifier for all, which is this run's own stage 1 where that was FedCE
@@ -24,7 +24,7 @@ from nmoe_train.errors import RunError
 from nmoe_train.evaluate import Rows, adapted, answers, measure
 from nmoe_train.extractor import Headed, fedce_round, fedce_update
 from nmoe_train.federation import Round, State, Update, check, cosine, generator, report
-from nmoe_train.fleet import Fleet, Progress, moved
+from nmoe_train.fleet import Fleet, Progress, encoded, moved
 from nmoe_train.losses import load_loss, mixture_loss
 from nmoe_train.nets import build
 from nmoe_train.pipeline import fleet_of, surroundings
@@ -33,6 +33,8 @@ from nmoe_train.run import Inference, Run, write_beside
 
 METHODS = ("local", "fedavg", "centralised")
 FILE = "baselines.json"
+RATE = 2e-3
+"""Of the centralised mixture's experts, which start fresh."""
 SPREAD = 0.01
 """Weight of the centralised mixture's load loss: without it one expert takes all."""
 
@@ -98,19 +100,23 @@ def _measure(
         progress(replace(told, stage=name))
     if name == "centralised":
         return _mixture(fleet, net, states[0], data[0], progress)
-    return {
-        part: measure([adapted(_said(net, states[i % len(states)], x), run.record.inference) for i, (x, _) in parts], y)
-        for part, parts, y in _tests(fleet)
-    }
+    # A classifier of one client carries that client's class mix already.
+    rules = replace(run.record.inference, adapt=run.record.inference.adapt and name == "fedavg")
+    said: dict[str, list[Tensor]] = {"own": [], "iid": []}
+    for part, parts, _ in _tests(fleet):
+        for i, (x, _) in parts:
+            net.load_state_dict(states[i])
+            said[part].append(adapted(encoded(net, x).softmax(1), rules))
+    return {part: measure(said[part], y) for part, _, y in _tests(fleet)}
 
 
 def _settings(fleet: Fleet) -> ExtractorConfig:
-    """Those of the run's FedCE; where its stage 1 was none, the defaults for its data and its network."""
+    """Those of the run's FedCE, with nobody absent; where its stage 1 was none, the defaults for its data."""
     config = fleet.config.extractor
-    if config.method == "fedce":
-        return replace(config, heads="shared")
-    usual = configure(flags={"data": {"name": fleet.config.data.name}}).extractor
-    return replace(usual, backbone=config.backbone, arguments=config.arguments, dim=config.dim)
+    if config.method != "fedce":
+        usual = configure(flags={"data": {"name": fleet.config.data.name}}).extractor
+        config = replace(usual, backbone=config.backbone, arguments=config.arguments, dim=config.dim)
+    return replace(config, heads="shared", share=1.0, drop=0.0, step_limit=None)
 
 
 def _tests(fleet: Fleet) -> list[tuple[str, list[tuple[int, Any]], list[Tensor]]]:
@@ -137,21 +143,13 @@ def _alone_round(
     return [update.state for update in updates], report("local", round_, config.rounds, updates)
 
 
-def _said(net: nn.Module, state: State, x: Tensor) -> Tensor:
-    net.eval()
-    device = next(net.parameters()).device
-    with torch.no_grad():
-        parts = [functional_call(net, dict(state), (rows.to(device),)).cpu() for rows in x.split(512)]
-    return torch.cat(parts).softmax(1)
-
-
 def _mixture(
     fleet: Fleet, net: Headed, state: State, data: tuple[Tensor, Tensor], progress: Progress
 ) -> dict[str, Any]:
     """Experts and gate trained together on everybody's latents."""
     config, seed, n = fleet.config, fleet.config.seed, fleet.count
     net.load_state_dict(state)
-    h, y = _latents(net, data[0]), data[1].cpu()
+    h, y = encoded(net.extractor, data[0]), data[1].cpu()
     starts = [build(fleet.networks.expert).state_dict() for _ in range(n)]
     experts = {key: torch.stack([start[key] for start in starts]).requires_grad_() for key in starts[0]}
     gate = nn.Linear(config.extractor.dim, n)
@@ -159,7 +157,7 @@ def _mixture(
     batch = config.experts.batch * n  # as many steps an epoch as the clients take side by side
     steps = config.experts.epochs * -(-len(y) // batch)
     learned = [*experts.values(), *gate.parameters()]
-    optimiser = torch.optim.AdamW(learned, config.experts.rate, weight_decay=config.experts.weight_decay)
+    optimiser = torch.optim.AdamW(learned, RATE, weight_decay=config.experts.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for epoch in range(config.experts.epochs):
         g = generator(seed, "centralised", epoch)
@@ -180,21 +178,14 @@ def _mixture(
         updates = [Update(0, {key: value.detach() for key, value in experts.items()}, len(y), total / len(y))]
         check("experts", epoch, updates)
         progress(report("mixture", epoch, config.experts.epochs, updates))
-    rules = Inference(config.inference.top_k, config.gate.loss)
+    rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
     figures: dict[str, Any] = {}
     with torch.no_grad():
         for part, parts, truth in _tests(fleet):
-            seen = [(i, _latents(net, x), y) for i, (x, y) in (parts if part == "own" else parts[:1])]
+            seen = [(i, encoded(net.extractor, x), y) for i, (x, y) in (parts if part == "own" else parts[:1])]
             rows = [Rows(gate(h), every(experts, h), y) for _, h, y in seen]
             said = [answers(r, 0, rules) for r in rows]
             routing = torch.stack([went.mean(0) for _, went in said] * (fleet.count // len(said)))
             figures[part] = measure([p for p, _ in said], truth[: len(said)])
             figures[part] |= {"routing": routing.tolist(), "kept_local": routing.diag().mean().item()}
     return figures
-
-
-def _latents(net: Headed, x: Tensor) -> Tensor:
-    net.eval()
-    device = next(net.parameters()).device
-    with torch.no_grad():
-        return torch.cat([net.extractor(rows.to(device)).cpu() for rows in x.split(512)])

@@ -23,15 +23,15 @@ from nmoe_train.errors import RunError
 from nmoe_train.federation import State
 
 NAME, LOCK = "checkpoint.safetensors", "lock"
-_FACTS = ("config", "stage", "round", "history", "fingerprint", "seconds")
+_FACTS = ("command", "config", "stage", "round", "history", "fingerprint", "seconds")
 """What stands beside the weights."""
 
 
 def partial(out: Path) -> Path:
     """The folder beside `out` that a training keeps its checkpoint in."""
     out = Path(os.path.abspath(out))
-    if not out.name:
-        raise RunError(f"{out}: no place for a run; choose another --out")
+    if not out.name or out.suffix == ".partial":
+        raise RunError(f"{out}: no place for a run; choose another --out, and name the run without .partial")
     return out.with_name(out.name + ".partial")
 
 
@@ -75,6 +75,8 @@ class Checkpoint:
     """Of the data that it was trained on."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage, over all sittings."""
+    command: str = "run"
+    """That began it, and that goes on with it."""
 
     def write(self, path: Path) -> None:
         """Replace the file; RunError when the disk does not take it."""
@@ -107,6 +109,8 @@ class Checkpoint:
             shared = facts.pop("shared")
             if sorted(facts) != sorted(_FACTS):
                 raise ValueError("it is of another version")
+        except FileNotFoundError:
+            raise RunError(f"{path.parent}: no training stopped there; leave --resume out to begin one") from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(f"{path}: no checkpoint to go on from: {reason}; remove its folder to begin anew") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,11 @@ _GATE = click.option("--gate", type=click.Choice(("rangate", "rollgate", "fedgat
 _TOP_K = click.option("--top-k", type=int, help="Experts a row is sent to.  [default: 1]")
 _EXTRACTOR = click.option("--extractor", type=click.Choice(("fedce", "fedsc")), help="[default: fedce]")
 _ROUNDS = click.option("--rounds", type=int, help="Of the extractor.  [default: 20]")
-_EPSILON = click.option("--dp-epsilon", type=float, help="FedSC: privacy budget of the matrices; it chooses the noise.")
+_EPSILON = click.option(
+    "--dp-epsilon",
+    type=float,
+    help="FedSC: privacy budget of the matrices, which chooses their noise.",
+)
 _BACKBONE = click.option("--backbone", help="small, resnet18 or package.module:factory.  [default: small]")
 
 _PLACES = {
@@ -70,12 +75,13 @@ _SPLIT = _options(
     click.option(
         "--config", "file", type=PATH, help="A TOML file of settings, or a run.json whose settings are taken."
     ),
-    click.option(
-        "--recipe", type=click.Choice(("best", "paper")), default="best", show_default=True, help="Named settings."
-    ),
+    click.option("--recipe", type=click.Choice(("best", "paper")), help="Named settings.  [default: best]"),
     click.option("--data", help="digits, cifar10, fashion-mnist, npz:FILE or folder:DIR.  [default: digits]"),
     click.option("--clients", type=int, help="How many devices.  [default: 10]"),
-    click.option("--partition", help="iid, noniid:TAU, dirichlet:A or classes:C.  [default: noniid:0.2]"),
+    click.option(
+        "--partition",
+        help="iid, noniid:TAU (own class: 1/(1+TAU)), dirichlet:A, classes:C.  [default: noniid:0.2]",
+    ),
     _EXTRACTOR,
     _GATE,
     _TOP_K,
@@ -103,7 +109,7 @@ Examples: nmoe-train run
 @_JSON
 def run(
     file: Path | None,
-    recipe: str,
+    recipe: str | None,
     settings: tuple[str, ...],
     out: Path | None,
     resume: bool,
@@ -122,14 +128,14 @@ def run(
     if resume and out is None:
         raise ConfigError("--resume needs --out: the folder of the training that stopped")
     # Without any setting, a resumed training keeps its own.
-    untouched = resume and not flags and file is None and recipe == "best"
-    config = stopped_config(out) if untouched and out is not None else configure(recipe, file, flags)
+    untouched = resume and not flags and file is None and recipe is None
+    config = stopped_config(out) if untouched and out is not None else configure(recipe or "best", file, flags)
     _train(config, out, resume, as_json, name=config.data.name.partition(":")[0])
 
 
 def _again(stage: str, *options: Callable[..., Any]) -> Callable[..., Any]:
     """A command that trains a stage of a run again."""
-    example = {"extractor": " --rounds 40", "experts": " --set experts.loss=plain", "gate": " --gate rollgate"}
+    example = {"extractor": " --rounds 40", "experts": " --set experts.epochs=10", "gate": " --gate rollgate"}
     help_ = {
         "extractor": "Train RUN's extractor again with other settings, and experts and gate on it; the split is kept.",
         "experts": "Train RUN's experts again with other settings, and a gate for them; the extractor is kept.",
@@ -145,13 +151,16 @@ def _again(stage: str, *options: Callable[..., Any]) -> Callable[..., Any]:
     def command(
         folder: Path, settings: tuple[str, ...], out: Path | None, resume: bool, as_json: bool, **given: object
     ) -> None:
-        from nmoe_train.pipeline import retrained
+        from nmoe_train.pipeline import retrained, stopped_config
         from nmoe_train.run import read_run
 
+        folder, flags = _named(folder), _flags(given, settings)
         kept = read_run(folder)
         if resume and out is None:
             raise ConfigError("--resume needs --out: the folder of the training that stopped")
-        config = retrained(kept, stage, _flags(given, settings))
+        # Without any setting, a resumed training keeps its own.
+        untouched = resume and not flags and out is not None
+        config = stopped_config(out) if untouched else retrained(kept, stage, flags)
         _train(config, out, resume, as_json, name=f"{folder.name}-{stage}", parent=folder.parent, again=(kept, stage))
 
     return command
@@ -184,7 +193,7 @@ def _train(
         done = train(config, folder, resume=resume, again=again, progress=json_line if as_json else Progress())
     except KeyboardInterrupt:
         if not (partial(folder) / "checkpoint.safetensors").exists():
-            raise
+            raise RunError("stopped before there was anything to keep") from None
         command = click.get_current_context().command_path + (f" {again[0].folder}" if again else "")
         raise RunError(f"stopped; go on with: {command} --out {folder} --resume") from None
     if as_json:
@@ -196,7 +205,7 @@ def _train(
 
 def _flags(given: Mapping[str, object], settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """The options that were given, where they stand in the configuration."""
-    from nmoe_train.config import parsed
+    from nmoe_train.settings import parsed
 
     flags: dict[str, Any] = {}
     for place, value in [parsed(text) for text in settings] + [(_PLACES.get(k, k), v) for k, v in given.items()]:
@@ -207,6 +216,11 @@ def _flags(given: Mapping[str, object], settings: tuple[str, ...] = ()) -> dict[
                 table = table.setdefault(section, {})
             table[name] = value
     return flags
+
+
+def _named(folder: Path) -> Path:
+    """A folder by a name of its own: `.` has none."""
+    return folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
 
 
 def _free_folder(parent: Path, name: str) -> Path:
@@ -235,7 +249,7 @@ def baselines(folder: Path, as_json: bool) -> None:
     from nmoe_train.baselines import baselines
     from nmoe_train.run import read_run
 
-    run = read_run(folder)
+    run = read_run(_named(folder))
     try:
         found = baselines(run, json_line if as_json else Progress())
     except KeyboardInterrupt:
@@ -283,8 +297,10 @@ def table(number: int, seeds: int, minutes: float | None, **given: Any) -> None:
     """
     from nmoe_train.paper import PARTITIONS, table, units
 
-    done = _worked(units(PARTITIONS, seeds), minutes, given)
+    done, left = _worked(units(PARTITIONS, seeds), minutes, given)
     click.echo(table(number, done, seeds))
+    if left:
+        click.echo(left)
 
 
 @cli.command(epilog="Example: nmoe-train figure 3")
@@ -298,33 +314,37 @@ def figure(number: int, minutes: float | None, **given: Any) -> None:
     from nmoe_train.paper import FIGURE_PARTITION, draw, units
 
     due = [unit for unit in units([FIGURE_PARTITION], 1) if unit.kind in ("fedgate", "baselines")]
-    done = _worked(due, minutes, given)
-    click.echo(draw(_place(given), number, done))
+    done, left = _worked(due, minutes, given)
+    click.echo(left or f"look at {draw(_place(given), number, done)}")
 
 
 def _place(given: Mapping[str, Any]) -> Path:
     return given["out"] or Path("paper") / Path((given["data"] or "digits").rpartition(":")[2]).stem
 
 
-def _worked(due: list[Any], minutes: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    from nmoe_train.paper import FILE, SpentError, counted, work
+def _worked(due: list[Any], minutes: float | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What is there after so many minutes, and a line on what is not."""
+    from nmoe_train.paper import FILE, work
 
     flags = _flags({key: given[key] for key in ("data", "backbone", "device")}, given["settings"])
-    out, again = _place(given), "call it again to go on"
+    out = _place(given)
     try:
-        return work(out, given["recipe"], flags, due, Progress(), minutes)
-    except (SpentError, KeyboardInterrupt):
-        done = counted(out, due)
-        raise RunError(f"{done} of {len(due)} parts are done and kept in {out / FILE}; {again}") from None
+        done = work(out, given["recipe"], flags, due, Progress(), minutes, lambda line: click.echo(line, err=True))
+    except KeyboardInterrupt:
+        raise RunError(f"stopped; what is done is kept in {out / FILE}; call it again to go on") from None
+    count = sum(unit.name in done for unit in due)
+    left = f"{count} of {len(due)} parts are done and kept in {out / FILE}; call it again to go on"
+    return done, "" if count == len(due) else left
 
 
 @cli.command(epilog="Example: nmoe-train settings --recipe paper --data cifar10 > mine.toml")
 @_SPLIT
-def settings(file: Path | None, recipe: str, settings: tuple[str, ...], **given: object) -> None:
+def settings(file: Path | None, recipe: str | None, settings: tuple[str, ...], **given: object) -> None:
     """Print every setting as TOML, as `run` with the same options would have it: a file for --config."""
-    from nmoe_train.config import as_toml, configure
+    from nmoe_train.config import configure
+    from nmoe_train.settings import as_toml
 
-    click.echo(as_toml(configure(recipe, file, _flags(given, settings))), nl=False)
+    click.echo(as_toml(configure(recipe or "best", file, _flags(given, settings))), nl=False)
 
 
 @cli.command(epilog="Example: nmoe-train inspect runs/digits-1")
@@ -343,6 +363,8 @@ def inspect(folder: Path, as_json: bool) -> None:
     networks = {"extractor": [run.extractor()]}
     networks["gate"] = [run.gate(device) for device in range(record.experts if record.personal_gates else 1)]
     networks["expert"] = [run.expert(device) for device in range(record.experts)]
+    if record.networks.head is not None:
+        networks["head"] = [run.head(0)]
     if as_json:
         click.echo(json.dumps({"run": to_plain(record), "metrics": run.metrics}, indent=2))
         return
@@ -350,6 +372,10 @@ def inspect(folder: Path, as_json: bool) -> None:
     for role, nets in networks.items():
         parameters = sum(p.numel() for p in nets[0].parameters())
         click.echo(f"{role:<10} {getattr(record.networks, role).factory}, {parameters:,} parameters")
+    for part, name in (("own", "own distribution"), ("iid", "balanced")):
+        figures = run.metrics.get(part, {}).get("networked")
+        if figures:
+            click.echo(f"{'accuracy':<10} {figures['accuracy']:.1%} networked, {name}")
     gates = "one gate each" if record.personal_gates else "one gate for all"
     click.echo(f"devices    {record.experts}, {gates}, latents of {record.latent_dim} numbers")
     click.echo(f"trained    seed {record.seed}, with torch {record.versions.get('torch', 'of an unknown version')}")

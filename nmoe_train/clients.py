@@ -58,7 +58,9 @@ def deal(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
     own_test = parts(x, y, config.test_partition or config.partition, config.test_size, usual[1], seed + 1)
     cut = [max(1, round(len(y) * config.held_out)) for _, y in train]
     if min(len(y) - n for (_, y), n in zip(train, cut, strict=True)) < 1:
-        raise DataError("a client has too few samples to hold one out and train on another: take fewer clients")
+        raise DataError(
+            "a client has too few samples to hold one out and train on another: lower data.clients or data.held_out"
+        )
     dealt = [(x[n:], y[n:]) for (x, y), n in zip(train, cut, strict=True)]
     held_out = [(x[:n], y[:n]) for (x, y), n in zip(train, cut, strict=True)]
     digest = hashlib.sha256(dataset.fingerprint().encode())

@@ -32,7 +32,11 @@ def _check(section: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(section, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} is {value}, not in {low:g}..{high:g}")
+            raise ValueError(f"{name} is {value}, not in {_plain(low)}..{_plain(high)}")
+
+
+def _plain(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) and bound < 1e15 else f"{bound:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +128,7 @@ class FedSCConfig:
     epsilon: float | None = None
     """Budget of all releases: it chooses sigma, or ends the stage when the given sigma has spent it."""
     delta: float = 1e-5
-    neighbours: Literal["replaced", "added"] = "replaced"
-    """What ε hides: that one sample was another, or that it was there at all."""
+    """ε and δ hide whether one sample of a client was another one."""
 
     def __post_init__(self) -> None:
         _check(self, {"radius": _POSITIVE, "alpha": (0, 1), "projector": _COUNT, "matrix_views": _COUNT})
@@ -144,7 +147,8 @@ class ExpertsConfig:
     """From stage 1's head, or from new weights."""
     epochs: int = 30
     batch: int = 20
-    rate: float = 2e-3
+    rate: float = 2e-4
+    """Ten times that for experts that start fresh: a faster one forgets the head that it starts from."""
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
@@ -229,11 +233,13 @@ class Config:
     def __post_init__(self) -> None:
         _check(self, {"seed": (0, 2**31), "threads": (1, 256)})
         if self.inference.adapt and self.experts.loss == "plain":
-            raise ValueError("inference.adapt needs experts.loss = 'adjusted': plain answers carry a prior already")
+            raise ValueError("inference.adapt needs experts.loss = 'adjusted': to have plain ones, set it false")
         if not 1 <= self.inference.top_k <= self.data.clients:
-            raise ValueError(f"inference.top_k is {self.inference.top_k} of {self.data.clients} experts")
+            raise ValueError(f"inference.top_k is {self.inference.top_k}, not in 1..{self.data.clients}, the experts")
         if self.experts.start == "head" and not (self.extractor.method == "fedce" and self.extractor.head == "expert"):
             raise ValueError("experts.start = 'head' needs extractor.method = 'fedce' and extractor.head = 'expert'")
+        if self.extractor.method != "fedsc" and (self.fedsc.epsilon, self.fedsc.sigma) != (None, None):
+            raise ValueError("fedsc.epsilon and fedsc.sigma protect FedSC's matrices: add extractor.method = 'fedsc'")
         if self.gate.shares is not None and len(self.gate.shares) != self.data.clients:
             raise ValueError(f"gate.shares are {len(self.gate.shares)} for {self.data.clients} experts")
         if self.gate.method == "rollgate" and self.data.clients < 2:
@@ -269,7 +275,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "paper": {
         "extractor": {"head": "linear"},
-        "experts": {"loss": "plain", "start": "fresh"},
+        "experts": {"loss": "plain", "start": "fresh", "rate": 2e-3},
         "gate": {"loss": "outputs", "own": "nothing", "load_loss": 0.01},
         "inference": {"local_first": False, "adapt": False},
     },
@@ -279,7 +285,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 METHODS: dict[tuple[str, str], dict[str, Any]] = {
     ("fedsc", ""): {
         "extractor": {"batch": 512, "local_epochs": 5, "rounds": 200, "rate": 0.03},
-        "experts": {"start": "fresh"},
+        "experts": {"start": "fresh", "rate": 2e-3},
     },
     ("fedsc", "digits"): {
         "extractor": {"batch": 35, "local_epochs": 5, "rounds": 60, "rate": 0.1},
@@ -299,6 +305,9 @@ DATA: dict[str, dict[str, Any]] = {
 DATA["fashion-mnist"] = DATA["cifar10"]
 
 
+SECTIONS = ("data", "extractor", "fedsc", "experts", "gate", "inference")
+
+
 def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
     """The defaults, changed by data, recipe and method, then by a file and flags (nested like the file), in this order.
 
@@ -315,50 +324,26 @@ def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str
             plain = _merged(plain, changes)
         return from_plain(Config, plain)
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
+        raise ConfigError(f"{file}: {error.strerror}; --config takes a TOML file or a run.json") from error
     except ValueError as error:
         raise ConfigError(f"{file}: {error}" if file else str(error)) from error
 
 
 def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
-    """A configuration with some settings changed."""
+    """A configuration with some settings changed; another method of stage 1 brings its own defaults."""
+    plain = to_plain(config)
     try:
-        return from_plain(Config, _merged(to_plain(config), flags))
+        method = _chosen(flags, plain, "extractor", "method")
+        if method != config.extractor.method:
+            usual = to_plain(configure(flags={"data": {"name": config.data.name}, "extractor": {"method": method}}))
+            kept = {key: plain["extractor"][key] for key in ("backbone", "arguments", "dim")}
+            start = {"start": "fresh", "rate": 2e-3} if method == "fedsc" else {}
+            plain = _merged(
+                plain, {"extractor": {**usual["extractor"], **kept}, "fedsc": usual["fedsc"], "experts": start}
+            )
+        return from_plain(Config, _merged(plain, flags))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def parsed(text: str) -> tuple[str, Any]:
-    """A setting's place and value from `section.name=value`; a value is TOML, or else plain text."""
-    place, equals, value = text.partition("=")
-    if not equals or not all(part.isidentifier() for part in place.split(".")):
-        raise ConfigError(f"--set {text}: not of the form section.name=value, such as gate.rate=0.1")
-    try:
-        return place, tomllib.loads(f"value = {value}")["value"]
-    except ValueError:
-        return place, value
-
-
-def as_toml(config: Config) -> str:
-    """Every setting as a file that `configure` takes; what is null is left out by a comment."""
-    plain = to_plain(config)
-    lines = [_line(key, value) for key, value in plain.items() if not isinstance(value, dict)]
-    for name, table in plain.items():
-        if isinstance(table, dict):
-            lines += ["", f"[{name}]", *(_line(key, value) for key, value in table.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _line(key: str, value: Any) -> str:
-    return f"# {key} is not set" if value is None else f"{key} = {_inline(value)}"
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_inline(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _settings(file: Path) -> Mapping[str, Any]:

@@ -51,7 +51,9 @@ class Dataset:
         _check_names(self.name, self.labels)
         for x, y, what in ((self.x_train, self.y_train, "train"), (self.x_test, self.y_test, "test")):
             if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape:
-                raise DataError(f"{self.name}: {what} images are {x.dtype} {x.shape}, not uint8 (n, C, H, W)")
+                raise DataError(
+                    f"{self.name}: {what} images are {x.dtype} {x.shape}, not uint8 (n, C, H, W) from 0 to 255"
+                )
             if y.shape != (len(x),):
                 raise DataError(f"{self.name}: {what} labels are {y.shape}, not one for each of {len(x)} images")
             if y.min() < 0 or y.max() >= len(self.labels):
@@ -103,7 +105,9 @@ def load(name: str) -> Dataset:
     if place and kind in ("npz", "folder"):
         path = Path(os.path.expanduser(place))  # noqa: PTH111  (Path.expanduser raises where there is no home)
         return _npz(path) if kind == "npz" else _folder(path)
-    raise DataError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
+    kind = "folder" if os.path.isdir(name) else "npz" if os.path.isfile(name) else ""
+    hint = f"did you mean {kind}:{name}?" if kind else f"there are {', '.join(NAMES)}"
+    raise DataError(f"no data set is called {name!r}; {hint}")
 
 
 def _check_names(name: str, labels: tuple[str, ...]) -> None:

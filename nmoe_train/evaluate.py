@@ -138,6 +138,7 @@ def evaluate(parts: Sequence[Rows], rules: Inference) -> dict[str, Any]:
         "networked": measure([p for p, _ in networked], truth),
         "own_expert": measure(alone, truth),
         "kept_local": routing.diag().mean().item(),
+        "asked": float(np.mean([(went[:, i] < 1).float().mean() for i, (_, went) in enumerate(networked)])),
         "routing": routing.tolist(),
         "load": routing.mean(0).tolist(),
     }

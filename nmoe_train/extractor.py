@@ -202,14 +202,14 @@ def matrix(net: nn.Module, state: State, x: Tensor, fedsc: FedSCConfig, g: torch
 class Shield:
     """Gaussian noise for the matrices, and what their releases cost the client whom they cost most.
 
-    One sample moves R by at most μ/n in Frobenius norm when it is added, by √2 μ/n when it is replaced. Who takes part
-    in a round is counted as releasing, drop-outs or not.
+    A sample that is replaced by another moves R by at most √2 μ/n in Frobenius norm, since zzᵀ and z'z'ᵀ are no longer
+    than μ and at right angles at most. Every client is counted as releasing in every round, also when it was not there.
+    The noise comes of the run's seed, so that a simulation can be repeated: clients of flesh and blood draw their own.
     """
 
     def __init__(self, sizes: Sequence[int], config: ExtractorConfig, fedsc: FedSCConfig) -> None:
         """sizes: samples of each client"""
-        bound = fedsc.radius * (math.sqrt(2) if fedsc.neighbours == "replaced" else 1)
-        self._sensitivities, self._delta = [bound / n for n in sizes], fedsc.delta
+        self._sensitivities, self._delta = [math.sqrt(2) * fedsc.radius / n for n in sizes], fedsc.delta
         if fedsc.sigma is not None:
             self.sigmas = [fedsc.sigma] * len(sizes)
         elif fedsc.epsilon is not None:

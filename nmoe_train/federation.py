@@ -94,7 +94,7 @@ def check(stage: str, round_: int, updates: Sequence[Update]) -> None:
         if not (finite and math.isfinite(update.loss)):
             what = f"the loss is {update.loss}" if finite else "a weight is no number"
             raise DivergedError(
-                f"{stage}, round {round_ + 1}, client {update.client}: {what}; the state before this round is kept;"
+                f"{stage}, round {round_ + 1}, client {update.client}: {what}; what was saved before is kept;"
                 f" begin anew with a lower {stage}.rate"
             )
 

@@ -6,6 +6,7 @@ caller's business.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -70,6 +71,13 @@ class Fleet:
         self.rounds = config.extractor.rounds if config.extractor.method == "fedce" else self.shield.rounds
         if not self.rounds:
             raise ConfigError("fedsc.epsilon: one release with this fedsc.sigma costs more; raise either")
+        if self.shield.spent(self.rounds) == math.inf:
+            raise ConfigError(f"fedsc.sigma is {config.fedsc.sigma}: so little noise protects nothing; raise it")
+        normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.net.modules())
+        if normed and min(config.extractor.batch, *(len(y) for _, y in clients.train)) < 2:
+            raise ConfigError(
+                "BatchNorm needs two samples: a larger extractor.batch, fewer data.clients, or another norm"
+            )
 
     def _extractor_net(self) -> NetSpec:
         """Ours get the images' shape and statistics; anybody's own gets what the configuration says."""
@@ -152,7 +160,7 @@ class Fleet:
 
     def _train_extractor(self, c: Checkpoint, after: Callable[..., Checkpoint], _progress: Progress) -> Checkpoint:
         """Stage 1."""
-        config, fedsc, seed = self.config.extractor, self.config.fedsc, self.config.seed
+        config, fedsc, seed = replace(self.config.extractor, rounds=self.rounds), self.config.fedsc, self.config.seed
         data = [(x.to(self.device), y.to(self.device)) for x, y in self.clients.train]
         for round_ in range(c.round, self.rounds):
             states = moved(c.states["extractor"], self.device)
@@ -249,6 +257,8 @@ class Fleet:
         """Stage 1's classifier, with the head that each device has, and the same class mix."""
         heads = [_part(state, "head.") for state in c.states["extractor"]]
         self.net.head.cpu()
+        # A head that stayed with its client carries the client's class mix already.
+        rules = replace(rules, adapt=rules.adapt and self.config.extractor.heads == "shared")
         with torch.no_grad():
             p = [
                 functional_call(self.net.head, head, (sight.h,)).softmax(1)
@@ -290,10 +300,7 @@ class Fleet:
         )
 
     def _encoded(self, x: Tensor) -> Tensor:
-        """Latents of images, in batches, as they are at inference; on the CPU."""
-        self.net.eval()
-        with torch.no_grad():
-            return torch.cat([self.net.extractor(part.to(self.device)).cpu() for part in x.split(ENCODE_BATCH)])
+        return encoded(self.net.extractor, x)
 
 
 class _Clock:
@@ -322,6 +329,14 @@ def _part(state: State, prefix: str) -> dict[str, Tensor]:
 
 def _own(gate: Gate) -> dict[str, Tensor]:
     return {key: value for key, value in _detached(gate).items() if key.startswith("own.")}
+
+
+def encoded(net: nn.Module, x: Tensor) -> Tensor:
+    """net(x) in batches, as it is at inference and where the network is; the result is on the CPU."""
+    net.eval()
+    device = next(iter(net.state_dict().values()), torch.empty(0)).device
+    with torch.no_grad():
+        return torch.cat([net(part.to(device)).cpu() for part in x.split(ENCODE_BATCH)])
 
 
 def moved(states: Sequence[State], device: torch.device) -> list[State]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from nmoe_train.baselines import baselines
 from nmoe_train.charts import curves, figure, heat_map
 from nmoe_train.checkpoint import NAME, difference, partial
 from nmoe_train.config import Config, configure
-from nmoe_train.errors import RunError
+from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.federation import Round
 from nmoe_train.fleet import Progress
 from nmoe_train.pipeline import retrained, train
@@ -48,7 +48,13 @@ THEIR_SHARE_KEPT = {"fedsc": 25, "centralised": 8}
 """Figure 3: percent of the rows that stay at home."""
 
 
-class SpentError(Exception):
+SAVED = ("extractor", "gate", *BASELINES)
+"""Stages whose every round is saved: between them nothing is lost by stopping."""
+OURS = ("seed", "data.partition", "extractor.method", "gate.method")
+"""Settings that tell the units apart."""
+
+
+class _SpentError(Exception):
     """The time that was given is over; everything up to here is kept."""
 
 
@@ -80,23 +86,37 @@ def units(partitions: Sequence[str], seeds: int) -> list[Unit]:
 
 
 def work(
-    out: Path, recipe: str, flags: Mapping[str, Any], due: Sequence[Unit], progress: Progress, minutes: float | None
+    out: Path,
+    recipe: str,
+    flags: Mapping[str, Any],
+    due: Sequence[Unit],
+    progress: Progress,
+    minutes: float | None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Do what is not done yet, and return paper.json's units; SpentError when the minutes are over."""
+    """Do what is not done yet, until the minutes are over, and return paper.json's units."""
+    if minutes is not None and not minutes >= 0:
+        raise ConfigError(f"--minutes {minutes}: not a number from 0 on")
+    for place in OURS:
+        section, _, name = place.rpartition(".")
+        if name in (flags.get(section, {}) if section else flags):
+            raise ConfigError(f"{place} is what the table goes through: leave it out")
     until = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     done = _read(out, recipe, flags)
 
     def told(round_: Round) -> None:
         progress(round_)
-        if time.monotonic() > until:
-            raise SpentError
+        if time.monotonic() > until and round_.stage in SAVED:
+            raise _SpentError
 
-    for unit in due:
-        if unit.name not in done:
-            if time.monotonic() > until:
-                raise SpentError
-            done[unit.name] = _figures(out, unit, recipe, flags, told)
-            _write(out, recipe, flags, done)
+    try:
+        for number, unit in enumerate(due, 1):
+            if unit.name not in done:
+                say(f"[{number}/{len(due)}] {unit.partition}, {unit.extractor}, {unit.kind}, seed {unit.seed}")
+                done[unit.name] = _figures(out, unit, recipe, flags, told)
+                _write(out, recipe, flags, done)
+    except _SpentError:
+        pass
     return done
 
 
@@ -130,6 +150,8 @@ def _config(unit: Unit, recipe: str, flags: Mapping[str, Any]) -> Config:
     sections["data"] = {**sections.get("data", {}), "partition": unit.partition}
     sections["extractor"] = {**sections.get("extractor", {}), "method": unit.extractor}
     sections["gate"] = {**sections.get("gate", {}), "method": "fedgate"}
+    if unit.extractor != "fedsc":
+        sections.pop("fedsc", None)
     return configure(recipe, flags=sections)
 
 
@@ -162,13 +184,6 @@ def _write(out: Path, recipe: str, flags: Mapping[str, Any], done: Mapping[str, 
 def _settings(recipe: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of every unit, but for what tells the units apart."""
     return {e: to_plain(_config(Unit("iid", e, "fedgate", 0), recipe, flags)) for e in ("fedce", "fedsc")}
-
-
-def counted(out: Path, due: Sequence[Unit]) -> int:
-    """How many of these are done."""
-    path = out / FILE
-    done = parse_json(path.read_bytes())["units"] if path.exists() else {}
-    return sum(unit.name in done for unit in due)
 
 
 def figures_of(done: Mapping[str, Any], row: str, partition: str, part: str, seeds: int) -> list[Mapping[str, Any]]:

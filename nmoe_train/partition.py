@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +93,9 @@ def _check_supply(y: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
 def _class_mixes(partition: str, clients: int, classes: int, seed: int) -> Shares:
     kind, _, text = partition.partition(":")
     if kind not in _SHARES or bool(text) == (kind == "iid"):
-        raise DataError(f"no split is called {partition[:80]!r}; there are {', '.join(EXAMPLES)}")
+        example = [e for e in EXAMPLES if e.partition(":")[0] in (kind, *get_close_matches(kind, _SHARES, 1))]
+        hint = f"did you mean {example[0]}?" if example else f"there are {', '.join(EXAMPLES)}"
+        raise DataError(f"no split is called {partition[:80]!r}; {hint}")
     try:
         value = float(text or 0)
     except ValueError:

@@ -7,6 +7,7 @@ what came before it is taken from the run, and what stands on it is trained anew
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,12 +43,13 @@ def train(
 
     again: a finished run and its stage from which on it is trained again
     """
+    device = _device(config)
+    config = replace(config, device=device.type)  # which belongs to the numbers
     with claimed(out) as path, surroundings(config.threads):
         if resume and _finished(out):
             path.unlink()  # killed between the run and the end of its checkpoint
             return read_run(out)
-        checkpoint = _begin(config, out, path, resume)
-        device = _device(config)
+        checkpoint = _begin(config, out, path, resume, again[1] if again else "run")
         dataset = load(config.data.name)
         clients = deal(dataset, config.data, config.seed)
         if checkpoint.fingerprint not in ("", clients.fingerprint):
@@ -83,7 +85,7 @@ def train(
 
 def stopped_config(out: Path) -> Config:
     """The configuration of the training that stopped at `out`, or had just finished there."""
-    if (out / RUN_FILE).exists():
+    if os.path.isfile(out / RUN_FILE):
         return configured(read_run(out))
     path = partial(out) / "checkpoint.safetensors"
     try:
@@ -102,7 +104,7 @@ def configured(run: Run) -> Config:
 
 def retrained(run: Run, stage: str, flags: Mapping[str, Any]) -> Config:
     """The configuration in which `stage` of a run is trained again; what is not trained again cannot be changed."""
-    before = configured(run)
+    before = replace(configured(run), device="auto")
     after = configure_from(before, flags)
     belongs = {"extractor": "extractor", "fedsc": "extractor", "experts": "experts", "gate": "gate"}
     for section in ("seed", "threads", "data", *belongs):
@@ -110,13 +112,15 @@ def retrained(run: Run, stage: str, flags: Mapping[str, Any]) -> Config:
             old, new = ({section: to_plain(getattr(config, section))} for config in (before, after))
             changed = difference(old, new)
             if changed:
-                raise ConfigError(f"{changed}, which `{stage}` keeps as it is; see nmoe-train run")
+                raise ConfigError(
+                    f"{changed}, which `{stage}` keeps as it is; `nmoe-train {belongs.get(section, 'run')}` changes it"
+                )
     return after
 
 
 def fleet_of(run: Run) -> tuple[Fleet, Checkpoint]:
     """A finished run's clients and networks, and its states as a training would have them."""
-    config = configured(run)
+    config = replace(configured(run), device="auto")
     dataset = load(config.data.name)
     fleet = Fleet(config, dataset, deal(dataset, config.data, config.seed), _device(config))
     return fleet, fleet.begun(Checkpoint(to_plain(config)), (run, "evaluate"))
@@ -132,9 +136,9 @@ def _refuse_finished(out: Path) -> None:
         raise RunError(f"{out}: holds a finished run; choose another --out")
 
 
-def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
+def _begin(config: Config, out: Path, path: Path, resume: bool, command: str) -> Checkpoint:
     _refuse_finished(out)
-    if out.absolute() in (Path.cwd(), *Path.cwd().parents):
+    if out.resolve() in (Path.cwd().resolve(), *Path.cwd().resolve().parents):
         raise RunError(f"{out}: the current folder would be replaced; choose another place")
     try:
         check_replaceable(out, RUN_FILE, FILES)
@@ -144,8 +148,10 @@ def _begin(config: Config, out: Path, path: Path, resume: bool) -> Checkpoint:
     if not resume:
         if path.exists():
             raise RunError(f"{path.parent}: a training stopped there; go on with --resume, or remove it")
-        return Checkpoint(plain)
+        return Checkpoint(plain, command=command)
     checkpoint = Checkpoint.read(path)
+    if checkpoint.command != command:
+        raise RunError(f"{path.parent}: begun by `nmoe-train {checkpoint.command}`; go on with that")
     differs = difference(checkpoint.config, plain)
     if differs:
         raise RunError(f"{path}: cannot go on with other settings: {differs}")

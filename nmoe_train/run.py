@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -231,6 +232,9 @@ def read_run(folder: Path | str) -> Run:
     """Open a run; RunError says which of its files is not as it should be."""
     folder = Path(folder)
     path = folder / RUN_FILE
+    if not os.path.isdir(folder) or folder.name.endswith(".partial"):
+        what = "a training that stopped, not a run" if os.path.isdir(folder) else "no such run"
+        raise RunError(f"{folder}: {what}")
     try:
         plain = parse_json(_read_bytes(path))
         if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:

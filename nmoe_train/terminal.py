@@ -30,7 +30,7 @@ class Progress:
         line = f"{told.stage:<9} {told.round:>4}/{told.rounds}"
         line += f"  loss {told.loss:.3f}" if told.loss is not None else "  nobody took part"
         line += f"  accuracy {told.accuracy:.1%}" if told.accuracy is not None else ""
-        line += f"  ε {told.epsilon:.2f}" if told.epsilon is not None else ""
+        line += f"  ε {told.epsilon:.3g}" if told.epsilon is not None else ""
         line += f"  without {', '.join(map(str, told.lost))}" if told.lost else ""
         terminal, last = sys.stderr.isatty(), told.round == told.rounds
         if told.round > self._first and not last:
@@ -67,14 +67,20 @@ def table(metrics: Mapping[str, Any]) -> list[str]:
 def summary(metrics: Mapping[str, Any]) -> str:
     """The same, and how much was asked of others."""
     lines = table(metrics)
-    asked = [1 - metrics[part]["kept_local"] for part in ("own", "iid")]
+    asked = [metrics[part]["asked"] for part in ("own", "iid")]
     lines.append(
         f"{asked[0]:.1%} of the rows of a device's own mix asked another device, {asked[1]:.1%} of the balanced ones"
     )
     load = metrics["iid"]["load"]
-    if len(load) > 2 and max(load) > 0.5:
+    if len(load) > 2 and max(load) > max(0.25, 3 / len(load)):
         lines.append(
             f"note: expert {load.index(max(load))} answers {max(load):.0%} of the balanced rows;"
             " gate.load_loss spreads them"
+        )
+    privacy = metrics.get("privacy")
+    if privacy:
+        lines.append(
+            f"privacy: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:g} for a sample of FedSC's matrices;"
+            " the weights that were sent are not covered"
         )
     return "\n".join(lines)

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from nmoe_train.config import Config, as_toml, configure, configure_from, parsed
+from nmoe_train.config import Config, configure, configure_from
 from nmoe_train.errors import ConfigError
+from nmoe_train.settings import as_toml, parsed
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from nmoe_train.errors import ConfigError
         ({"gate": {"lap": 1}}, "unknown key 'gate.lap'"),
         ({"data": {"clients": 0}}, "clients is 0"),
         ({"data": {"held_out": 1.0}}, "held_out is 1.0"),
-        ({"inference": {"top_k": 11}}, "top_k is 11 of 10"),
+        ({"inference": {"top_k": 11}}, "top_k is 11, not in 1..10"),
         ({"experts": {"loss": "plain"}}, "adapt needs"),
         ({"extractor": {"head": "linear"}}, "needs extractor.method = 'fedce' and extractor.head = 'expert'"),
         ({"extractor": {"method": "fedsc"}, "experts": {"start": "head"}}, "needs extractor.method"),

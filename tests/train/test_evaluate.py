@@ -108,3 +108,29 @@ def test_an_expert_alone_gets_the_same_class_mix_as_the_fleet():
     assert result["networked"] == result["own_expert"]
     without = evaluate([rows], Inference(1, "probabilities"))
     assert without["networked"]["accuracy"] < result["networked"]["accuracy"]
+
+
+def test_the_threshold_minds_ones_own_rows_and_everybodys():
+    """Own rows are right at home and wrong abroad, everybody's the other way round, with other confidences."""
+    rules = Inference(1, "probabilities")
+
+    def rows(confidence, label, n):
+        logit = torch.tensor(confidence / (1 - confidence)).log().item()
+        outputs = torch.tensor([[[logit, 0.0], [0.0, 9.0]]] * n)
+        return Rows(torch.tensor([[0.0, 9.0]] * n), outputs, torch.full((n,), label))
+
+    surer = rows(0.93, 0, 4)
+    assert choose_threshold([surer], [rows(0.65, 1, 4)], rules) == 0.7  # home for the sure, abroad for the others
+    assert choose_threshold([surer], [rows(0.93, 1, 4)], rules) == 0.5  # a tie stays at home
+    assert choose_threshold([rows(0.65, 1, 4)], [rows(0.65, 1, 4)], rules) == 0.7
+
+
+def test_a_class_that_was_not_seen_keeps_a_small_share():
+    mix = class_mix(torch.tensor([[1.0, 0.0]] * 10))
+    assert mix[1].item() == pytest.approx(0.5 / 11, rel=1e-3)
+
+
+def test_a_row_is_asked_of_others_when_any_other_expert_gets_it():
+    result = evaluate([ROWS, ROWS], Inference(2, "outputs"))
+    assert result["asked"] == 1.0
+    assert evaluate([ROWS], Inference(2, "outputs", 0.9))["asked"] == 0.5

@@ -78,3 +78,19 @@ def test_a_client_whose_latents_are_no_numbers_is_named():
     good = (torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
     with pytest.raises(DivergedError, match="experts, round 1, client 1"):
         train_experts(net, [start] * 2, [good, (good[0] * torch.nan, good[1])], 2, 0, ExpertsConfig(epochs=2))
+
+
+def test_an_expert_is_adamw_whose_rate_falls_like_a_cosine():
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(3, 2), torch.randn(8, 3), torch.randint(0, 2, (8,))
+    start = {key: value.detach().clone() for key, value in net.state_dict().items()}
+    config = ExpertsConfig(epochs=4, batch=8, rate=0.05, weight_decay=0.1)
+    ((state,), _) = train_experts(net, [start], [(x, y)], 2, 0, config)
+    optimiser = torch.optim.AdamW(net.parameters(), 0.05, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 4)
+    for _ in range(4):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(x) + class_prior(y, 2).log(), y).backward()
+        optimiser.step()
+        schedule.step()
+    assert torch.allclose(state["weight"], net.weight, atol=1e-6)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from nmoe_train.augment import VIEWS, strong
 from nmoe_train.config import ExtractorConfig, FedSCConfig
 from nmoe_train.extractor import Headed, Shield, fedce_round, fedsc_round, matrix
-from nmoe_train.federation import attending, size
-from nmoe_train.losses import correlation, shortened
+from nmoe_train.federation import attending, generator, size
+from nmoe_train.losses import correlation, shortened, spectral_loss
 from nmoe_train.privacy import spent
 
 
@@ -174,8 +175,6 @@ def test_a_matrix_is_the_mean_over_views_in_eval_mode_and_of_bounded_norm():
     assert torch.allclose(r, r.T)
     assert r.norm() <= 0.01 + 1e-6
     assert torch.trace(r).item() == pytest.approx(0.01, rel=1e-4)  # every row is longer than that and is cut
-    from nmoe_train.augment import strong
-
     g = torch.Generator().manual_seed(5)
     naive = sum(correlation(shortened(net(strong(x, g)), 0.01)) for _ in range(3)) / 3
     assert torch.allclose(r, naive, atol=1e-7)
@@ -212,7 +211,7 @@ def test_the_budget_is_met_by_every_client_and_a_given_noise_ends_when_it_is_spe
     shield = Shield([100, 50], config, FedSCConfig(epsilon=8.0))
     for n, sigma in zip([100, 50], shield.sigmas, strict=True):
         assert spent(math.sqrt(2) * 4 / n, sigma, 20, 1e-5) == pytest.approx(8.0, rel=1e-6)
-    fixed = Shield([100, 50], config, FedSCConfig(epsilon=8.0, sigma=0.1, neighbours="added"))
+    fixed = Shield([100, 50], config, FedSCConfig(epsilon=8.0, sigma=0.14))
     assert 0 < fixed.rounds < 20
     assert fixed.spent(fixed.rounds) <= 8.0 < fixed.spent(fixed.rounds + 1)
     assert Shield([100], config, FedSCConfig()).spent(20) is None
@@ -224,3 +223,78 @@ def test_what_is_released_is_symmetric_and_as_noisy_as_it_is_said_to_be():
     assert torch.equal(r, r.T)
     assert r.diagonal().std().item() == pytest.approx(0.5, rel=0.15)
     assert r.triu(1)[torch.ones(200, 200).triu(1) > 0].std().item() == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
+
+
+def test_rounds_of_fedsc_by_hand():
+    """Unequal clients, noise, two rounds: who sends what to whom, and what a client does with it."""
+    config = ExtractorConfig(
+        method="fedsc",
+        rounds=5,
+        batch=64,
+        local_epochs=1,
+        rate=0.3,
+        momentum=0,
+        weight_decay=0.1,
+        clip=0.5,
+        warm_rounds=1,
+    )
+    fedsc = FedSCConfig(radius=0.02, views="crop", matrix_views=2, sigma=0.01, alpha=0.4)
+    net, data, sizes = projected(), images(30, 20, 10), [30, 20, 10]
+    state, expected = [begin(net)] * 3, begin(net)
+    for round_, warmth in ((0, 1 / 2), (1, 1.0)):
+        state, told = fedsc_round(net, state, data, round_, 7, config, fedsc)
+        released = []
+        for i, (x, _) in enumerate(data):
+            r = matrix(net, expected, x, fedsc, generator(7, "matrix", round_, i))
+            noise = 0.01 * torch.randn(4, 4, generator=generator(7, "noise", round_, i))
+            released.append(r + (noise + noise.T) / 2)
+        alpha, after, losses = 1 - 0.6 * round_ / 4, [], []
+        for i, (x, _) in enumerate(data):
+            others = sum(sizes[j] * released[j] for j in range(3) if j != i) / (60 - sizes[i])
+            theta = {key: value.clone().requires_grad_() for key, value in expected.items()}
+            g = generator(7, "extractor", round_, i)
+            torch.randint(2**62, (), generator=g)  # what Dropout would be seeded with: drawn when an epoch begins
+            torch.manual_seed(0)
+            rows = torch.randperm(len(x), generator=g)
+            views = [VIEWS["crop"](x[rows], g) for _ in range(2)]
+            z = [shortened(torch.func.functional_call(net, theta, (view,)), 0.02) for view in views]
+            loss = spectral_loss(*z, alpha, others)
+            gradients = torch.autograd.grad(loss, list(theta.values()))
+            length = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+            scale = min(1.0, 0.5 / (length + 1e-6))
+            after.append(
+                {
+                    key: (value - 0.3 * warmth * (scale * gradient + 0.1 * value)).detach()
+                    for (key, value), gradient in zip(theta.items(), gradients, strict=True)
+                }
+            )
+            losses.append(loss.item())
+        expected = {key: sum(n * s[key] for n, s in zip(sizes, after, strict=True)) / 60 for key in expected}
+        for key, value in expected.items():
+            assert torch.allclose(state[0][key], value, atol=1e-6), (round_, key)
+        assert told.loss == pytest.approx(sum(n * loss for n, loss in zip(sizes, losses, strict=True)) / 60, rel=1e-4)
+        assert told.up == told.down == 3 * (size(expected) + 4 * 4 * 4)
+
+
+def test_a_gradient_is_clipped_and_weights_decay():
+    net, data = classifier(), labelled(6)
+    plain = {"rounds": 1, "local_epochs": 1, "batch": 100, "momentum": 0, "warm_rounds": 0, "rate": 0.1}
+    start = begin(net)
+    after, _ = fedce_round(net, [start], data, 0, 0, ExtractorConfig(**plain, weight_decay=0, clip=0.01))
+    moved = math.sqrt(sum((after[0][key] - start[key]).square().sum().item() for key in start))
+    assert moved == pytest.approx(0.1 * 0.01, rel=1e-3)
+    decayed, _ = fedce_round(net, [start], data, 0, 0, ExtractorConfig(**plain, weight_decay=0.5, clip=0.01))
+    for key in start:
+        assert torch.allclose(decayed[0][key], after[0][key] - 0.1 * 0.5 * start[key], atol=1e-7)
+
+
+def test_fedce_sees_the_views_that_are_asked_for():
+    torch.manual_seed(0)
+    net, ((x, _),) = Headed(Pixels(), nn.Linear(4, 3)), images(12)
+    data = [(x, torch.randint(0, 3, (12,)))]
+    heads = {
+        views: fedce_round(net, [begin(net)], data, 0, 0, ExtractorConfig(views=views))[0][0]["head.weight"]
+        for views in ("none", "shift", "strong")
+    }
+    assert not torch.equal(heads["none"], heads["shift"])
+    assert not torch.equal(heads["shift"], heads["strong"])

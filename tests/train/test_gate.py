@@ -203,3 +203,12 @@ def test_the_gate_of_a_configuration_is_the_one_it_names():
     assert Config().gate_net() == NetSpec("linear", {"dim": 64, "outputs": 10})
     assert Config(gate=GateConfig(widths=(16,))).gate_net().factory == "mlp"
     assert Config(gate=GateConfig(method="rangate")).gate_net().arguments["shares"] == [0.1] * 10
+
+
+def test_rollgates_rate_falls_like_a_cosine():
+    net = gate()
+    config = GateConfig(method="rollgate", laps=2, rate=0.1, batch=100)
+    for stop in (0, 3, 5):
+        after, _ = rollgate_stop(net, [begin(net)] * 3, sights(9, 9, 9), stop, 0, config)
+        moved = math.sqrt(sum((after[0][key] - begin(net)[key]).square().sum().item() for key in after[0]))
+        assert moved == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi * stop / 6)), rel=1e-3)

@@ -8,7 +8,7 @@ from nmoe_train import paper
 from nmoe_train.baselines import baselines
 from nmoe_train.cli import main
 from nmoe_train.errors import RunError
-from nmoe_train.paper import FIGURE_PARTITION, SpentError, draw, figures_of, table, units, work
+from nmoe_train.paper import FIGURE_PARTITION, draw, figures_of, table, units, work
 from nmoe_train.run import read_run
 
 QUICK = {
@@ -28,17 +28,15 @@ def quiet(_told):
 def made(tmp_path_factory):
     """Everything of one split, made in pieces: no call has time for more than a round."""
     out, due, calls = tmp_path_factory.mktemp("paper") / "digits", units([FIGURE_PARTITION], 1), 0
-    while True:
+    while len(done := work(out, "paper", QUICK, due, quiet, 0.0)) < len(due):
         calls += 1
-        try:
-            return out, work(out, "paper", QUICK, due, quiet, 0.0 if calls < 12 else None), calls
-        except SpentError:
-            continue
+        assert calls < 40, "it stands still"
+    return out, done, calls
 
 
 def test_pieces_that_are_too_short_for_anything_add_up(made):
     out, done, calls = made
-    assert calls == 12
+    assert calls > 12
     assert set(done) == {unit.name for unit in units([FIGURE_PARTITION], 1)}
     assert json.loads((out / "paper.json").read_text())["units"] == done
 
@@ -102,12 +100,15 @@ def test_the_commands_stop_in_time_go_on_and_print(run_main, tmp_path, monkeypat
     monkeypatch.setattr(paper, "PARTITIONS", (FIGURE_PARTITION,))
     options = [f"--set={s}.{k}={v}" for s, values in QUICK.items() for k, v in values.items()]
     stopped = run_main(main, "table", "2", "--minutes", "0", *options)
-    assert stopped.exit_code == 1
-    assert stopped.error.endswith("0 of 7 parts are done and kept in paper/digits/paper.json; call it again to go on\n")
+    assert stopped.exit_code == 0
+    assert stopped.output.endswith(
+        "0 of 7 parts are done and kept in paper/digits/paper.json; call it again to go on\n"
+    )
+    assert "[1/7] noniid:0.5, fedce, fedgate, seed 0" in stopped.error
     shown = run_main(main, "table", "2", *options)
     assert shown.exit_code == 0, shown.error
     assert "FedSC + FedGate" in shown.output
-    assert run_main(main, "figure", "4", *options).output == "paper/digits/figure-4.html\n"
+    assert run_main(main, "figure", "4", *options).output == "look at paper/digits/figure-4.html\n"
     assert run_main(main, "figure", "5", *options).exit_code == 2
 
 
@@ -120,9 +121,9 @@ def test_baselines_that_were_stopped_go_on_to_the_same_figures(made, tmp_path):
 
     def stop(told):
         if told.stage == "centralised":
-            raise SpentError
+            raise KeyboardInterrupt
 
-    with pytest.raises(SpentError):
+    with pytest.raises(KeyboardInterrupt):
         baselines(read_run(folder), stop)
     assert set(json.loads((folder / "baselines.json").read_text())) == {"local", "fedavg"}
     assert baselines(read_run(folder)) == done["noniid-0.5-fedce-baselines-0"]

@@ -113,7 +113,7 @@ def test_another_configuration_refuses_to_resume_and_names_the_difference(tmp_pa
 
     with pytest.raises(Stop):
         train(configure(flags=SHORT), tmp_path / "run", progress=stop)
-    assert stopped_config(tmp_path / "run") == configure(flags=SHORT)
+    assert stopped_config(tmp_path / "run") == configure(flags={**SHORT, "device": "cpu"})
     with pytest.raises(RunError, match=r"extractor\.rate was 0\.05 and is 0\.1"):
         train(configure(flags={**SHORT, "extractor": {"rounds": 2, "rate": 0.1}}), tmp_path / "run", resume=True)
     with pytest.raises(RunError, match="--resume"):
