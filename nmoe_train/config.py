@@ -296,7 +296,7 @@ METHODS: dict[tuple[str, str], dict[str, Any]] = {
 
 DATA: dict[str, dict[str, Any]] = {
     "cifar10": {
-        "extractor": {"dim": 128, "batch": 50, "local_epochs": 1, "rounds": 100, "rate": 0.02, "views": "light"},
+        "extractor": {"dim": 128, "batch": 50, "rounds": 100, "views": "light"},
         "experts": {"widths": [128, 64, 64], "batch": 50},
         "fedsc": {"projector": 256},
     },
