@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,26 +21,97 @@ RUNS = Path("runs")
     context_settings=SETTINGS,
     epilog=f"""\b
 Examples: nmoe-export
-          nmoe-export runs/digits --out bundles/digits
+          nmoe-export --int8
+          nmoe-export runs/digits --int8 --target pi --calibration percentile --out bundles/digits
 
 {EXIT_STATUS}""",
 )
 @click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--modules", metavar="MODULE:FACTORY", help="Your own torch modules in place of a run; see README.")
+@click.option("--int8", "precision", flag_value="int8", help="Integer graphs, where they are faster and right.")
+@click.option("--fp32", "precision", flag_value="fp32", help="Float graphs.  [default]")
+@click.option("--target", default="auto", show_default=True, help="Of int8: auto (this CPU), x86, pi or jetson.")
+@click.option("--calibration", default="default", show_default=True, help="Of int8: a recipe's name, or a file.toml.")
+@click.option("--max-drop", type=float, default=0.5, show_default=True, help="Points of accuracy that int8 may cost.")
+@click.option(
+    "--latent",
+    type=click.Choice(("float16", "int8", "float32")),
+    default="float16",
+    show_default=True,
+    help="What latents travel as.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The fleet folder.  [default: bundles/<name of the run>]")
+@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 @click.version_option(package_name="nmoe", message="%(prog)s %(version)s")
-def cli(run: Path | None, out: Path | None) -> None:
-    """Turn RUN (default: the newest in runs/) into one verified float32 ONNX bundle a device.
+def cli(
+    run: Path | None,
+    modules: str | None,
+    precision: str | None,
+    target: str,
+    calibration: str,
+    max_drop: float,
+    latent: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Turn RUN (default: the newest in runs/) into one verified ONNX bundle a device.
 
     The folder that is written holds a folder for each device and fleet.toml, which names them all. Edit the addresses
-    there, then copy a device's folder and fleet.toml to it. A second export keeps addresses and keys.
+    there, then copy a device's folder and fleet.toml to it. A second export keeps addresses and keys, and does nothing
+    when nothing has changed. What was measured stands in report.json.
     """
-    run = run if run is not None else _newest_run()
-    out = out if out is not None else Path("bundles") / Path(os.path.abspath(run)).name
+    if run is not None and modules is not None:
+        raise SourceError("a run and --modules are two sources; name one")
+    if modules is None:
+        run = run if run is not None else _newest_run()
+    name = modules.partition(":")[0] if modules is not None else Path(os.path.abspath(run or "")).name
+    out = out if out is not None else Path("bundles") / name
 
-    from nmoe_export.fleet import export_run
+    from nmoe_export.calibrate import read_recipe
+    from nmoe_export.fleet import Options, export_fleet, export_run
+    from nmoe_export.source import of_factory
+    from nmoe_export.targets import target_of
 
-    fleet = export_run(run, out, lambda line: click.echo(line, err=True))
-    click.echo(f"{out}: {len(fleet.device)} bundles; next: nmoe-edge inspect {out}")
+    if not max_drop >= 0:
+        raise SourceError(f"--max-drop {max_drop}: not a number from 0 on")
+    target_of(target)
+    options = Options(precision or "fp32", target, read_recipe(calibration), max_drop, latent)  # type: ignore[arg-type]
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    source = of_factory(modules) if modules is not None else None
+    done = export_fleet(source, out, options, say) if source is not None else export_run(run or "", out, options, say)
+    if as_json:
+        click.echo(json.dumps(done.report, indent=2))
+        return
+    if not done.changed:
+        click.echo(f"{out}: nothing has changed since it was exported")
+    for line in _table(done.report):
+        click.echo(line)
+    click.echo(f"{out}: {len(done.fleet.device)} bundles; next: nmoe-edge inspect {out}")
+
+
+def _table(report: Mapping[str, Any]) -> list[str]:
+    """What int8 is worth, for people."""
+    if report.get("precision") != "int8":
+        return []
+    lines = [f"{'':<11}{'is':>6}{'float ms':>10}{'int8 ms':>9}{'faster':>8}{'bytes':>13}"]
+    for name in ("extractor", "gate", "expert"):
+        speed = report["speed"].get(name)
+        known = isinstance(speed, dict)
+        cells = [f"{speed[key]:.3f}" if known else "–" for key in ("float_ms", "int8_ms")]
+        faster = f"{speed['times_faster']:.2f} ×" if known else "–"
+        size = f"{report['bytes'][f'{name}.onnx']:,}"
+        lines.append(f"{name:<11}{report['is'][name]:>6}{cells[0]:>10}{cells[1]:>9}{faster:>8}{size:>13}")
+    kind = "right answers" if report["measured_by"] == "labels" else "answers as float gives them"
+    lines.append(
+        f"{kind}: {report['accuracy_int8']:.1f} %, {report['drop']:.2f} points below float;"
+        f" the gates agree on {report['gate_agreement']:.1%}"
+    )
+    if report["reverted"]:
+        lines.append(f"{len(report['reverted'])} nodes went back to float: {report['reverted'][0]['node']} first")
+    return lines
 
 
 def _newest_run() -> Path:

@@ -2,7 +2,8 @@
 
 ExportError
 ├── SourceError   what is to be exported cannot be: a broken run, shapes that disagree
-└── GraphError    a module that the exporter cannot turn into a graph, or whose graph answers otherwise
+├── GraphError    a module that the exporter cannot turn into a graph, or whose graph answers otherwise
+└── DropError     int8 that costs more than is allowed
 """
 
 from __future__ import annotations
@@ -18,3 +19,7 @@ class SourceError(ExportError):
 
 class GraphError(ExportError):
     """A module has no graph that gives its answers."""
+
+
+class DropError(ExportError):
+    """No int8 fleet stays within the drop that is allowed."""

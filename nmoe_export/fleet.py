@@ -1,180 +1,286 @@
-"""A run -> a fleet folder: one trunk, one expert a device, one bundle each.
+"""A source -> a fleet folder: one trunk, one expert a device, one bundle each.
 
-Float32 so far. What is written is written through nmoe_edge's own bundle, and read back by it before it counts.
+What is written is written through nmoe_edge's own bundle, and read back by it before it counts. What stands there
+already and has not changed is not written again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from nmoe_edge.bundle import SelfTest, write_bundle
+from nmoe_edge.bundle import SelfTest, read_bundle, write_bundle
 from nmoe_edge.errors import EdgeError
 from nmoe_edge.fleet import FILES as FLEET_FILES
 from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, read_fleet
 from nmoe_edge.fleet import SCHEMA as FLEET_SCHEMA
 from nmoe_edge.folders import staged_folder
-from nmoe_edge.manifest import SCHEMA, InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
-from nmoe_edge.models import Graph
+from nmoe_edge.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
+from nmoe_edge.models import Graph, Models, run_selftest
+from nmoe_edge.npz import read_npz
 from nmoe_edge.protocol.combine import combine, expert_weights
 from nmoe_edge.protocol.routing import route
+from nmoe_export.calibrate import Recipe
 from nmoe_export.errors import SourceError
-from nmoe_export.graphs import IR_VERSION, OPSET, export_graph
+from nmoe_export.graphs import IR_VERSION, OPSET, export_graph, refilled
+from nmoe_export.int8 import Made, make_int8
+from nmoe_export.source import Say, Source, of_run
+from nmoe_export.system import Graphs, System, latents_of
+from nmoe_export.targets import target_of
 from nmoe_train.errors import TrainError
-from nmoe_train.run import Run, RunRecord, read_run
+from nmoe_train.run import Run, read_run
 
 FIRST_PORT = 7101
 SELFTEST_ROWS = 8
-LATENT_DTYPE: Literal["float16"] = "float16"
-"""On the wire: half the bytes of float32, and a thousandth of a latent's size away from it."""
-TOLERANCE = 1e-3
-"""What another CPU may differ by, of the largest number in the self-test: float32 sums in another order give 1e-6."""
+TOLERANCES = {"fp32": 1e-3, "int8": 2e-2}
+"""What another CPU may differ by, of the largest number in the self-test: float32 sums in another order give 1e-6, an
+int8 step that is rounded the other way a part in 127."""
+REPORT = "report.json"
+FILES = rf"{FLEET_FILES}|{REPORT.replace('.', '[.]')}"
 
 
-def export_run(run: Run | Path, out: Path, progress: Callable[[str], None] = lambda _: None) -> Fleet:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is chosen at export."""
+
+    precision: Literal["fp32", "int8"] = "fp32"
+    target: str = "auto"
+    recipe: Recipe = field(default_factory=Recipe)
+    max_drop: float = 0.5
+    """Points of accuracy that int8 may cost."""
+    latent: Literal["float16", "int8", "float32"] = "float16"
+    """What latents travel as: float16 is half of float32 and a thousandth of a latent's size away from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export leaves."""
+
+    fleet: Fleet
+    report: dict[str, Any]
+    changed: bool
+    """Whether anything had to be made."""
+
+
+def export_run(run: Run | Path | str, out: Path, options: Options = Options(), say: Say = lambda _: None) -> Exported:
     """Write the fleet of a run to `out`: it is there as a whole, or not at all."""
     try:
-        run = run if isinstance(run, Run) else read_run(run)
-        inputs, labels = _held_out(run)
-        source = _Source(run, inputs, progress)
-        before = _devices_before(out)
-        with staged_folder(out, FLEET_FILE, FLEET_FILES) as staging:
+        source = of_run(run if isinstance(run, Run) else read_run(run))
+    except TrainError as error:
+        raise SourceError(str(error)) from error
+    return export_fleet(source, out, options, say)
+
+
+def export_fleet(source: Source, out: Path, options: Options = Options(), say: Say = lambda _: None) -> Exported:
+    """The same for any source."""
+    key = _key(source, options)
+    try:
+        before = _Before(out)
+        if before.fleet is not None and before.report.get("key") == key and before.intact():
+            return Exported(before.fleet, before.report, changed=False)
+        made, report = _made(source, options, say)
+        writer = _Writer(source, made, options)
+        with staged_folder(out, FLEET_FILE, FILES) as staging:
             devices = []
-            for number in range(run.record.experts):
-                manifest, contents = source.bundle(number, inputs, labels)
+            for number in range(len(source.experts)):
+                manifest, contents = writer.bundle(number)
                 try:
                     bundle = write_bundle(staging / manifest.device, manifest, contents)
+                    if not run_selftest(Models(bundle), bundle).passed:
+                        raise SourceError(f"{manifest.device}: what was written does not pass its own self-test")
                 except EdgeError as error:
                     raise SourceError(str(error).replace(str(staging), str(out))) from error
+                before.link(staging / manifest.device, bundle.manifest)
                 fresh = Device(manifest.device, number, f"tcp://127.0.0.1:{FIRST_PORT + number}", "0" * 64)
-                devices.append(
-                    replace(before.get(manifest.device, fresh), expert=number, bundle=bundle.manifest.digest)
-                )
-                progress(f"{manifest.device} written")
+                device = before.devices.get(manifest.device, fresh)
+                devices.append(replace(device, expert=number, bundle=bundle.manifest.digest))
+                say(f"device {number + 1} of {len(source.experts)} written")
             fleet = Fleet(FLEET_SCHEMA, tuple(devices))
+            report |= {"key": key, "is": made.precision, "bytes": writer.sizes}
+            (staging / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
             (staging / FLEET_FILE).write_text(fleet.render())
     except (TrainError, EdgeError) as error:
         raise SourceError(str(error)) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{out}: cannot be written: {error}") from error
-    return fleet
+    return Exported(fleet, report, changed=True)
 
 
-def _devices_before(out: Path) -> dict[str, Device]:
-    """The devices of the fleet that stands there already: somebody chose their addresses and keys, so they are kept."""
-    if not (out / FLEET_FILE).exists():
-        return {}
-    return {device.name: device for device in read_fleet(out / FLEET_FILE).device}
+def _key(source: Source, options: Options) -> str:
+    """Digest of everything that an export depends on."""
+    packages = ("nmoe", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    chosen = asdict(options) | {"target": target_of(options.target).name}
+    return sha256(json.dumps([source.key, chosen, [version(p) for p in packages]], sort_keys=True).encode())
 
 
-def _held_out(run: Run) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The run's calibration samples: inputs (n, …) and, where they are known, labels (n,)."""
-    arrays = run.calibration()
-    return arrays["inputs"], arrays.get("labels")
+class _Before:
+    """What stands at the fleet's place already."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.fleet = read_fleet(out / FLEET_FILE) if (out / FLEET_FILE).exists() else None
+        self.devices = {device.name: device for device in self.fleet.device} if self.fleet else {}
+        """Somebody chose their addresses and keys, so they are kept."""
+        self.report: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # without a report that can be read, everything is made anew
+            self.report = json.loads((out / REPORT).read_bytes())
+        self._known: dict[str, Path] = {}
+
+    def intact(self) -> bool:
+        """Whether every bundle is byte for byte as its manifest, and its manifest as the fleet, says."""
+        try:
+            return all(read_bundle(self._out / d.name).manifest.digest == d.bundle for d in self.devices.values())
+        except EdgeError:
+            return False
+
+    def link(self, folder: Path, manifest: Manifest) -> None:
+        """Let files of a device that others have too, or that it had before, be one file on the disk."""
+        for name, entry in manifest.files.items():
+            path, old = folder / name, self._out / folder.name / name
+            twin = self._known.setdefault(entry.sha256, path)
+            if twin is path and old.is_file() and sha256(old.read_bytes()) == entry.sha256:
+                twin = old
+            if twin is not path:
+                staged = path.with_name(f"{name}.link")
+                with suppress(OSError):  # a file system without links keeps copies
+                    os.link(twin, staged)
+                    staged.replace(path)
 
 
-def _extractor_source(record: RunRecord) -> str:
-    """The extractor as it was trained: how it is built, and its weights."""
-    net = record.networks.extractor
-    weights = record.files["extractor.safetensors"].sha256
-    return sha256(json.dumps([net.factory, dict(net.arguments), weights], sort_keys=True).encode())
+def _made(source: Source, options: Options, say: Say) -> tuple[Made, dict[str, Any]]:
+    """The graphs in the precision that was asked for, and what is to be reported."""
+    example = torch.from_numpy(source.inputs[:32].copy())
+    extractor = export_graph(source.extractor, "extractor", example)
+    say("extractor exported")
+    latents = torch.from_numpy(latents_of(source, extractor, source.inputs[:32]))
+    graphs = Graphs(
+        extractor, _exported(source.gates, "gate", latents, say), _exported(source.experts, "expert", latents, say)
+    )
+    head = {"precision": options.precision, "onnxruntime": onnxruntime.__version__}
+    if options.precision == "fp32":
+        return Made(graphs, dict.fromkeys(("extractor", "gate", "expert"), "fp32"), source.inference), head
+    made = make_int8(
+        source,
+        graphs,
+        target_of(options.target),
+        options.recipe,
+        _samples(source, options.recipe),
+        options.max_drop,
+        options.latent,
+        say,
+    )
+    return made, head | made.report
 
 
-class _Source:
-    """The graphs of a run: the trunk made once, gate and expert for each device."""
+def _samples(source: Source, recipe: Recipe) -> NDArray[Any]:
+    """What is calibrated on."""
+    if recipe.data == "run":
+        return source.inputs
+    path = Path(recipe.data.removeprefix("npz:"))
+    try:
+        inputs = read_npz(path.read_bytes())["inputs"]
+    except KeyError:
+        raise SourceError(f"{path}: holds no array called inputs") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: {error}") from error
+    if (inputs.dtype.name, inputs.shape[1:]) != (source.input.dtype, source.input.shape):
+        raise SourceError(
+            f"{path}: inputs are {inputs.dtype} {inputs.shape[1:]}, not {source.input.dtype} {source.input.shape}"
+        )
+    return inputs
 
-    def __init__(self, run: Run, inputs: NDArray[Any], progress: Callable[[str], None]) -> None:
-        self.run, self.progress = run, progress
-        self.extractor = export_graph(run.extractor(), "extractor", torch.from_numpy(inputs[:32].copy()))
-        progress("extractor exported")
-        latent = (run.record.latent_dim,)
-        self.latents = Graph("extractor", self.extractor, run.record.data.shape, latent)(inputs)
-        self._example = torch.from_numpy(self.latents[:32].copy())
-        self.experts = [self._export(run.expert(i), f"expert {i}") for i in range(run.record.experts)]
-        owners = run.record.experts if run.record.personal_gates else 1
-        self.gates = [self._export(run.gate(i), f"gate {i}") for i in range(owners)]
-        self.outputs = [
-            Graph(f"expert {i}", graph, latent, (run.record.outputs,))(self.latents)
-            for i, graph in enumerate(self.experts)
-        ]
 
-    def _export(self, module: torch.nn.Module, name: str) -> bytes:
-        graph = export_graph(module, name, self._example)
-        self.progress(f"{name} exported")
-        return graph
+def _exported(nets: Sequence[torch.nn.Module], name: str, latents: torch.Tensor, say: Say) -> list[bytes]:
+    """A graph for each: exported once, and filled with the others' weights where they are of one build."""
+    graphs = [export_graph(nets[0], f"{name} 0", latents)]
+    for i, net in enumerate(nets[1:], 1):
+        again = refilled(graphs[0], net, f"{name} {i}", latents) if str(net) == str(nets[0]) else None
+        graphs.append(again if again is not None else export_graph(net, f"{name} {i}", latents))
+    say(f"{len(graphs)} {name}{'s' * (len(graphs) > 1)} exported")
+    return graphs
 
-    def bundle(
-        self, number: int, inputs: NDArray[Any], labels: NDArray[Any] | None
-    ) -> tuple[Manifest, dict[str, bytes]]:
+
+class _Writer:
+    """Manifests and files of each device."""
+
+    def __init__(self, source: Source, made: Made, options: Options) -> None:
+        self.source, self.made, self.options = source, made, options
+        self.system = System(source, made.graphs, options.latent)
+        target = target_of(options.target).name if options.precision == "int8" else "any"
+        self.target = target
+        self.sizes: dict[str, int] = {}
+
+    def bundle(self, number: int) -> tuple[Manifest, dict[str, bytes]]:
         """A device's manifest and files."""
-        record = self.run.record
-        gate = self.gates[number if record.personal_gates else 0]
-        scores = Graph("gate", gate, (record.latent_dim,), (record.experts,))(self.latents)
+        source, graphs, rules = self.source, self.made.graphs, self.made.rules
         contents = {
-            "extractor.onnx": self.extractor,
-            "gate.onnx": gate,
-            "expert.onnx": self.experts[number],
-            "selftest.npz": self._selftest(number, inputs, scores).write(),
+            "extractor.onnx": graphs.extractor,
+            "gate.onnx": graphs.gates[number % len(graphs.gates)],
+            "expert.onnx": graphs.experts[number],
+            "selftest.npz": self._selftest(number).write(),
         }
-        if record.labels is not None:
-            contents["labels.txt"] = ("\n".join(record.labels) + "\n").encode()
-        source, inference = _extractor_source(record), record.inference
+        if source.names is not None:
+            contents["labels.txt"] = ("\n".join(source.names) + "\n").encode()
+        self.sizes = {name: len(data) for name, data in contents.items()}
+        experts = len(source.experts)
         manifest = Manifest(
             schema=SCHEMA,
             device=f"device-{number:02}",
-            experts=record.experts,
+            experts=experts,
             expert=number,
-            outputs=record.outputs,
-            answers_carry_prior=record.answers_carry_prior,
-            input=InputSpec(
-                record.data.dtype,
-                record.data.shape,
-                record.data.layout,
-                "exact" if record.data.layout == "none" else "stretch",
-                (0.0, 255.0) if record.data.dtype == "uint8" else (float(inputs.min()), float(inputs.max()) + 1e-6),
-            ),
-            latent=LatentSpec(record.latent_dim, LATENT_DTYPE),
-            routing=RoutingSpec(inference.top_k, inference.combination, inference.local_first, inference.adapt),
-            precision=PrecisionSpec("fp32", "fp32", "fp32"),
-            target="any",
+            outputs=source.outputs,
+            answers_carry_prior=source.answers_carry_prior,
+            input=source.input,
+            latent=LatentSpec(source.latent_dim, self.options.latent),
+            routing=RoutingSpec(rules.top_k, rules.combination, rules.local_first, rules.adapt),
+            precision=PrecisionSpec(**self.made.precision),  # type: ignore[arg-type]  # fp32 and int8
+            target=self.target,
             opset=OPSET,
             ir_version=IR_VERSION,
-            accuracy={} if labels is None else {"held_out": self._accuracy(number, scores, labels)},
-            extractor_source=source,
-            trunk=trunk_digest(source, record.latent_dim, record.experts, record.outputs),
+            accuracy={} if source.labels is None else {"held_out": self._accuracy(number, source.labels)},
+            extractor_source=source.extractor_source,
+            trunk=trunk_digest(source.extractor_source, source.latent_dim, experts, source.outputs),
         )
         return manifest, contents
 
-    def _selftest(self, number: int, inputs: NDArray[Any], scores: NDArray[np.float32]) -> SelfTest:
+    def _selftest(self, number: int) -> SelfTest:
         """The rows whose route is the clearest: another CPU's last bit must not choose another expert."""
-        top_k, experts = self.run.record.inference.top_k, scores.shape[1]
+        system, scores = self.system, self.system.scores[number % len(self.system.scores)]
+        top_k, experts = self.made.rules.top_k, scores.shape[1]
         ranked = -np.sort(-scores, axis=1)[:, : top_k + 1]
         margin = (ranked[:, :-1] - ranked[:, 1:]).min(axis=1, initial=np.inf)  # of the order as well as of the choice
         rows = np.argsort(-margin, kind="stable")[:SELFTEST_ROWS]
         chosen = route(scores[rows], number, range(experts), top_k).chosen
-        latents, outputs = self.latents[rows], self.outputs[number][rows]
+        latents = system.latents[rows]
+        expert = Graph("expert", self.made.graphs.experts[number], (self.source.latent_dim,), (self.source.outputs,))
+        outputs = expert(latents)  # of the latents themselves, not as they travel
+        loosest = TOLERANCES["int8" if "int8" in self.made.precision.values() else "fp32"]
         return SelfTest(
-            inputs[rows],
+            self.source.inputs[rows],
             latents,
             np.array(chosen, np.int64),
             outputs,
-            np.array(TOLERANCE * max(1.0, float(np.abs(latents).max()))),
-            np.array(TOLERANCE * max(1.0, float(np.abs(outputs).max()))),
+            np.array(loosest * max(1.0, float(np.abs(latents).max()))),
+            np.array(loosest * max(1.0, float(np.abs(outputs).max()))),
         )
 
-    def _accuracy(self, number: int, scores: NDArray[np.float32], labels: NDArray[Any]) -> float:
+    def _accuracy(self, number: int, labels: NDArray[Any]) -> float:
         """Share of the held-out samples that this device's gate and the experts it chooses get right."""
-        inference = self.run.record.inference
+        rules, scores = self.made.rules, self.system.scores[number % len(self.system.scores)]
         right = 0
-        for row, experts in enumerate(route(scores, number, range(len(self.experts)), inference.top_k).chosen):
-            answers = {expert: self.outputs[expert][row] for expert in experts}
+        for row, experts in enumerate(route(scores, number, range(scores.shape[1]), rules.top_k).chosen):
+            answers = {expert: self.system.outputs[row, expert] for expert in experts}
             weights = expert_weights(scores[row], experts)
-            right += int(combine(answers, weights, inference.combination).argmax() == labels[row])
+            right += int(combine(answers, weights, rules.combination).argmax() == labels[row])
         return right / len(labels)

@@ -44,12 +44,30 @@ def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
         raise GraphError(f"{name}: torch cannot export {type(module).__name__}: {reason}") from error
     if program is None:
         raise GraphError(f"{name}: torch exported nothing")
-    data = _cleaned(program.model_proto)
-    _check_answers(module, name, data, example)
+    data = cleaned(program.model_proto)
+    check_answers(module, name, data, example)
     return data
 
 
-def _cleaned(model: onnx.ModelProto) -> bytes:
+def refilled(graph: bytes, module: nn.Module, name: str, example: torch.Tensor) -> bytes | None:
+    """The same graph with the weights of another module of the same build; None where its weights cannot be told."""
+    model, state = onnx.load_from_string(graph), module.state_dict()
+    for tensor in model.graph.initializer:
+        weight = state.pop(tensor.name, None)
+        if weight is None:
+            continue
+        array = weight.detach().numpy()
+        if list(array.shape) != list(tensor.dims):
+            return None
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
+    if state:
+        return None
+    data: bytes = model.SerializeToString(deterministic=True)
+    check_answers(module, name, data, example)
+    return data
+
+
+def cleaned(model: onnx.ModelProto) -> bytes:
     """Without who made it and where the code stood, and of the IR version that old runtimes read."""
     model.ir_version = IR_VERSION
     model.ClearField("producer_name")
@@ -64,7 +82,7 @@ def _cleaned(model: onnx.ModelProto) -> bytes:
     return data
 
 
-def _check_answers(module: nn.Module, name: str, data: bytes, example: torch.Tensor) -> None:
+def check_answers(module: nn.Module, name: str, data: bytes, example: torch.Tensor) -> None:
     """onnxruntime must say what torch says, for one row and for many."""
     for batch in CHECKED_BATCHES:
         repeats = -(-batch // len(example))

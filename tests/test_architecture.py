@@ -35,12 +35,12 @@ SISTERS = {
     "nmoe_edge": (),
     "nmoe_train": tuple(f"nmoe_edge.{leaf}" for leaf in ("schema", "npz", "folders", "program")),
     "nmoe_export": (
-        *(f"nmoe_train.{module}" for module in ("nets", "run", "errors")),
+        *(f"nmoe_train.{module}" for module in ("errors", "evaluate", "run")),
         *(
             f"nmoe_edge.{module}"
-            for module in ("bundle", "errors", "fleet", "folders", "manifest", "models", "program")
+            for module in ("bundle", "errors", "fleet", "folders", "manifest", "models", "npz", "program", "schema")
         ),
-        *(f"nmoe_edge.protocol.{module}" for module in ("combine", "routing")),
+        *(f"nmoe_edge.protocol.{module}" for module in ("combine", "routing", "tensor")),
     ),
 }
 # Package from outside -> the only modules of nmoe_edge that may import it.

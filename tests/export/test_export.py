@@ -120,16 +120,16 @@ def test_the_trunk_names_the_training_and_not_the_file(fleet):
 
 def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
     out = tmp_path / "fleet"
-    first = export_run(golden / "run", out)
+    first = export_run(golden / "run", out).fleet
     key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
     moved = replace(first.device[1], address="tcp://192.0.2.7:9000", public_key=key)
     (out / "fleet.toml").write_text(replace(first, device=(first.device[0], moved, first.device[2])).render())
-    again = export_run(golden / "run", out)
+    again = export_run(golden / "run", out).fleet
     assert again.device[1] == moved
     (out / "keys").mkdir()
     (out / "keys" / "secret").touch()
     with pytest.raises(SourceError, match="holds 'keys/secret', which would be lost"):
-        export_run(golden / "run", out)
+        export_run(golden / "run", out).fleet
     assert (out / "keys" / "secret").exists()
 
 

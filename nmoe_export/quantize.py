@@ -1,0 +1,93 @@
+"""Ranges and a target -> an int8 graph: static, QDQ, a scale for each channel of the weights.
+
+Also what became of it: which operators onnxruntime's optimizer made integer, and how faithful each node is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+from nmoe_export.calibrate import Range
+from nmoe_export.graphs import cleaned
+from nmoe_export.targets import Target
+
+COMPUTE = ("Conv", "Gemm", "MatMul", "Add")
+OPERATORS = (*COMPUTE, "Relu", "MaxPool", "GlobalAveragePool", "AveragePool", "Reshape", "Flatten")
+"""What is made integer; what normalises, and what makes of bytes a picture, stays in float."""
+
+
+def simplified(graph: bytes) -> onnx.ModelProto:
+    """The same graph with constants folded and BatchNorm taken into its Conv."""
+    return onnx.load_from_string(_optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC))
+
+
+def quantize(
+    model: onnx.ModelProto, ranges: Mapping[str, Range], target: Target, floats: Collection[str] = ()
+) -> bytes:
+    """An int8 graph; the nodes named in `floats` stay as they are."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    known = {
+        name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
+        for name, (low, high) in ranges.items()
+    }
+    activations = QuantType.QUInt8 if target.activations == "uint8" else QuantType.QInt8
+    quantizer = QDQQuantizer(
+        copy,
+        per_channel=True,
+        reduce_range=target.reduce_range,
+        weight_qType=QuantType.QInt8,
+        activation_qType=activations,
+        tensors_range=TensorsData(CalibrationMethod.MinMax, known),
+        nodes_to_quantize=[],
+        nodes_to_exclude=list(floats),
+        op_types_to_quantize=list(OPERATORS),
+        extra_options={
+            "ActivationSymmetric": target.symmetric,
+            "WeightSymmetric": True,
+            "QuantizeBias": target.name != "jetson",  # TensorRT wants it in float
+        },
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    return cleaned(_plain(quantizer.model.model))
+
+
+def fused(graph: bytes) -> dict[str, int]:
+    """What onnxruntime's optimizer makes of an int8 graph on a CPU, by kind: the proof that it is integer."""
+    optimised = onnx.load_from_string(_optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED))
+    return dict(Counter(node.op_type for node in optimised.graph.node))
+
+
+def quantizable(model: onnx.ModelProto) -> list[str]:
+    """The nodes that compute, in their order: those that can go back to float."""
+    return [node.name for node in model.graph.node if node.op_type in COMPUTE]
+
+
+def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the operator sets that the optimizer stamps and nothing uses: older runtimes refuse them."""
+    used = {node.domain for node in model.graph.node}
+    kept = [opset for opset in model.opset_import if opset.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    return model
+
+
+def _optimised(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level, options.log_severity_level = level, 4
+        options.optimized_model_filepath = str(path)
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return path.read_bytes()

@@ -1,0 +1,183 @@
+"""What is to be exported: a training run, or anybody's own modules with samples of what they see."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nmoe_edge.manifest import InputSpec, sha256
+from nmoe_export.errors import SourceError
+from nmoe_train.run import Inference, Run, RunRecord
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A fleet before it is exported."""
+
+    key: str
+    """Digest of everything that is in it: two sources with one key are the same."""
+    extractor: nn.Module
+    gates: Sequence[nn.Module]
+    """One that all share, or one a device."""
+    experts: Sequence[nn.Module]
+    inputs: NDArray[Any]
+    """Samples that nothing was trained on (n, …): int8 is calibrated and verified on them."""
+    labels: NDArray[np.int64] | None
+    """(n,)"""
+    clients: NDArray[np.int64] | None
+    """Whose each sample is (n,)"""
+    input: InputSpec
+    latent_dim: int
+    outputs: int
+    names: tuple[str, ...] | None
+    """Of the outputs."""
+    inference: Inference
+    answers_carry_prior: bool
+    extractor_source: str
+    """Digest of the extractor as it was trained."""
+
+
+def of_run(run: Run) -> Source:
+    """The fleet of a training run."""
+    record, arrays = run.record, run.calibration()
+    inputs = arrays["inputs"]
+    span = (0.0, 255.0) if record.data.dtype == "uint8" else (float(inputs.min()), float(inputs.max()) + 1e-6)
+    resize: Literal["exact", "stretch"] = "exact" if record.data.layout == "none" else "stretch"
+    owners = range(record.experts if record.personal_gates else 1)
+    return Source(
+        key=sha256((run.folder / "run.json").read_bytes()),
+        extractor=run.extractor(),
+        gates=[run.gate(device) for device in owners],
+        experts=[run.expert(device) for device in range(record.experts)],
+        inputs=inputs,
+        labels=arrays.get("labels"),
+        clients=arrays.get("clients"),
+        input=InputSpec(record.data.dtype, record.data.shape, record.data.layout, resize, span),
+        latent_dim=record.latent_dim,
+        outputs=record.outputs,
+        names=record.labels,
+        inference=record.inference,
+        answers_carry_prior=record.answers_carry_prior,
+        extractor_source=_run_extractor(record),
+    )
+
+
+def of_modules(
+    extractor: nn.Module,
+    gate: nn.Module | Sequence[nn.Module],
+    experts: Sequence[nn.Module],
+    calibration: NDArray[Any],
+    *,
+    labels: NDArray[np.int64] | None = None,
+    names: Sequence[str] | None = None,
+    top_k: int = 1,
+) -> Source:
+    """The fleet of modules that nobody here has trained; calibration: inputs as the extractor takes them (n, …)."""
+    gates = list(gate) if isinstance(gate, Sequence) else [gate]
+    for module in (extractor, *gates, *experts):
+        module.eval()
+    if calibration.dtype.name not in ("uint8", "float32", "int64") or calibration.ndim < 2 or not len(calibration):
+        raise SourceError(
+            f"calibration is {calibration.dtype} {calibration.shape}; rows of uint8, float32 or int64 are due"
+        )
+    if labels is not None and (labels.shape != (len(calibration),) or labels.dtype != np.int64):
+        raise SourceError(
+            f"labels are {labels.dtype} {labels.shape}, not one int64 for each of {len(calibration)} samples"
+        )
+    latents = _tried(extractor, torch.from_numpy(calibration[:2].copy()), "the extractor")
+    scores = [_tried(net, latents, f"gate {i}") for i, net in enumerate(gates)]
+    outputs = [_tried(net, latents, f"expert {i}") for i, net in enumerate(experts)]
+    if any(s.shape[1] != len(experts) for s in scores) or len(gates) not in (1, len(experts)):
+        raise SourceError(
+            f"{len(gates)} gates with {scores[0].shape[1]} scores do not choose among {len(experts)} experts"
+        )
+    if len({o.shape[1] for o in outputs}) != 1:
+        raise SourceError(
+            f"the experts put out {sorted({o.shape[1] for o in outputs})} numbers: all must put out as many"
+        )
+    image = calibration.ndim == 4 and calibration.shape[1] in (1, 3)
+    span = (
+        (0.0, 255.0) if calibration.dtype == np.uint8 else (float(calibration.min()), float(calibration.max()) + 1e-6)
+    )
+    return Source(
+        key=_digest([extractor, *gates, *experts], calibration, labels),
+        extractor=extractor,
+        gates=gates,
+        experts=list(experts),
+        inputs=calibration,
+        labels=labels,
+        clients=None,
+        input=InputSpec(
+            calibration.dtype.name,  # type: ignore[arg-type]  # looked at above
+            calibration.shape[1:],
+            "CHW" if image else "none",
+            "stretch" if image else "exact",
+            span,
+        ),
+        latent_dim=latents.shape[1],
+        outputs=outputs[0].shape[1],
+        names=tuple(names) if names is not None else None,
+        inference=Inference(top_k, "outputs"),
+        answers_carry_prior=True,
+        extractor_source=_digest([extractor], None, None),
+    )
+
+
+def of_factory(path: str) -> Source:
+    """What `package.module:factory` returns: a mapping of of_modules' arguments by name."""
+    module, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # an installed command does not look where it is called, as python does
+    try:
+        arguments = getattr(importlib.import_module(module), name)()
+    except Exception as error:  # whatever somebody's module does
+        raise SourceError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    try:
+        return of_modules(**arguments)
+    except TypeError as error:
+        raise SourceError(f"{path} returns no arguments of of_modules by name: {error}") from error
+
+
+def _tried(net: nn.Module, rows: torch.Tensor, name: str) -> torch.Tensor:
+    try:
+        with torch.no_grad():
+            answer = net(rows)
+    except Exception as error:  # whatever somebody's forward() does
+        raise SourceError(f"{name} fails on rows of {list(rows.shape[1:])}: {' '.join(str(error).split())}") from error
+    if not isinstance(answer, torch.Tensor) or answer.ndim != 2 or answer.dtype != torch.float32:
+        raise SourceError(f"{name} does not make float32 rows of numbers (n, …) of rows of {list(rows.shape[1:])}")
+    return answer
+
+
+def _digest(nets: Sequence[nn.Module], *arrays: NDArray[Any] | None) -> str:
+    digest = hashlib.sha256()
+    for net in nets:
+        digest.update(repr(net).encode())
+        for name, value in net.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().contiguous().numpy().tobytes())
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _run_extractor(record: RunRecord) -> str:
+    """The extractor as it was trained: how it is built, and its weights."""
+    net = record.networks.extractor
+    weights = record.files["extractor.safetensors"].sha256
+    return sha256(json.dumps([net.factory, dict(net.arguments), weights], sort_keys=True).encode())
+
+
+Say = Callable[[str], None]

@@ -1,0 +1,131 @@
+"""Ranges against numpy, and recipes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from nmoe_export import calibrate
+from nmoe_export.calibrate import Recipe, drawn, ranges, read_recipe
+from nmoe_export.errors import SourceError
+from nmoe_export.graphs import export_graph
+
+DRAW = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One layer whose output is its input, negated where the column is odd."""
+    layer = nn.Linear(4, 4, bias=False)
+    layer.load_state_dict({"weight": torch.diag(torch.tensor([1.0, -1, 1, -1]))})
+    return onnx.load_from_string(export_graph(layer, "layer", torch.zeros(2, 4)))
+
+
+def rows(n=1000):
+    return DRAW.normal(size=(n, 4)).astype(np.float32)
+
+
+def only(found):
+    (name,) = {name for name in found if name != "rows"}
+    return found[name]
+
+
+def test_minmax_is_the_least_and_the_greatest_over_all_batches(model):
+    x = rows()
+    out = x * [1, -1, 1, -1]
+    found = ranges(model, x, Recipe(method="minmax"))
+    assert found["rows"] == pytest.approx((x.min(), x.max()))
+    assert only(found) == pytest.approx((out.min(), out.max()))
+
+
+def test_a_percentile_leaves_as_many_out_on_either_side(model):
+    x = rows(8000)
+    low, high = ranges(model, x, Recipe(method="percentile", percentile=99.0))["rows"]
+    assert np.percentile(x, 0.5) == pytest.approx(low, abs=0.02)
+    assert np.percentile(x, 99.5) == pytest.approx(high, abs=0.02)
+    wide = ranges(model, x, Recipe(method="percentile", percentile=100.0))["rows"]
+    assert wide == pytest.approx((x.min(), x.max()), abs=0.01)
+
+
+def test_mse_is_the_best_of_shrunken_ranges_by_brute_force(model):
+    x = DRAW.laplace(size=(2000, 4)).astype(np.float32)
+    found = ranges(model, x, Recipe(method="mse"))["rows"]
+
+    def error(share):
+        a, b = x.min() * share, x.max() * share
+        step = (b - a) / 255
+        return float(((np.rint((x.clip(a, b) - a) / step) * step + a - x) ** 2).mean())
+
+    best = min(np.linspace(0.3, 1, 71), key=error)
+    assert found[1] / x.max() == pytest.approx(best, abs=0.05)
+    assert error(found[1] / x.max()) <= error(1.0)
+
+
+def test_entropy_cuts_a_far_outlier_off_and_leaves_an_even_spread(model):
+    even = DRAW.uniform(-1, 1, size=(4000, 4)).astype(np.float32)
+    low, high = ranges(model, even, Recipe(method="entropy"))["rows"]
+    assert high - low > 1.9
+    wild = np.concatenate([rows(4000), np.full((1, 4), 60, np.float32)])
+    assert ranges(model, wild, Recipe(method="entropy"))["rows"][1] < 30
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+def test_a_tensor_that_never_changes_has_a_range(model, method):
+    low, high = ranges(model, np.full((40, 4), 2, np.float32), Recipe(method=method))["rows"]
+    assert low <= high
+    assert np.isfinite([low, high]).all()
+
+
+def test_samples_are_drawn_by_the_seed_and_too_few_are_an_error_with_their_number():
+    x = rows(100)
+    assert np.array_equal(drawn(x, Recipe(samples=40)), drawn(x, Recipe(samples=40)))
+    assert not np.array_equal(drawn(x, Recipe(samples=40)), drawn(x, Recipe(samples=40, seed=1)))
+    assert drawn(x, Recipe()) is x
+    with pytest.raises(SourceError, match="20 calibration samples; the recipe asks for 32"):
+        drawn(x[:20], Recipe())
+
+
+def test_no_more_than_a_batch_is_held_at_a_time(model, monkeypatch):
+    monkeypatch.setattr(calibrate, "BATCH", 8)
+    held = []
+    true = calibrate._Watched.batches
+
+    def watched(self, inputs):
+        for values in true(self, inputs):
+            held.append(max(len(value) for value in values.values()))
+            yield values
+
+    monkeypatch.setattr(calibrate._Watched, "batches", watched)
+    ranges(model, rows(100), Recipe(method="mse"))
+    assert max(held) == 8
+    assert len(held) == 2 * 13
+
+
+@pytest.mark.parametrize("path", sorted(calibrate.FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_that_is_there_is_read(path):
+    assert read_recipe(path.stem) == read_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('methd = "mse"', "unknown key 'methd' .did you mean 'method'"),
+        ('method = "best"', "none of 'minmax'"),
+        ('data = "imagenet"', "no data is called 'imagenet'"),
+        ("percentile = 5.0", "percentile is 5.0"),
+        ("least = 9999999", "least is 9999999"),
+        ("method =", "recipe.toml"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_line(tmp_path, text, reason):
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(SourceError, match=reason):
+        read_recipe(str(tmp_path / "recipe.toml"))
+
+
+def test_an_unknown_recipe_names_those_that_there_are():
+    with pytest.raises(SourceError, match="there are default, entropy, minmax, percentile"):
+        read_recipe("nowhere")
