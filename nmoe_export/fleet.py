@@ -25,7 +25,7 @@ from nmoe_edge.errors import EdgeError
 from nmoe_edge.fleet import FILES as FLEET_FILES
 from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, read_fleet
 from nmoe_edge.fleet import SCHEMA as FLEET_SCHEMA
-from nmoe_edge.folders import staged_folder
+from nmoe_edge.folders import check_replaceable, staged_folder
 from nmoe_edge.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
 from nmoe_edge.models import Graph, Models, run_selftest
 from nmoe_edge.npz import read_npz
@@ -89,6 +89,7 @@ def export_fleet(source: Source, out: Path, options: Options = Options(), say: S
         before = _Before(out)
         if before.fleet is not None and before.report.get("key") == key and before.intact():
             return Exported(before.fleet, before.report, changed=False)
+        check_replaceable(out, FLEET_FILE, FILES)  # before the long work
         made, report = _made(source, options, say)
         writer = _Writer(source, made, options)
         with staged_folder(out, FLEET_FILE, FILES) as staging:

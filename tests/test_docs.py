@@ -86,7 +86,7 @@ def test_every_command_and_flag_that_is_named_exists(document):
     } | {"--help"}
     # Of the lines that speak of our programs: pip's and git's flags are their own.
     lines = [line for line in text.splitlines() if "nmoe-" in line]
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines))) <= options
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(lines))) <= options
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

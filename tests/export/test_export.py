@@ -17,7 +17,7 @@ from nmoe_edge.protocol.exchange import Exchange
 from nmoe_edge.protocol.routing import route
 from nmoe_export.cli import main
 from nmoe_export.errors import GraphError, SourceError
-from nmoe_export.fleet import export_run
+from nmoe_export.fleet import Options, export_run
 from nmoe_export.graphs import export_graph
 from nmoe_train.config import configure
 from nmoe_train.pipeline import train
@@ -129,7 +129,7 @@ def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
     (out / "keys").mkdir()
     (out / "keys" / "secret").touch()
     with pytest.raises(SourceError, match="holds 'keys/secret', which would be lost"):
-        export_run(golden / "run", out).fleet
+        export_run(golden / "run", out, Options(latent="int8"))
     assert (out / "keys" / "secret").exists()
 
 
