@@ -6,7 +6,7 @@ EDGE := .venv-edge/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-edge cov fuzz bench clean
+.PHONY: help demo test check test-edge test-runtimes cov fuzz bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ test-edge: .venv-edge/ready  ## the device's tests, with what a device has and n
 	$(EDGE)/python -c "import importlib.util as u; assert not (u.find_spec('torch') or u.find_spec('onnx'))"
 	$(EDGE)/python -m pytest tests/edge tests/test_golden.py
 
+test-runtimes: .venv/ready  ## bundles on the onnxruntimes that boards have; RUNTIMES="1.15.1 newest" for some
+	$(BIN)/python tests/runtimes.py $(RUNTIMES)
+
 cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
 	$(BIN)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 2000 --cov --cov-report term
 
@@ -42,7 +45,7 @@ bench: .venv/ready  ## what a message, an exchange and a round of training cost
 	$(BIN)/python tests/bench/training.py
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-edge build dist runs/demo bundles/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv .venv-edge .venv-runtimes build dist runs/demo bundles/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -35,6 +35,7 @@ from nmoe_export.calibrate import Recipe
 from nmoe_export.errors import SourceError
 from nmoe_export.graphs import IR_VERSION, OPSET, export_graph, refilled
 from nmoe_export.int8 import Made, make_int8
+from nmoe_export.report import page
 from nmoe_export.source import Say, Source, of_run
 from nmoe_export.system import Graphs, System, latents_of
 from nmoe_export.targets import target_of
@@ -47,7 +48,8 @@ TOLERANCES = {"fp32": 1e-3, "int8": 2e-2}
 """What another CPU may differ by, of the largest number in the self-test: float32 sums in another order give 1e-6, an
 int8 step that is rounded the other way a part in 127."""
 REPORT = "report.json"
-FILES = rf"{FLEET_FILES}|{REPORT.replace('.', '[.]')}"
+PAGE = "report.html"
+FILES = rf"{FLEET_FILES}|report\.(json|html)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def export_fleet(source: Source, out: Path, options: Options = Options(), say: S
             fleet = Fleet(FLEET_SCHEMA, tuple(devices))
             report |= {"key": key, "is": made.precision, "bytes": writer.sizes}
             (staging / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+            (staging / PAGE).write_text(page(report), encoding="utf-8")
             (staging / FLEET_FILE).write_text(fleet.render())
     except (TrainError, EdgeError) as error:
         raise SourceError(str(error)) from error
@@ -168,7 +171,8 @@ def _made(source: Source, options: Options, say: Say) -> tuple[Made, dict[str, A
     graphs = Graphs(
         extractor, _exported(source.gates, "gate", latents, say), _exported(source.experts, "expert", latents, say)
     )
-    head = {"precision": options.precision, "onnxruntime": onnxruntime.__version__}
+    sizes = {"extractor.onnx": len(extractor), "gate.onnx": len(graphs.gates[0]), "expert.onnx": len(graphs.experts[0])}
+    head = {"precision": options.precision, "onnxruntime": onnxruntime.__version__, "bytes_float": sizes}
     if options.precision == "fp32":
         return Made(graphs, dict.fromkeys(("extractor", "gate", "expert"), "fp32"), source.inference), head
     made = make_int8(

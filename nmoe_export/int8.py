@@ -86,6 +86,7 @@ def make_int8(
         "drop": drop,
         "measured_by": "labels" if source.labels is not None else "agreement with float",
         "gate_agreement": gate_agreement(reference, system),
+        "load": {"float": reference.load(), "as written": system.load()},
         "reverted": reverted,
         "fusion": fused(system.graphs.extractor) if target.name != "jetson" else "unmeasured: TensorRT does it",
         "local_first": {"float": source.inference.local_first, "int8": rules.local_first},

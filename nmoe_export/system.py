@@ -55,6 +55,12 @@ class System:
         scores = self.scores[device % len(self.scores)]
         return Rows(*(torch.from_numpy(np.array(a[chosen])) for a in (scores, self.outputs, labels)))
 
+    def load(self) -> list[float]:
+        """Share of the samples for which the gates prefer each expert, the mean over gates."""
+        experts = len(self.graphs.experts)
+        shares = [np.bincount(scores.argmax(1), minlength=experts) / len(scores) for scores in self.scores]
+        return [float(share) for share in np.mean(shares, axis=0)]
+
     def threshold(self) -> Inference:
         """The rules of the source, with local_first chosen again on these graphs where it is in use."""
         rules, clients = self.source.inference, self.source.clients

@@ -25,7 +25,7 @@ from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.federation import Round
 from nmoe_train.fleet import Progress
 from nmoe_train.pipeline import retrained, train
-from nmoe_train.report import document
+from nmoe_train.report import document, pictures
 from nmoe_train.run import RUN_FILE, Run, read_run
 
 FILE = "paper.json"
@@ -233,7 +233,7 @@ def draw(out: Path, number: int, done: Mapping[str, Any]) -> Path:
     title = {3: "Who asks whom", 4: "How it learned"}[number]
     path = out / f"figure-{number}.html"
     try:
-        path.write_text(document(f"Figure {number}: {title}, {FIGURE_PARTITION}", charts))
+        path.write_text(document(f"Figure {number}: {title}, {FIGURE_PARTITION}", pictures(charts)))
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
     return path

@@ -91,7 +91,7 @@ def page(
     }
     body = "".join(f"<section><h2>{heading}</h2>{text}</section>" for heading, text in sections.items() if text)
     rows = "".join(f"<tr><th>{escaped(key)}</th><td>{escaped(value)}</td></tr>" for key, value in settings.items())
-    return _shell(
+    return document(
         title,
         f'<p class="head">{head}</p>{note}{body or "<p>Nothing was measured.</p>"}'
         "<details><summary>Every setting</summary>"
@@ -99,12 +99,8 @@ def page(
     )
 
 
-def document(title: str, figures: Sequence[str]) -> str:
-    """A page of pictures alone."""
-    return _shell(title, _pictures(figures))
-
-
-def _shell(title: str, body: str) -> str:
+def document(title: str, body: str) -> str:
+    """A page around a body of HTML."""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -161,7 +157,7 @@ def _devices(metrics: Mapping[str, Any]) -> str:
             caption = f"Accuracy of each device, {SETS[part]}; higher is better. A dot above a ring: the network helps."
             span = min(every), max(every)
             figures.append(figure(dots, series, names, "device", caption=caption, span=span))
-    return _pictures(figures)
+    return pictures(figures)
 
 
 def _routing(metrics: Mapping[str, Any]) -> str:
@@ -178,7 +174,7 @@ def _routing(metrics: Mapping[str, Any]) -> str:
         if load := found.get("load"):
             caption = f"How much of all the work each expert did, {SETS[part]}. Dashed: if all did the same."
             loads.append(figure(bars, load, _numbers(len(load)), "expert", caption=caption))
-    return _pictures(maps) + _pictures(loads)
+    return pictures(maps) + pictures(loads)
 
 
 def _learning(history: Sequence[Mapping[str, Any]]) -> str:
@@ -194,7 +190,7 @@ def _learning(history: Sequence[Mapping[str, Any]]) -> str:
             points = [(entry["round"], unit * entry[key]) for entry in entries if measured(entry.get(key)) is not None]
             if points:
                 figures.append(figure(curves, {stage: points}, "round", y_label, caption=caption.format(stage)))
-    return _pictures(figures) + _dropouts(history)
+    return pictures(figures) + _dropouts(history)
 
 
 def _dropouts(history: Sequence[Mapping[str, Any]]) -> str:
@@ -258,7 +254,8 @@ def _privacy(spent: Mapping[str, Any]) -> str:
     )
 
 
-def _pictures(figures: Iterable[str]) -> str:
+def pictures(figures: Iterable[str]) -> str:
+    """Figures side by side where there is room."""
     drawn = "".join(figures)
     return f'<div class="pictures">{drawn}</div>' if drawn else ""
 

@@ -35,7 +35,7 @@ SISTERS = {
     "nmoe_edge": (),
     "nmoe_train": tuple(f"nmoe_edge.{leaf}" for leaf in ("schema", "npz", "folders", "program")),
     "nmoe_export": (
-        *(f"nmoe_train.{module}" for module in ("errors", "evaluate", "run")),
+        *(f"nmoe_train.{module}" for module in ("charts", "errors", "evaluate", "report", "run")),
         *(
             f"nmoe_edge.{module}"
             for module in ("bundle", "errors", "fleet", "folders", "manifest", "models", "npz", "program", "schema")
