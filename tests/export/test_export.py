@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import resource
 import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -244,3 +248,34 @@ def test_every_kind_of_gate_becomes_a_bundle(tmp_path, gate):
             scores = run.gate(device)(run.extractor()(torch.from_numpy(images.copy()))).numpy()
         agree = models.gate(models.extractor(images)).argmax(1) == scores.argmax(1)
         assert agree.mean() > 0.99
+
+
+EXPORT = [sys.executable, "-c", "from nmoe_export.cli import main; main()"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(golden, tmp_path):
+    """No file may grow over a kilobyte: what a full disk is to the one that is written when it is."""
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    command = [*EXPORT, golden / "run", "--out", tmp_path / "fleet"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=full, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("File too large")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing(golden, tmp_path):
+    command = [*EXPORT, golden / "run", "--out", tmp_path / "fleet"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert running.stderr.readline() == "extractor exported\n"
+        os.kill(running.pid, signal.SIGINT)
+        running.communicate(timeout=60)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 1
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -207,3 +208,19 @@ def test_baselines_are_measured_once_and_shown_beside_the_run(nmoe_train, traine
     assert (folder / "baselines.json").read_bytes() == written
     (folder / "baselines.json").write_text("[")
     assert "remove it to measure again" in nmoe_train("baselines", folder).error
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_round_before(tmp_path):
+    """No file may grow over 200 kB, which the checkpoint does with a gate for each client."""
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", *QUICK, "--out", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=full, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("File too large; the round before is kept")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert resumed.returncode == 0, resumed.stderr
