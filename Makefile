@@ -14,9 +14,9 @@ help:  ## show this list
 demo: .venv/ready  ## train ten devices on digits, export them, let them answer: everything that exists
 	rm -rf runs/demo runs/demo.partial
 	$(BIN)/nmoe-train run --out runs/demo
-	$(BIN)/nmoe-export runs/demo --out bundles/demo
+	$(BIN)/nmoe-export runs/demo --int8 --out bundles/demo
 	$(BIN)/nmoe-edge inspect bundles/demo
-	$(BIN)/nmoe-edge selftest bundles/demo/*/
+	$(BIN)/nmoe-edge selftest bundles/demo
 	$(BIN)/python examples/one_process_fleet.py bundles/demo
 
 test: .venv/ready  ## every test

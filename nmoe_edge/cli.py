@@ -49,13 +49,16 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads a graph.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a bundle.")
 def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
-    """Verify each BUNDLE and replay what its exporter saw, on this very machine."""
+    """Verify each BUNDLE and replay what its exporter saw, on this very machine.
+
+    A fleet's folder stands for all of its bundles that are here.
+    """
     from nmoe_edge.bundle import read_bundle
     from nmoe_edge.models import Models, run_selftest
     from nmoe_edge.schema import to_plain
 
     failed = False
-    for folder in bundles:
+    for folder in [member for folder in bundles for member in _members(folder)]:
         bundle = read_bundle(folder)
         result = run_selftest(Models(bundle, threads), bundle)
         failed |= not result.passed
@@ -69,6 +72,16 @@ def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
             f" {result.other_choices} other choices of the gate"
         )
     sys.exit(1 if failed else 0)
+
+
+def _members(folder: Path) -> list[Path]:
+    """A bundle's folder itself, or those of a fleet's bundles that are in it."""
+    from nmoe_edge.fleet import FLEET_FILE, read_fleet
+
+    if not os.path.isfile(folder / FLEET_FILE):
+        return [folder]
+    here = [folder / device.name for device in read_fleet(folder / FLEET_FILE).device]
+    return [member for member in here if os.path.isdir(member)] or [folder]
 
 
 def _bundle_table(bundle: Bundle) -> str:

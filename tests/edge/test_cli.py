@@ -56,6 +56,19 @@ def test_selftest_replays_every_bundle(nmoe_edge, tiny_fleet):
     assert [json.loads(line)["passed"] for line in lines] == [True]
 
 
+def test_a_fleets_folder_stands_for_the_bundles_that_are_in_it(nmoe_edge, tiny_fleet, tmp_path):
+    shown = nmoe_edge("selftest", tiny_fleet)
+    assert [line.partition(":")[0] for line in shown.output.splitlines()] == [
+        str(tiny_fleet / name) for name in ("attic", "barn", "cellar")
+    ]
+    board = tmp_path / "board"
+    shutil.copytree(tiny_fleet / "barn", board / "barn")
+    shutil.copy(tiny_fleet / "fleet.toml", board)
+    assert nmoe_edge("selftest", board).output.count("passed") == 1
+    shutil.rmtree(board / "barn")
+    assert nmoe_edge("selftest", board).exit_code == 1
+
+
 def test_a_selftest_that_fails_is_exit_1(nmoe_edge, tiny_fleet, tmp_path):
     # The expert of another device, sealed as if it were right: only the replay can tell.
     barn, attic = read_bundle(tiny_fleet / "barn"), read_bundle(tiny_fleet / "attic")
