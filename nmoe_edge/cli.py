@@ -58,7 +58,7 @@ def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
     from nmoe_edge.schema import to_plain
 
     failed = False
-    for folder in [member for folder in bundles for member in _members(folder)]:
+    for folder in [member for given in bundles for member in _members(given)]:
         bundle = read_bundle(folder)
         result = run_selftest(Models(bundle, threads), bundle)
         failed |= not result.passed
