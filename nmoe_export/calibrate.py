@@ -28,6 +28,8 @@ else:
 Range = tuple[float, float]
 BATCH = 32
 BINS = 2048
+MOST_CUT = 0.01
+"""Share of the values that entropy may leave out."""
 LEVELS = 128
 """Of a symmetric half: what a histogram is weighed against by entropy and mse."""
 FOLDER = Path(__file__).parents[1] / "calibration"
@@ -179,7 +181,9 @@ def _entropy(counts: NDArray[np.int64], low: float, high: float, _recipe: Recipe
         p, q = p / p.sum(), q / q[known].sum()
         return float((p[known] * np.log(p[known] / q[known])).sum())
 
-    kept = min(range(BINS, LEVELS - 1, -16), key=surprise)
+    # Cutting everything away surprises nobody: a lump at the edge is a lump again. So a hundredth at most may go.
+    tails = half.sum() - half.cumsum()
+    kept = min((k for k in range(BINS, LEVELS - 1, -16) if tails[k - 1] <= MOST_CUT * half.sum()), key=surprise)
     edge = magnitude * kept / BINS
     return max(low, -edge), min(high, edge)
 

@@ -31,7 +31,7 @@ from nmoe_edge.models import Graph, Models, run_selftest
 from nmoe_edge.npz import read_npz
 from nmoe_edge.protocol.combine import combine, expert_weights
 from nmoe_edge.protocol.routing import route
-from nmoe_export.calibrate import Recipe
+from nmoe_export.calibrate import Recipe, drawn
 from nmoe_export.errors import SourceError
 from nmoe_export.graphs import IR_VERSION, OPSET, export_graph, refilled
 from nmoe_export.int8 import Made, make_int8
@@ -86,8 +86,8 @@ def export_run(run: Run | Path | str, out: Path, options: Options = Options(), s
 
 def export_fleet(source: Source, out: Path, options: Options = Options(), say: Say = lambda _: None) -> Exported:
     """The same for any source."""
-    key = _key(source, options)
     try:
+        key = _key(source, options)
         before = _Before(out)
         if before.fleet is not None and before.report.get("key") == key and before.intact():
             return Exported(before.fleet, before.report, changed=False)
@@ -123,9 +123,11 @@ def export_fleet(source: Source, out: Path, options: Options = Options(), say: S
 
 def _key(source: Source, options: Options) -> str:
     """Digest of everything that an export depends on."""
+    data = options.recipe.data
+    shown = sha256(Path(data.removeprefix("npz:")).read_bytes()) if data.startswith("npz:") else ""
     packages = ("nmoe", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
     chosen = asdict(options) | {"target": target_of(options.target).name}
-    return sha256(json.dumps([source.key, chosen, [version(p) for p in packages]], sort_keys=True).encode())
+    return sha256(json.dumps([source.key, chosen, shown, [version(p) for p in packages]], sort_keys=True).encode())
 
 
 class _Before:
@@ -138,7 +140,8 @@ class _Before:
         """Somebody chose their addresses and keys, so they are kept."""
         self.report: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # without a report that can be read, everything is made anew
-            self.report = json.loads((out / REPORT).read_bytes())
+            report = json.loads((out / REPORT).read_bytes())
+            self.report = report if isinstance(report, dict) else {}
         self._known: dict[str, Path] = {}
 
     def intact(self) -> bool:
@@ -153,7 +156,8 @@ class _Before:
         for name, entry in manifest.files.items():
             path, old = folder / name, self._out / folder.name / name
             twin = self._known.setdefault(entry.sha256, path)
-            if twin is path and old.is_file() and sha256(old.read_bytes()) == entry.sha256:
+            same = old.is_file() and not old.is_symlink() and old.stat().st_mode == path.stat().st_mode
+            if twin is path and same and sha256(old.read_bytes()) == entry.sha256:
                 twin = old
             if twin is not path:
                 staged = path.with_name(f"{name}.link")
@@ -164,12 +168,17 @@ class _Before:
 
 def _made(source: Source, options: Options, say: Say) -> tuple[Made, dict[str, Any]]:
     """The graphs in the precision that was asked for, and what is to be reported."""
+    samples = _samples(source, options.recipe) if options.precision == "int8" else source.inputs
+    if options.precision == "int8":
+        drawn(samples, options.recipe)  # too few are known before the long work
     example = torch.from_numpy(source.inputs[:32].copy())
     extractor = export_graph(source.extractor, "extractor", example)
     say("extractor exported")
     latents = torch.from_numpy(latents_of(source, extractor, source.inputs[:32]))
     graphs = Graphs(
-        extractor, _exported(source.gates, "gate", latents, say), _exported(source.experts, "expert", latents, say)
+        extractor,
+        _exported(source.gates, "gate", source.alike, latents, say),
+        _exported(source.experts, "expert", source.alike, latents, say),
     )
     sizes = {"extractor.onnx": len(extractor), "gate.onnx": len(graphs.gates[0]), "expert.onnx": len(graphs.experts[0])}
     head = {"precision": options.precision, "onnxruntime": onnxruntime.__version__, "bytes_float": sizes}
@@ -180,7 +189,7 @@ def _made(source: Source, options: Options, say: Say) -> tuple[Made, dict[str, A
         graphs,
         target_of(options.target),
         options.recipe,
-        _samples(source, options.recipe),
+        samples,
         options.max_drop,
         options.latent,
         say,
@@ -206,11 +215,11 @@ def _samples(source: Source, recipe: Recipe) -> NDArray[Any]:
     return inputs
 
 
-def _exported(nets: Sequence[torch.nn.Module], name: str, latents: torch.Tensor, say: Say) -> list[bytes]:
-    """A graph for each: exported once, and filled with the others' weights where they are of one build."""
+def _exported(nets: Sequence[torch.nn.Module], name: str, alike: bool, latents: torch.Tensor, say: Say) -> list[bytes]:
+    """A graph for each: exported once, and filled with the others' weights where they are alike."""
     graphs = [export_graph(nets[0], f"{name} 0", latents)]
     for i, net in enumerate(nets[1:], 1):
-        again = refilled(graphs[0], net, f"{name} {i}", latents) if str(net) == str(nets[0]) else None
+        again = refilled(graphs[0], net, f"{name} {i}", latents) if alike else None
         graphs.append(again if again is not None else export_graph(net, f"{name} {i}", latents))
     say(f"{len(graphs)} {name}{'s' * (len(graphs) > 1)} exported")
     return graphs

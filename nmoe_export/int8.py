@@ -25,8 +25,6 @@ from nmoe_train.run import Inference
 
 FASTER = 1.15
 """How much faster int8 has to be than float to be worth its rounding."""
-LEAST_ROWS = 16
-"""An expert that fewer samples are routed to is calibrated on all."""
 SNR_SAMPLES = 64
 
 
@@ -69,15 +67,21 @@ def make_int8(
     whole = made.extractor.whole
     report["signal_to_noise_db"] = {} if whole else made.extractor.noise(source, samples[:SNR_SAMPLES])
     reverted: list[dict[str, Any]] = []
-    order = sorted(report["signal_to_noise_db"], key=report["signal_to_noise_db"].get)
+    order = ["expert", "gate", *sorted(report["signal_to_noise_db"], key=report["signal_to_noise_db"].get)]
     while drop > max_drop and order:
         node = order.pop(0)
-        made.extractor.floats.append(node)
+        if not made.back_to_float(node):
+            continue
         system = made.system()
         rules = system.threshold()
         drop = before - _worth(system, rules, reference, source.inference)
         reverted.append({"node": node, "drop": drop})
         say(f"{node} back to float: {drop:.2f} points below float")
+    if reverted and made.slower_now():
+        say("extractor stays in float: with so many nodes back it is no faster")
+        system = made.system()
+        rules = system.threshold()
+        drop = before - _worth(system, rules, reference, source.inference)
     if drop > max_drop:
         raise DropError(f"int8 is {drop:.2f} points worse than float, over the {max_drop:g} of --max-drop")
     report |= {
@@ -130,7 +134,7 @@ class _Component:
         for node in nodes:
             alone = quantize(self.model, self._ranges, self.target, [other for other in nodes if other != node])
             noise = float(((latents_of(source, alone, inputs) - true) ** 2).sum())
-            found[node] = round(10 * float(np.log10(float((true**2).sum()) / max(noise, 1e-30))), 2)
+            found[node] = round(10 * float(np.log10(max(float((true**2).sum()), 1e-30) / max(noise, 1e-30))), 2)
         return found
 
 
@@ -151,7 +155,7 @@ def _small(
         rows = np.flatnonzero(routed == i)
         if source.clients is not None:
             rows = np.union1d(rows, np.flatnonzero(source.clients == i))  # its own, which stay at home
-        expert.calibrate(latents[rows] if len(rows) >= LEAST_ROWS else latents, recipe)
+        expert.calibrate(latents[rows] if len(rows) >= recipe.least else latents, recipe)
     return gates, experts
 
 
@@ -203,6 +207,29 @@ class _Choice:
             for component in components:
                 component.whole = faster < FASTER
         return self._speed
+
+    def back_to_float(self, name: str) -> bool:
+        """Take a kind of component, or a node of the extractor, back; False where it is in float already."""
+        if name in ("expert", "gate"):
+            components = self.experts if name == "expert" else self.gates
+            changed = not components[0].whole
+            for component in components:
+                component.whole = True
+            return changed
+        self.extractor.floats.append(name)
+        return True
+
+    def slower_now(self) -> bool:
+        """Measure the extractor as it has become; it goes back altogether when that is no faster than float."""
+        if self.extractor.whole or not isinstance(self._speed.get("extractor"), dict):
+            return False
+        source = self.source
+        graphs = {"float": self.extractor.graph, "int8": self.extractor.best()}
+        took = latencies(graphs, source.input.shape, (source.latent_dim,), source.inputs[:1])
+        faster = took["float"] / took["int8"]
+        self._speed["extractor"] |= {"float_ms": took["float"], "int8_ms": took["int8"], "times_faster": faster}
+        self.extractor.whole = faster < FASTER
+        return self.extractor.whole
 
     def slower(self) -> list[str]:
         """A line for each kind of component that int8 makes no faster."""

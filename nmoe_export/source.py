@@ -20,6 +20,9 @@ from nmoe_edge.manifest import InputSpec, sha256
 from nmoe_export.errors import SourceError
 from nmoe_train.run import Inference, Run, RunRecord
 
+PROBES = 32
+"""Samples that modules are tried with."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
@@ -46,6 +49,8 @@ class Source:
     answers_carry_prior: bool
     extractor_source: str
     """Digest of the extractor as it was trained."""
+    alike: bool
+    """Whether gates and experts are of one build each, so that one graph serves all of a kind."""
 
 
 def of_run(run: Run) -> Source:
@@ -70,6 +75,7 @@ def of_run(run: Run) -> Source:
         inference=record.inference,
         answers_carry_prior=record.answers_carry_prior,
         extractor_source=_run_extractor(record),
+        alike=True,
     )
 
 
@@ -84,7 +90,11 @@ def of_modules(
     top_k: int = 1,
 ) -> Source:
     """The fleet of modules that nobody here has trained; calibration: inputs as the extractor takes them (n, …)."""
-    gates = list(gate) if isinstance(gate, Sequence) else [gate]
+    gates, experts = list(gate) if isinstance(gate, Sequence) else [gate], list(experts)
+    if not gates or not experts or not all(isinstance(net, nn.Module) for net in (extractor, *gates, *experts)):
+        raise SourceError("extractor, gate and experts are torch modules, one of each at least")
+    if not all(isinstance(array, np.ndarray) for array in (calibration, *([] if labels is None else [labels]))):
+        raise SourceError("calibration and labels are numpy arrays")
     for module in (extractor, *gates, *experts):
         module.eval()
     if calibration.dtype.name not in ("uint8", "float32", "int64") or calibration.ndim < 2 or not len(calibration):
@@ -95,7 +105,12 @@ def of_modules(
         raise SourceError(
             f"labels are {labels.dtype} {labels.shape}, not one int64 for each of {len(calibration)} samples"
         )
-    latents = _tried(extractor, torch.from_numpy(calibration[:2].copy()), "the extractor")
+    if not np.isfinite(calibration).all():
+        raise SourceError("calibration holds NaN or infinity")
+    if names is not None and not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise SourceError("names are text that can be printed")
+    probe = torch.from_numpy(calibration[:PROBES].astype(calibration.dtype.newbyteorder("=")))
+    latents = _tried(extractor, probe, "the extractor")
     scores = [_tried(net, latents, f"gate {i}") for i, net in enumerate(gates)]
     outputs = [_tried(net, latents, f"expert {i}") for i, net in enumerate(experts)]
     if any(s.shape[1] != len(experts) for s in scores) or len(gates) not in (1, len(experts)):
@@ -106,12 +121,16 @@ def of_modules(
         raise SourceError(
             f"the experts put out {sorted({o.shape[1] for o in outputs})} numbers: all must put out as many"
         )
+    if labels is not None and not 0 <= labels.min() <= labels.max() < outputs[0].shape[1]:
+        raise SourceError(f"labels are not in 0..{outputs[0].shape[1] - 1}, the outputs")
+    if names is not None and len(names) != outputs[0].shape[1]:
+        raise SourceError(f"{len(names)} names for {outputs[0].shape[1]} outputs")
     image = calibration.ndim == 4 and calibration.shape[1] in (1, 3)
     span = (
         (0.0, 255.0) if calibration.dtype == np.uint8 else (float(calibration.min()), float(calibration.max()) + 1e-6)
     )
     return Source(
-        key=_digest([extractor, *gates, *experts], calibration, labels),
+        key=_digest([extractor, *gates, *experts], [calibration, labels, latents, *scores, *outputs], names, top_k),
         extractor=extractor,
         gates=gates,
         experts=list(experts),
@@ -130,7 +149,8 @@ def of_modules(
         names=tuple(names) if names is not None else None,
         inference=Inference(top_k, "outputs"),
         answers_carry_prior=True,
-        extractor_source=_digest([extractor], None, None),
+        extractor_source=_digest([extractor], [latents]),
+        alike=False,
     )
 
 
@@ -160,16 +180,17 @@ def _tried(net: nn.Module, rows: torch.Tensor, name: str) -> torch.Tensor:
     return answer
 
 
-def _digest(nets: Sequence[nn.Module], *arrays: NDArray[Any] | None) -> str:
-    digest = hashlib.sha256()
-    for net in nets:
-        digest.update(repr(net).encode())
-        for name, value in net.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().contiguous().numpy().tobytes())
-    for array in arrays:
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).tobytes())
+def _digest(nets: Sequence[nn.Module], arrays: Sequence[Any], *facts: object) -> str:
+    """Of modules, of what they answered (which attributes and code decide too), and of plain facts."""
+    digest = hashlib.sha256(repr([str(net) for net in nets] + list(facts)).encode())
+    states = [{"": array} for array in arrays if array is not None]
+    for state in [net.state_dict() for net in nets] + states:
+        for name, value in state.items():
+            array = (
+                value.detach().contiguous().numpy() if isinstance(value, torch.Tensor) else np.ascontiguousarray(value)
+            )
+            digest.update(repr((name, array.dtype.str, array.shape)).encode())
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 

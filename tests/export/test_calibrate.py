@@ -73,6 +73,16 @@ def test_entropy_cuts_a_far_outlier_off_and_leaves_an_even_spread(model):
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("kind", ["far from zero", "after a relu"])
+def test_next_to_nothing_is_cut_off_where_zero_is_no_centre(model, method, kind):
+    x = DRAW.uniform(2, 5, (4000, 4)) if kind == "far from zero" else DRAW.laplace(size=(4000, 4)).clip(0)
+    x = x.astype(np.float32)
+    low, high = ranges(model, x, Recipe(method=method))["rows"]
+    assert low < high
+    assert (x > high).mean() <= 0.011
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
 def test_a_tensor_that_never_changes_has_a_range(model, method):
     low, high = ranges(model, np.full((40, 4), 2, np.float32), Recipe(method=method))["rows"]
     assert low <= high

@@ -24,6 +24,7 @@ from nmoe_export.quantize import fused, quantizable, quantize, simplified
 from nmoe_export.source import of_modules
 from nmoe_export.system import Graphs, System
 from nmoe_export.targets import TARGETS, target_of
+from nmoe_train.run import Inference
 
 
 class Block(nn.Module):
@@ -159,7 +160,73 @@ def test_nodes_go_back_to_float_until_the_drop_is_allowed_the_noisiest_first(sou
     monkeypatch.setattr(int8, "_worth", worth)
     monkeypatch.setattr(int8._Component, "best", watched)
     done = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5))
-    assert [entry["node"] for entry in done.report["reverted"]] == ["b", "c"]
+    assert [entry["node"] for entry in done.report["reverted"]] == ["expert", "gate", "b", "c"]
+
+
+def test_the_threshold_is_chosen_again_on_the_int8_system(source, tmp_path, monkeypatch):
+    """With clients and a threshold in use: the one that goes into the manifest is the int8 system's own."""
+    mine = replace(
+        source,
+        clients=np.arange(len(source.inputs)) % 3,
+        inference=Inference(1, "probabilities", 0.5, False),
+        key="mine",
+    )
+    monkeypatch.setattr(int8.System, "threshold", lambda self: replace(self.source.inference, local_first=0.95))
+    export_fleet(mine, tmp_path / "fleet", INT8)
+    assert read_bundle(tmp_path / "fleet" / "device-01").manifest.routing.local_first == 0.95
+    monkeypatch.undo()
+    monkeypatch.setattr(int8, "latencies", lambda *_: {"float": 2.0, "int8": 1.0})
+    seen = []
+    monkeypatch.setattr("nmoe_export.system.choose_threshold", lambda own, everybody, rules: seen.append(own) or 0.7)
+    done = export_fleet(mine, tmp_path / "other", INT8)
+    assert done.report["local_first"] == {"float": 0.5, "int8": 0.7}
+    assert [len(rows.y) for rows in seen[0]] == [27, 27, 26]
+
+
+def test_weights_have_a_scale_for_each_channel(source, tmp_path):
+    export_fleet(source, tmp_path / "fleet", INT8)
+    model = onnx.load(tmp_path / "fleet" / "device-00" / "extractor.onnx")
+    sizes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    scales = [
+        sizes[node.input[1]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and len(sizes.get(node.input[0], [])) == 4
+    ]
+    assert scales == [[8], [8]]
+
+
+def test_what_a_module_answers_belongs_to_the_key_and_so_do_names_and_top_k(images):
+    class Capped(nn.Linear):
+        cap = 1.0
+
+        def forward(self, h):
+            return super().forward(h).clamp(max=self.cap)
+
+    torch.manual_seed(0)
+    extractor, gate, experts = modules()
+    experts[1] = Capped(8, 4)
+    first = of_modules(extractor, gate, experts, images).key
+    assert of_modules(extractor, gate, experts, images).key == first
+    assert of_modules(extractor, gate, experts, images, top_k=2).key != first
+    assert of_modules(extractor, gate, experts, images, names=list("abcd")).key != first
+    experts[1].cap = -1.0
+    assert of_modules(extractor, gate, experts, images).key != first
+
+
+def test_modules_that_look_alike_and_answer_otherwise_keep_their_answers(images, tmp_path):
+    class Times(nn.Linear):
+        def forward(self, h):
+            return super().forward(h) * self.factor
+
+    torch.manual_seed(0)
+    extractor, gate, _ = modules(experts=2)
+    experts = [Times(8, 4), Times(8, 4)]
+    experts[0].factor, experts[1].factor = 1.0, 2.0
+    export_fleet(of_modules(extractor, gate, experts, images), tmp_path / "fleet")
+    bundle = read_bundle(tmp_path / "fleet" / "device-01")
+    with torch.no_grad():
+        expected = experts[1](torch.from_numpy(np.array(bundle.selftest.latents))).numpy()
+    assert np.abs(bundle.selftest.outputs - expected).max() < 1e-4
 
 
 def test_a_drop_that_cannot_be_held_writes_nothing(source, tmp_path, monkeypatch):
@@ -247,6 +314,10 @@ def test_a_graph_is_measured_as_devices_run_it(source):
         ({"experts": [nn.Linear(9, 4)] * 3}, "expert 0 fails on rows of"),
         ({"calibration": np.zeros((3, 4))}, "calibration is float64"),
         ({"labels": np.zeros(3)}, "labels are float64"),
+        ({"labels": np.full(80, 9)}, "labels are not in 0..3"),
+        ({"names": ["a"]}, "1 names for 4 outputs"),
+        ({"experts": []}, "one of each at least"),
+        ({"calibration": [[1.0]]}, "are numpy arrays"),
         ({"extractor": nn.Flatten()}, "the extractor does not make float32 rows"),
     ],
 )
