@@ -60,6 +60,8 @@ def quantize(
     )
     quantizer.quantize_model()
     quantizer.model.topological_sort()
+    if target.fuses_conv_with_next:
+        _unrounded_inside_fusions(quantizer.model.model.graph)
     return cleaned(_plain(quantizer.model.model))
 
 
@@ -72,6 +74,32 @@ def fused(graph: bytes) -> dict[str, int]:
 def quantizable(model: onnx.ModelProto) -> list[str]:
     """The nodes that compute, in their order: those that can go back to float."""
     return [node.name for node in model.graph.node if node.op_type in COMPUTE]
+
+
+def _unrounded_inside_fusions(graph: onnx.GraphProto) -> None:
+    """Take out the rounding between a Conv and the Relu or Add that it is to be one kernel with.
+
+    Of an Add's two branches only one is fused: the other keeps its rounding.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    gone: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for place, name in enumerate(node.input if node.op_type in ("Relu", "Add") else ()):
+            back = makers.get(name)
+            there = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
+            conv = makers.get(there.input[0]) if there is not None and there.op_type == "QuantizeLinear" else None
+            if back is None or there is None or conv is None or conv.op_type != "Conv":
+                continue
+            if all(len(users[output]) == 1 for output in (conv.output[0], there.output[0], back.output[0])):
+                node.input[place] = conv.output[0]
+                gone += [there, back]
+                break
+    for node in gone:
+        graph.node.remove(node)
 
 
 def _plain(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -23,6 +23,8 @@ class Target:
     """Whether activations have their zero point at zero."""
     reduce_range: bool
     """Seven bits of weights, for CPUs whose 8-bit products overflow 16 bits."""
+    fuses_conv_with_next: bool
+    """Whether a Conv and the Relu or Add after it are one kernel only when nothing is rounded between them."""
     small_graphs: bool
     """Whether gate and expert, a few small Gemms, are made int8 too, when they are faster so."""
 
@@ -34,6 +36,7 @@ TARGETS: dict[str, Target] = {
         activations="uint8",  # U8S8 fuses every Conv and Add; S8S8 leaves most in float
         symmetric=False,  # a ReLU's whole range is used
         reduce_range=False,  # only CPUs without VNNI need it
+        fuses_conv_with_next=False,  # QLinearConv and QLinearAdd want it rounded
         small_graphs=True,
     ),
     "pi": Target(
@@ -42,6 +45,7 @@ TARGETS: dict[str, Target] = {
         activations="uint8",  # fuses fully on ARM too, and so one graph serves both kinds of CPU
         symmetric=False,
         reduce_range=False,
+        fuses_conv_with_next=False,
         small_graphs=True,
     ),
     "jetson": Target(
@@ -50,6 +54,7 @@ TARGETS: dict[str, Target] = {
         activations="int8",
         symmetric=True,  # TensorRT takes no other
         reduce_range=False,
+        fuses_conv_with_next=True,
         small_graphs=False,  # TensorRT gains nothing on a small Gemm
     ),
 }

@@ -24,6 +24,7 @@ from nmoe_export.quantize import fused, quantizable, quantize, simplified
 from nmoe_export.source import of_modules
 from nmoe_export.system import Graphs, System
 from nmoe_export.targets import TARGETS, target_of
+from nmoe_train.nets import NetSpec, build
 from nmoe_train.run import Inference
 
 
@@ -112,6 +113,27 @@ def test_a_jetson_gets_signed_symmetric_activations_and_small_graphs_in_float(so
     for node in quantized:
         assert values[node.input[2]].dtype == np.int8
         assert values[node.input[2]] == 0
+
+
+@pytest.mark.parametrize("name", ["jetson", "x86"])
+def test_only_a_jetson_has_nothing_rounded_between_a_conv_and_what_it_fuses_with(name):
+    """A ResNet18: of the two branches of a residual Add one comes straight from its Conv, the other is rounded."""
+    torch.manual_seed(0)
+    net = build(NetSpec("resnet18", {"channels": 3, "size": 16, "dim": 32, "norm": "batch"}))
+    images = np.random.default_rng(0).integers(0, 256, (32, 3, 16, 16)).astype(np.uint8)
+    model = simplified(export_graph(net, "net", torch.from_numpy(images[:4])))
+    parsed = onnx.load_from_string(quantize(model, ranges(model, images, Recipe(method="minmax")), TARGETS[name]))
+    makers = {output: node for node in parsed.graph.node for output in node.output}
+    adds = [node for node in parsed.graph.node if node.op_type == "Add"]
+    assert len(adds) == 8
+    for add in adds:
+        kinds = sorted(makers[name].op_type for name in add.input)
+        assert kinds == (["Conv", "DequantizeLinear"] if name == "jetson" else ["DequantizeLinear"] * 2)
+    before = [makers[node.input[0]].op_type for node in parsed.graph.node if node.op_type == "Relu"]
+    assert set(before) <= {"Conv", "Add", "DequantizeLinear"}
+    if name == "jetson":
+        assert before.count("Conv") == 9
+    onnx.checker.check_model(parsed, full_check=True)
 
 
 def test_a_fleet_of_int8_bundles_passes_its_selftest_and_says_what_it_is(source, tmp_path):
