@@ -20,6 +20,8 @@ from nmoe_edge.manifest import InputSpec, sha256
 from nmoe_export.errors import SourceError
 from nmoe_train.run import Inference, Run, RunRecord
 
+Say = Callable[[str], None]
+"""Takes a line of progress."""
 PROBES = 32
 """Samples that modules are tried with."""
 
@@ -199,6 +201,3 @@ def _run_extractor(record: RunRecord) -> str:
     net = record.networks.extractor
     weights = record.files["extractor.safetensors"].sha256
     return sha256(json.dumps([net.factory, dict(net.arguments), weights], sort_keys=True).encode())
-
-
-Say = Callable[[str], None]

@@ -118,6 +118,8 @@ def run(
 ) -> None:
     """Train extractor, experts and gate, and write the run.
 
+    A recipe overrides the defaults, a file the recipe, and options override the file.
+
     With no option at all this trains ten clients on scikit-learn's digits in seconds; nothing is downloaded. Every
     round leaves a checkpoint: what was stopped or killed goes on with --resume to the same numbers.
     """
@@ -185,14 +187,14 @@ def _train(
     parent: Path = Path("runs"),
     again: tuple[Run, str] | None = None,
 ) -> None:
-    from nmoe_train.checkpoint import partial
+    from nmoe_train.checkpoint import NAME, partial
     from nmoe_train.pipeline import train
 
     folder = out or _free_folder(parent, name)
     try:
         done = train(config, folder, resume=resume, again=again, progress=json_line if as_json else Progress())
     except KeyboardInterrupt:
-        if not (partial(folder) / "checkpoint.safetensors").exists():
+        if not (partial(folder) / NAME).exists():
             raise RunError("stopped before there was anything to keep") from None
         command = click.get_current_context().command_path + (f" {again[0].folder}" if again else "")
         raise RunError(f"stopped; go on with: {command} --out {folder} --resume") from None

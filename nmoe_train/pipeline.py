@@ -20,7 +20,7 @@ import torch
 
 from nmoe_edge.folders import check_replaceable
 from nmoe_edge.schema import from_plain, to_plain
-from nmoe_train.checkpoint import Checkpoint, claimed, difference, partial
+from nmoe_train.checkpoint import NAME, Checkpoint, claimed, difference, partial
 from nmoe_train.clients import deal
 from nmoe_train.config import Config, configure_from
 from nmoe_train.data import load
@@ -87,7 +87,7 @@ def stopped_config(out: Path) -> Config:
     """The configuration of the training that stopped at `out`, or had just finished there."""
     if os.path.isfile(out / RUN_FILE):
         return configured(read_run(out))
-    path = partial(out) / "checkpoint.safetensors"
+    path = partial(out) / NAME
     try:
         return from_plain(Config, Checkpoint.read(path).config)
     except ValueError as error:
@@ -128,7 +128,7 @@ def fleet_of(run: Run) -> tuple[Fleet, Checkpoint]:
 
 def _finished(out: Path) -> bool:
     """Whether a run is there whose checkpoint had no time to go."""
-    return (out / RUN_FILE).exists() and (partial(out) / "checkpoint.safetensors").exists()
+    return (out / RUN_FILE).exists() and (partial(out) / NAME).exists()
 
 
 def _refuse_finished(out: Path) -> None:
