@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,7 @@ from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
 
 if TYPE_CHECKING:
     from nmoe_edge.bundle import Bundle
+    from nmoe_edge.client import Answers, Client
     from nmoe_edge.fleet import Fleet
 
 
@@ -74,6 +76,274 @@ def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
     sys.exit(1 if failed else 0)
 
 
+@cli.command(
+    epilog="""\b
+Examples: nmoe-edge serve bundles/digits/device-00
+          nmoe-edge serve device-00 --listen tcp://*:7101 --deadline-ms 200
+"""
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--fleet", type=click.Path(path_type=Path), help="[default: fleet.toml beside the bundle's folder]")
+@click.option("--listen", metavar="tcp://HOST:PORT", help="[default: this device's address in the fleet]")
+@click.option("--key", type=click.Path(path_type=Path), help="This device's key file.  [default: see keygen]")
+@click.option("--provider", type=click.Choice(("auto", "cpu", "cuda", "tensorrt")), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads a graph.")
+@click.option("--top-k", type=int, help="Experts a row is sent to.  [default: as the bundle says]")
+@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="At most.")
+@click.option("--latents", type=click.Choice(("int8", "fp16", "fp32")), help="On the wire.  [default: the bundle's]")
+@click.option("--local-first", type=click.FloatRange(0, 1), help="Sureness that keeps a row here; 1: none stays.")
+@click.option("--adapt/--no-adapt", default=None, help="Learn this device's class mix.  [default: the bundle's]")
+@click.option("--forget", is_flag=True, help="Forget the class mix that was learnt before.")
+@click.option("--prefer-near", type=click.FloatRange(0), default=0.0, help="Score a peer loses for each ms it takes.")
+@click.option("--hedge/--no-hedge", default=True, show_default=True, help="Ask another too when one is late.")
+@click.option(
+    "--state", type=click.Path(path_type=Path), help="What is learnt is kept here.  [default: ~/.local/state/nmoe]"
+)
+@click.option("--force", is_flag=True, help="Serve although the self-test fails.")
+@click.option("--log-json", is_flag=True, help="Log in JSON, a line an event.")
+def serve(
+    bundle: Path,
+    fleet: Path | None,
+    listen: str | None,
+    key: Path | None,
+    provider: str,
+    threads: int,
+    top_k: int | None,
+    deadline_ms: float,
+    latents: str | None,
+    local_first: float | None,
+    adapt: bool | None,
+    forget: bool,
+    prefer_near: float,
+    hedge: bool,
+    state: Path | None,
+    force: bool,
+    log_json: bool,
+) -> None:
+    """Serve BUNDLE as one device of its fleet until SIGTERM or Ctrl-C.
+
+    Inputs come from clients (nmoe-edge infer, or the Python Client), latents from the other devices. What is under way
+    is finished before it ends, and the peers are told. SIGHUP, or a new bundle in the same place, is taken up without
+    a request failing. Without keys only loopback is served.
+    """
+    import signal
+    import time
+
+    from nmoe_edge.fleet import FLEET_FILE
+    from nmoe_edge.log import Log
+    from nmoe_edge.node import Node
+    from nmoe_edge.origin import Rules
+    from nmoe_edge.state import default_state, forget_mix
+
+    began = time.monotonic()
+    beside = bundle.resolve().parent / FLEET_FILE
+    fleet = fleet if fleet is not None else beside if os.path.isfile(beside) else None
+    log = Log(bundle.resolve().name, log_json)
+    rules = Rules(top_k, local_first, adapt, _LATENTS.get(latents), deadline_ms / 1000, prefer_near, hedge)
+    state = state if state is not None else default_state()
+    if forget:
+        forget_mix(state, bundle.resolve().name)
+    node = Node(
+        bundle,
+        fleet,
+        listen=listen,
+        key=key,
+        rules=rules,
+        provider=provider,
+        threads=threads,
+        force=force,
+        state=state,
+        log=log,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: node.leave())
+    signal.signal(signal.SIGINT, lambda *_: node.leave())
+    signal.signal(signal.SIGHUP, lambda *_: node.reload())
+    click.echo(f"ready: {node.describe()}, in {time.monotonic() - began:.2f} s")
+    sys.stdout.flush()
+    node.ended.wait()
+    sys.exit(1 if node.broke else 0)
+
+
+_LATENTS: dict[str | None, Any] = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
+
+
+def _access(f: Any) -> Any:
+    """Options of a command that speaks to a device."""
+    f = click.option("--key", type=click.Path(path_type=Path), help="A key file that the fleet knows.")(f)
+    return click.option("--fleet", type=click.Path(path_type=Path), help="Needed with keys: whose key is whose.")(f)
+
+
+def _client(address: str, fleet: Path | None, key: Path | None) -> Client:
+    """A client of the device at this address; its keys from the fleet's file and a device's own."""
+    from nmoe_edge.client import Client
+    from nmoe_edge.errors import FleetError
+    from nmoe_edge.fleet import read_fleet
+    from nmoe_edge.keys import key_path, read_key
+
+    if fleet is None:
+        if key is not None:
+            raise FleetError("--key needs --fleet, which says what key the device has")
+        return Client(address)
+    devices = [device for device in read_fleet(fleet).device if device.address == address]
+    if not devices:
+        raise FleetError(f"{fleet}: no device has the address {address}")
+    if devices[0].public_key is None:
+        return Client(address)
+    return Client(
+        address, read_key(key if key is not None else key_path(fleet, devices[0].name)), devices[0].public_key
+    )
+
+
+@cli.command(
+    epilog="""\b
+Examples: nmoe-edge infer photo.jpg --at tcp://127.0.0.1:7101
+          nmoe-edge infer test.npz --at tcp://127.0.0.1:7101 --fleet bundles/digits/fleet.toml --json
+          nmoe-edge infer photo.jpg --bundle bundles/digits/device-00
+"""
+)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--at", "address", metavar="tcp://HOST:PORT", help="The device to ask.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Or a bundle, to answer here and alone.")
+@_access
+@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="At most.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a row.")
+def infer(
+    files: tuple[Path, ...],
+    address: str | None,
+    bundle: Path | None,
+    fleet: Path | None,
+    key: Path | None,
+    deadline_ms: float,
+    as_json: bool,
+) -> None:
+    """Have pictures, or rows in .npy or .npz files, answered.
+
+    One line a row: the label, how sure, who answered with which weight, and milliseconds.
+    """
+    from nmoe_edge.errors import CallError
+    from nmoe_edge.image import read_rows
+    from nmoe_edge.manifest import InputSpec
+    from nmoe_edge.node import Node
+    from nmoe_edge.schema import from_plain
+
+    if (address is None) == (bundle is None):
+        raise CallError("say who is to answer: --at a device's address, or --bundle a folder")
+    with Node(bundle) if bundle is not None else _client(address or "", fleet, key) as device:
+        facts = device.status()
+        spec = from_plain(InputSpec, facts["input"])
+        for path in files:
+            rows = read_rows(path, spec)
+            for start in range(0, len(rows), _ROWS_A_CALL):
+                answers = device.infer(rows[start : start + _ROWS_A_CALL], deadline_ms / 1000)
+                for line in _answer_lines(path, start, answers, facts, as_json):
+                    click.echo(line)
+
+
+_ROWS_A_CALL = 64
+
+
+def _answer_lines(path: Path, start: int, answers: Answers, facts: dict[str, Any], as_json: bool) -> Iterator[str]:
+    labels = facts["labels"] or [str(number) for number in range(answers.outputs.shape[1])]
+    p = answers.probabilities(facts["combination"], facts["class_mix"]["adapt"])
+    for i, (row, shares) in enumerate(zip(answers.rows, p, strict=True)):
+        best, ms = int(shares.argmax()), answers.elapsed_s * 1000
+        if as_json:
+            yield json.dumps(
+                {
+                    "file": str(path),
+                    "row": start + i,
+                    "label": labels[best],
+                    "confidence": round(float(shares[best]), 6),
+                    "experts": dict(zip(map(str, row.experts), row.weights, strict=True)),
+                    "missing": row.missing,
+                    "degraded": row.degraded,
+                    "ms": round(ms, 3),
+                }
+            )
+            continue
+        who = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True)) or "nobody"
+        missing = f"; degraded: without expert {', '.join(map(str, row.missing))}" if row.missing else ""
+        yield f"{path}[{start + i}]  {labels[best]}  {shares[best]:.1%}  by {who}{missing}  {ms:.1f} ms"
+
+
+@cli.command(epilog="Example: nmoe-edge status --at tcp://127.0.0.1:7101 --watch")
+@click.option("--at", "address", required=True, metavar="tcp://HOST:PORT", help="The device to ask.")
+@_access
+@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(address: str, fleet: Path | None, key: Path | None, watch: bool, as_json: bool) -> None:
+    """How a device is: its peers, round trips, counts and versions."""
+    import time
+
+    with _client(address, fleet, key) as device:
+        while True:
+            facts = device.status()
+            if watch and not as_json and sys.stdout.isatty():
+                click.clear()
+            click.echo(json.dumps(facts) if as_json else _status_table(facts))
+            if not watch:
+                return
+            time.sleep(1)
+
+
+def _status_table(facts: dict[str, Any]) -> str:
+    mix, rules = facts["class_mix"], facts["rules"]
+    learnt = f"{mix['rows']} rows seen, " + ("in use" if mix["mix"] else "200 are needed") if mix["adapt"] else "off"
+    head = {
+        "device": f"{facts['device']}, expert {facts['expert']} of {facts['experts']}, at {facts['address']}",
+        "version": f"nmoe {facts['version']}, {facts['provider']}, {facts['threads']} thread(s)",
+        "bundle": f"{facts['bundle'][:12]}, trunk {facts['trunk'][:12]}",
+        "up": f"{facts['uptime_s']:.0f} s, {facts['under_way']} requests under way",
+        "rules": ", ".join(f"{name} {value}" for name, value in rules.items()),
+        "class mix": learnt,
+    }
+    lines = [f"{name:<10} {value}" for name, value in head.items()]
+    for name, took in facts["took"].items():
+        lines.append(f"{'':<10} {name}: {took['count']}, p50 {took['p50_ms']} ms, p99 {took['p99_ms']} ms")
+    lines += [f"{'':<10} {name}: {count}" for name, count in facts["counts"].items()]
+    if facts["peers"]:
+        lines.append(f"{'peer':<14}{'expert':>7}  {'state':<9}{'rtt ms':>8}{'p95 ms':>8}{'asked':>9}{'answered':>9}")
+    for peer in facts["peers"]:
+        rtt, p95 = ("–" if peer[key] is None else f"{peer[key]:.2f}" for key in ("rtt_ms", "p95_ms"))
+        lines.append(
+            f"{peer['name']:<14}{peer['expert']:>7}  {peer['state']:<9}{rtt:>8}{p95:>8}"
+            f"{peer['asked']:>9}{peer['answered']:>9}"
+        )
+    return "\n".join(lines)
+
+
+@cli.command(
+    epilog="""\b
+Examples: nmoe-edge keygen bundles/digits               every device's pair, at the desk
+          nmoe-edge keygen . --device kitchen           one device's pair, on the device
+"""
+)
+@click.argument("fleet", type=click.Path(path_type=Path))
+@click.option("--device", "names", multiple=True, help="Only this device's; may be given again.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where key files go.  [default: FLEET-keys, beside FLEET]")
+def keygen(fleet: Path, names: tuple[str, ...], out: Path | None) -> None:
+    """Make a CURVE key pair for devices of FLEET, a folder with a fleet.toml, and write the public keys into that.
+
+    Secret keys go to NAME.key, readable by their owner alone. Copy a device's key file to it, beside its fleet.toml,
+    and fleet.toml to everybody. A pair that is there already is kept.
+    """
+    from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
+    from nmoe_edge.keys import keys_folder, with_keys
+
+    path = fleet / FLEET_FILE if os.path.isdir(fleet) else fleet
+    described = read_fleet(path)
+    names = names or tuple(device.name for device in described.device)
+    for name in names:
+        described.named(name)
+    folder = out if out is not None else keys_folder(path)
+    keyed = with_keys(described, names, folder)
+    write_fleet(path, keyed)
+    for device in keyed.device:
+        if device.name in names:
+            click.echo(f"{folder / device.name}.key  public {device.public_key}")
+    click.echo(f"{path}: {len(names)} public keys written; copy each key file to its device, and {path.name} to all")
+
+
 def _members(folder: Path) -> list[Path]:
     """A bundle's folder itself, or those of a fleet's bundles that are in it."""
     from nmoe_edge.fleet import FLEET_FILE, read_fleet
@@ -121,4 +391,4 @@ def _fleet_table(fleet: Fleet, bundles: dict[str, Bundle]) -> str:
 
 def main() -> None:
     """The entry point."""
-    run_program(cli, "nmoe-edge", EdgeError, "edge", ("onnxruntime", "PIL", "psutil"))
+    run_program(cli, "nmoe-edge", EdgeError, "edge", ("onnxruntime", "zmq", "PIL", "psutil"))

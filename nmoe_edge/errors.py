@@ -6,7 +6,11 @@
     │   └── RemoteProtocolError   what arrived is no message: their bug, or their attack
     ├── BundleError               a bundle that is not what its manifest says, or not ours to write over
     ├── FleetError                a fleet.toml that cannot be so
-    └── ModelError                a graph that does not run here, or does not answer as it did at the desk
+    ├── ModelError                a graph that does not run here, or does not answer as it did at the desk
+    ├── InputError                a file that is no input of this model
+    ├── KeyFileError              a key file that is missing, no key, or open to others
+    ├── NetworkError              an address that cannot be had, or must not be without keys
+    └── CallError                 the device that an application asked does not answer, or refuses
 
 A silent peer is weather, not failure: it comes back as data and is never raised.
 """
@@ -45,3 +49,19 @@ class FleetError(EdgeError):
 
 class ModelError(EdgeError):
     """A graph cannot be run, or gives other answers than at the desk."""
+
+
+class InputError(EdgeError):
+    """A file is no input of this model."""
+
+
+class KeyFileError(EdgeError):
+    """A key file cannot be used, or cannot be written."""
+
+
+class NetworkError(EdgeError):
+    """A socket that cannot be had."""
+
+
+class CallError(EdgeError):
+    """The device that was asked gave no answer."""

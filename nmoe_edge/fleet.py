@@ -131,6 +131,16 @@ def read_fleet(path: Path | str) -> Fleet:
         raise FleetError(f"{path}: {error}") from error
 
 
+def write_fleet(path: Path, fleet: Fleet) -> None:
+    """Replace fleet.toml: a reader sees the old one or the new one."""
+    staged = path.with_name(f".{path.name}.new")
+    try:
+        staged.write_text(fleet.render())
+        staged.replace(path)
+    except OSError as error:
+        raise FleetError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def read_fleet_folder(folder: Path | str) -> tuple[Fleet, dict[str, Bundle]]:
     """A fleet and the verified bundle of each of its devices, all of one trunk."""
     folder = Path(folder)

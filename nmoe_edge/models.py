@@ -22,6 +22,9 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(float)": np.dtype(np.float32),
 }
+CPU = "CPUExecutionProvider"
+PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": CPU}
+"""Ours -> onnxruntime's name, the fastest first."""
 _FATAL_ONLY = 4
 """onnxruntime's log level: what goes wrong is raised as well, and said by us in one line."""
 
@@ -30,7 +33,13 @@ class Graph:
     """One graph: rows in, rows out."""
 
     def __init__(
-        self, name: str, data: bytes, row_in: tuple[int, ...], row_out: tuple[int, ...], threads: int = 1
+        self,
+        name: str,
+        data: bytes,
+        row_in: tuple[int, ...],
+        row_out: tuple[int, ...],
+        threads: int = 1,
+        provider: str = CPU,
     ) -> None:
         """`row_in` and `row_out` are what the manifest says of a row; a graph of other shapes is refused."""
         if hasattr(onnxruntime, "disable_telemetry_events"):
@@ -44,10 +53,13 @@ class Graph:
         # What was verified as ONNX is not to be taken for anything else.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            providers = [provider] if provider == CPU else [provider, CPU]  # what a GPU cannot do, the CPU does
+            self._session = onnxruntime.InferenceSession(data, options, providers=providers)
         except Exception as error:
             raise ModelError(f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_one_line(error)}") from error
         self._name = name
+        self.provider: str = self._session.get_providers()[0]
+        """What it runs on."""
         self._input = self._only(self._session.get_inputs(), row_in)
         self._output = self._only(self._session.get_outputs(), row_out).name
         self.dtype = _NUMPY_TYPES[self._input.type]
@@ -83,20 +95,46 @@ def _one_line(error: Exception) -> str:
 
 
 class Models:
-    """Extractor, gate and the personal expert of one device."""
+    """Extractor, gate and the personal expert of one device, and what their bundle says of them."""
 
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        """Open the three sessions."""
-        manifest = bundle.manifest
+    def __init__(self, bundle: Bundle, threads: int = 1, provider: str = "cpu") -> None:
+        """Open the three sessions; provider: auto, or one of PROVIDERS."""
+        manifest = self.manifest = bundle.manifest
+        self.labels = bundle.labels
         latent, graphs = (manifest.latent.dim,), bundle.contents
-        self.extractor = Graph("extractor.onnx", graphs["extractor.onnx"], manifest.input.shape, latent, threads)
+
+        def opened(name: str, row_in: tuple[int, ...], row_out: tuple[int, ...]) -> Graph:
+            return _opened(f"{name}.onnx", graphs[f"{name}.onnx"], row_in, row_out, threads, provider)
+
+        self.extractor = opened("extractor", manifest.input.shape, latent)
         """inputs (rows, *input) -> latents (rows, latent)"""
         if self.extractor.dtype != np.dtype(manifest.input.dtype):
             raise ModelError(f"extractor.onnx: takes {self.extractor.dtype}, the manifest says {manifest.input.dtype}")
-        self.gate = Graph("gate.onnx", graphs["gate.onnx"], latent, (manifest.experts,), threads)
+        self.gate = opened("gate", latent, (manifest.experts,))
         """latents (rows, latent) -> scores (rows, experts)"""
-        self.expert = Graph("expert.onnx", graphs["expert.onnx"], latent, (manifest.outputs,), threads)
+        self.expert = opened("expert", latent, (manifest.outputs,))
         """latents (rows, latent) -> outputs (rows, outputs)"""
+
+    @property
+    def provider(self) -> str:
+        """What the extractor runs on."""
+        return self.extractor.provider
+
+
+def _opened(
+    name: str, data: bytes, row_in: tuple[int, ...], row_out: tuple[int, ...], threads: int, provider: str
+) -> Graph:
+    """A graph on the provider that was asked for, or with `auto` on the first that this machine has."""
+    installed = onnxruntime.get_available_providers()
+    wanted = list(PROVIDERS) if provider == "auto" else [provider]
+    for short in wanted:
+        full = PROVIDERS[short]
+        if full in installed:
+            graph = Graph(name, data, row_in, row_out, threads, full)
+            if graph.provider == full:
+                return graph
+    why = "is installed, but not to be had on this machine" if PROVIDERS[provider] in installed else "is not installed"
+    raise ModelError(f"provider {provider} {why}; pip install 'nmoe[edge-gpu]' brings cuda and tensorrt")
 
 
 @dataclass(frozen=True, slots=True)

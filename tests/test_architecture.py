@@ -14,7 +14,7 @@ PACKAGES = ("nmoe_edge", "nmoe_export", "nmoe_train")
 
 # Module of nmoe_edge -> the modules of nmoe_edge that it may import. A module that is not listed fails the test.
 LEAVES: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("__init__", "errors", "schema", "npz", "folders", "onnxfile", "program", "protocol"), ()
+    ("__init__", "errors", "schema", "npz", "folders", "onnxfile", "program", "protocol", "counts", "log"), ()
 )
 EDGE = LEAVES | {
     "protocol.tensor": ("errors",),
@@ -22,12 +22,34 @@ EDGE = LEAVES | {
     "protocol.wire": ("errors", "schema", "protocol.messages", "protocol.tensor"),
     "protocol.routing": ("errors", "protocol.messages"),
     "protocol.combine": ("errors",),
+    "protocol.health": (),
+    "protocol.classmix": (),
     "protocol.exchange": ("errors", "protocol.combine", "protocol.messages", "protocol.routing"),
     "manifest": ("errors", "schema", "protocol.messages", "protocol.tensor"),
     "bundle": ("errors", "manifest", "npz", "folders", "onnxfile"),
     "fleet": ("errors", "schema", "bundle", "protocol.messages"),
     "models": ("errors", "bundle", "protocol.routing"),
-    "cli": ("errors", "schema", "program", "bundle", "fleet", "models"),
+    "image": ("errors", "manifest", "npz"),
+    "keys": ("errors", "fleet"),
+    "place": ("errors", "manifest", "fleet", "keys"),
+    "state": ("log", "manifest", "npz", "protocol.classmix"),
+    "client": ("errors", "schema", "keys", *(f"protocol.{part}" for part in ("combine", "messages", "tensor", "wire"))),
+    "sockets": ("errors", "counts", "log", "fleet", "keys", "protocol.messages", "protocol.wire"),
+    "peers": ("counts", "log", "fleet", "sockets", "protocol.health", "protocol.messages"),
+    "service": ("errors", "counts", "models", "sockets", "protocol.messages", "protocol.tensor"),
+    "front": ("errors", "models"),
+    "origin": (
+        *("errors", "counts", "manifest", "models", "front", "peers"),
+        *(f"protocol.{part}" for part in ("classmix", "combine", "exchange", "messages", "routing", "tensor")),
+    ),
+    "node": (
+        *("errors", "schema", "counts", "log", "bundle", "models", "place", "state", "client"),
+        *("sockets", "peers", "service", "front", "origin", "protocol.messages", "protocol.tensor"),
+    ),
+    "cli": (
+        *("errors", "schema", "program", "log", "manifest", "bundle", "fleet", "models", "image", "keys", "state"),
+        *("client", "origin", "node"),
+    ),
     "__main__": ("cli",),
 }
 # Package -> what it may import of its sisters.
@@ -44,7 +66,13 @@ SISTERS = {
     ),
 }
 # Package from outside -> the only modules of nmoe_edge that may import it.
-ONLY_IN = {"onnxruntime": {"models"}, "click": {"cli", "program"}, "torch": set(), "onnx": set()}
+ONLY_IN = {
+    "onnxruntime": {"models"},
+    "zmq": {"sockets", "client", "keys"},
+    "click": {"cli", "program"},
+    "torch": set(),
+    "onnx": set(),
+}
 IMPURE = {"socket", "time", "datetime", "threading", "asyncio", "os", "pathlib", "zmq", "random", "subprocess"}
 
 

@@ -82,19 +82,20 @@ class Exchange:
         *,
         deadline: float,
         patience: Callable[[int], float] = lambda _expert: math.inf,
+        may_hedge: Callable[[], bool] = lambda: True,
         combination: str = "outputs",
     ) -> None:
         """`requests` numbers the calls, never twice the same on this device; `deadline` is when waiting for peers ends.
 
-        `patience` is how many seconds an expert may take before another is asked as well. Leave what the own expert
-        takes between `deadline` and the client's.
+        `patience` is how many seconds an expert may take before another is asked as well, if `may_hedge` then says so.
+        Leave what the own expert takes between `deadline` and the client's.
         """
         self.route = route
         self.outputs = outputs
         self.deadline = deadline
         self.stray: Counter[str] = Counter()
         """Replies that changed nothing: "unknown", "duplicate" or "late"."""
-        self._patience = patience
+        self._patience, self._may_hedge = patience, may_hedge
         self._requests = requests
         self._combination = combination
         self._asks: dict[int, _Ask] = {}
@@ -167,6 +168,8 @@ class Exchange:
         hedges = {}
         for ask in late:
             ask.late_at = math.inf
+            if not self._may_hedge():
+                continue
             for row in self._open_rows.intersection(ask.rows):
                 if row not in hedges and ask.expert in self._waiting[row]:
                     hedges[row] = self._substitute(row, now)

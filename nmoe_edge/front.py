@@ -1,0 +1,138 @@
+"""Inputs -> latents and scores, in a thread of its own: the slow part of a device, beside which it goes on answering.
+
+What is queued is run together; a batch is never waited for. Bounded in rows and in time: what could not be done before
+its deadline is refused when it comes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmoe_edge.errors import ModelError
+from nmoe_edge.models import Models
+
+MOST_REQUESTS = 256
+MOST_ROWS = 4096
+BATCH_ROWS = 32
+"""Run together at most; a request of more is run as it came."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request's inputs, and what becomes of them."""
+
+    models: Models
+    inputs: NDArray[Any]
+    deadline: float
+    own_too: bool
+    """Whether the own expert's answer is wanted for every row: local first asks it before anybody."""
+    latents: NDArray[np.float32] | None = None
+    scores: NDArray[np.float32] | None = None
+    own: NDArray[np.float32] | None = None
+    error: str | None = None
+    """What broke; a job with neither this nor latents was too late to begin."""
+    dropped: bool = False
+    """Nobody waits for it any more."""
+
+
+class Front:
+    """The thread and its queue."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """wake: called when something is done; `done` then has it."""
+        self._wake = wake
+        self._queue: deque[Job] = deque()
+        self._done: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._rows, self._stopped = 0, False
+        self._row_s = 0.0
+        """What a row takes, smoothed."""
+        self._thread = threading.Thread(target=self._run, name="front", daemon=True)
+        self._thread.start()
+
+    def offer(self, job: Job, now: float) -> bool:
+        """Take a job on; False when it could not be done in time, or the queue is full."""
+        rows = len(job.inputs)
+        with self._changed:
+            full = len(self._queue) >= MOST_REQUESTS or (self._queue and self._rows + rows > MOST_ROWS)
+            if full or now + (self._rows + rows) * self._row_s > job.deadline:
+                return False
+            self._queue.append(job)
+            self._rows += rows
+            self._changed.notify()
+        return True
+
+    def done(self) -> list[Job]:
+        """What is finished since the last time."""
+        found = []
+        while self._done:
+            found.append(self._done.popleft())
+        return found
+
+    def close(self) -> None:
+        """Stop after what is being run."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._stopped:
+                    self._changed.wait()
+                if self._stopped:
+                    return
+                batch = self._batch()
+            began = time.monotonic()
+            ready = [job for job in batch if not job.dropped and began < job.deadline]
+            if ready:
+                _compute(ready)
+            took = time.monotonic() - began
+            rows = sum(len(job.inputs) for job in ready)
+            with self._changed:
+                self._rows -= sum(len(job.inputs) for job in batch)
+                if rows:
+                    self._row_s += (took / rows - self._row_s) / (8 if self._row_s else 1)
+            self._done.extend(batch)
+            self._wake()
+
+    def _batch(self) -> list[Job]:
+        """The first in the queue, and those behind it that can be run with it."""
+        batch = [self._queue.popleft()]
+        rows = len(batch[0].inputs)
+        while self._queue and self._queue[0].models is batch[0].models:
+            rows += len(self._queue[0].inputs)
+            if rows > BATCH_ROWS:
+                break
+            batch.append(self._queue.popleft())
+        return batch
+
+
+def _compute(jobs: list[Job]) -> None:
+    models = jobs[0].models
+    inputs = np.concatenate([job.inputs for job in jobs]) if len(jobs) > 1 else jobs[0].inputs
+    try:
+        latents = models.extractor(inputs)
+        scores = models.gate(latents)
+        own = models.expert(latents) if any(job.own_too for job in jobs) else None
+        if not all(np.isfinite(array).all() for array in (latents, scores, *([] if own is None else [own]))):
+            raise ModelError("the models make NaN or infinity of these inputs")
+    except ModelError as error:
+        for job in jobs:
+            job.error = str(error)
+        return
+    start = 0
+    for job in jobs:
+        rows = slice(start, start + len(job.inputs))
+        job.latents, job.scores = latents[rows], scores[rows]
+        job.own = own[rows] if own is not None and job.own_too else None
+        start = rows.stop

@@ -1,0 +1,362 @@
+"""One device, the whole flow.
+
+    inputs -> latents -> route -> peers -> combine
+
+One thread has the sockets, the expert and every decision; a second one runs the extractor beside it (front.py). What
+other threads want is put in an inbox. So nothing here is locked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nmoe_edge.bundle import MANIFEST, read_bundle
+from nmoe_edge.client import Answers, answers_of
+from nmoe_edge.counts import Counts
+from nmoe_edge.errors import BundleError, CallError, EdgeError, ModelError
+from nmoe_edge.front import Front
+from nmoe_edge.log import Log
+from nmoe_edge.models import Models, run_selftest
+from nmoe_edge.origin import Origin, Rules
+from nmoe_edge.peers import Peers
+from nmoe_edge.place import Place, find_place
+from nmoe_edge.protocol.messages import (
+    Answer,
+    Ask,
+    Hello,
+    Infer,
+    Leave,
+    Ping,
+    Reason,
+    Refuse,
+    Report,
+    Result,
+    Status,
+)
+from nmoe_edge.protocol.tensor import Tensor
+from nmoe_edge.schema import to_plain
+from nmoe_edge.service import Service
+from nmoe_edge.sockets import Heard, Sockets
+from nmoe_edge.state import keep_mix, kept_mix
+
+_TURN_S = 1.0
+"""The longest that the loop sleeps."""
+_LOOK_S = 2.0
+"""Between two looks at the manifest."""
+_KEEP_S = 60.0
+"""Between two times that the class mix is kept."""
+DRAIN_S = 5.0
+"""The longest that a leaving device finishes what it has begun."""
+
+
+def open_bundle(folder: Path, threads: int, provider: str, force: bool, log: Log) -> Models:
+    """Verify a bundle, open its sessions and replay its self-test; ModelError where this machine answers otherwise."""
+    bundle = read_bundle(folder)
+    models = Models(bundle, threads, provider)
+    result = run_selftest(models, bundle)
+    if not result.passed:
+        what = (
+            f"{folder}: FAILED its self-test on this machine: latents differ by {result.latent_difference:.2g},"
+            f" outputs by {result.output_difference:.2g}, {result.other_choices} other choices of the gate"
+        )
+        if not force:
+            raise ModelError(f"{what}; export it again for this machine, or --force it to serve wrong answers")
+        log("self-test", f"{what}; SERVING ALL THE SAME, as --force says")
+    return models
+
+
+class Node:
+    """A device of a fleet, serving until it is closed."""
+
+    def __init__(
+        self,
+        bundle: Path | str,
+        fleet: Path | str | None = None,
+        *,
+        listen: str | None = None,
+        key: Path | str | None = None,
+        rules: Rules | None = None,
+        provider: str = "auto",
+        threads: int = 1,
+        force: bool = False,
+        state: Path | None = None,
+        log: Log | None = None,
+    ) -> None:
+        """Serve the bundle in this folder among the devices of a fleet.toml; without one it answers alone.
+
+        listen: where others connect; None: where the fleet says, nowhere without one. key: this device's key file,
+        needed where the fleet has a public key for it. state: a folder that keeps what is learnt across restarts.
+        """
+        self._folder, self._fleet_file = Path(bundle), None if fleet is None else Path(fleet)
+        self._rules = rules if rules is not None else Rules()
+        self._provider, self._threads, self._force = provider, threads, force
+        self._state = state
+        self._log = log if log is not None else Log(self._folder.name)
+        self._models = open_bundle(self._folder, threads, provider, force, self._log)
+        manifest = self._models.manifest
+        self._rules.of(manifest)  # what cannot be is known before a socket is open
+        self._key = None if key is None else Path(key)
+        place = find_place(self._fleet_file, manifest, self._key)
+        self.counts = Counts()
+        self._numbers = itertools.count(secrets.randbits(60))
+        where = place.listen if listen is None else listen
+        self._sockets = Sockets(where, place.keys, dict(place.allowed), self.counts, self._log)
+        self._peers = Peers(self._hello, self._sockets, self._numbers, self.counts, self._log)
+        self._peers.become(place.others)
+        self._service = Service(self._models, self._sockets.reply, self.counts)
+        self._front = Front(self._sockets.wake)
+        self._origin = Origin(self._models, self._rules, self._front, self._peers, self._numbers, self.counts)
+        if state is not None:
+            kept_mix(state, manifest, self._origin.mix, self._log)
+        self._inbox: deque[Callable[[float], None]] = deque()
+        self._began, self._looked_at, self._kept_at = time.monotonic(), time.monotonic(), time.monotonic()
+        self._stamp = self._manifest_stamp()
+        self._reloading: threading.Thread | None = None
+        self._leaving_at: float | None = None
+        self.broke = False
+        """Whether it ended by a bug."""
+        self.ended = threading.Event()
+        """Set when the device serves no more."""
+        self._thread = threading.Thread(target=self._run, name="node", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """Where it listens; empty where it does not."""
+        return self._sockets.address
+
+    @property
+    def models(self) -> Models:
+        """What it serves at present."""
+        return self._models
+
+    def describe(self) -> str:
+        """A line for a person: what runs here, and how."""
+        manifest, models = self._models.manifest, self._models
+        where = f"at {self.address}, " if self.address else ""
+        keys = f"CURVE with {len(self._sockets.allowed)} known keys" if self._sockets.guarded else "without keys"
+        return (
+            f"{manifest.device}, expert {manifest.expert} of {manifest.experts}, {where}{keys};"
+            f" extractor {manifest.precision.extractor} on {models.provider}, {self._threads} thread(s),"
+            " self-test passed"
+        )
+
+    def infer(self, inputs: NDArray[Any], deadline_s: float = 1.0) -> Answers:
+        """What the fleet makes of these rows (rows, …); CallError when it cannot."""
+        infer = Infer(0, 0, max(1, int(deadline_s * 1000)), Tensor.pack(inputs, inputs.dtype.name))
+        done: Future[Result | Refuse] = Future()
+        self._do(lambda now: self._begin(infer, done.set_result, now))
+        try:
+            return answers_of(done.result(deadline_s + DRAIN_S))
+        except TimeoutError:
+            raise CallError("the node does not answer any more") from None
+
+    def status(self) -> dict[str, Any]:
+        """What it says of itself, its peers and its counts."""
+        done: Future[dict[str, Any]] = Future()
+        self._do(lambda _now: done.set_result(self._facts()))
+        try:
+            return done.result(DRAIN_S)
+        except TimeoutError:
+            raise CallError("the node does not answer any more") from None
+
+    def reload(self) -> None:
+        """Read bundle and fleet again, beside the serving, and serve them when they pass; else go on with the old."""
+        if self._reloading is None or not self._reloading.is_alive():
+            self._reloading = threading.Thread(target=self._reload, name="reload", daemon=True)
+            self._reloading.start()
+
+    def leave(self) -> None:
+        """Say goodbye, take nothing new, finish what is begun, end: `ended` is set then."""
+        self._do(self._leave)
+
+    def close(self) -> None:
+        """Leave, and wait until it is done."""
+        self.leave()
+        self._thread.join(DRAIN_S + 5)
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _do(self, task: Callable[[float], None]) -> None:
+        """Have the node's own thread do something."""
+        if self.ended.is_set():
+            raise CallError("the node is closed")
+        self._inbox.append(task)
+        self._sockets.wake()
+
+    def _run(self) -> None:
+        try:
+            while not self._over():
+                self._turn()
+        except Exception:  # noqa: BLE001  # a bug: nobody else would see it, and who waits for `ended` is told
+            self.broke = True
+            self._log("bug", traceback.format_exc())
+        finally:
+            self.ended.set()
+            self._origin.abandon()
+            self._keep()
+            self._front.close()
+            self._sockets.close()
+
+    def _turn(self) -> None:
+        """Hear what has come, do what is due."""
+        wake_at = min(self._peers.wake_at, self._origin.wake_at)
+        for heard in self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S)):
+            self._hear(heard, time.monotonic())
+        self._service.run()
+        now = time.monotonic()
+        for job in self._front.done():
+            self._origin.extracted(job, now)
+        while self._inbox:
+            self._inbox.popleft()(now)
+        for expert in self._peers.tick(now):
+            self._origin.lost(expert, now)
+        self._origin.tick(now)
+        if now - self._looked_at > _LOOK_S:
+            self._look(now)
+
+    def _hear(self, heard: Heard, now: float) -> None:
+        message, sender = heard.message, heard.sender
+        if sender is None:
+            reply = self._peers.heard(heard.expert, message, heard.request, now)
+            if reply is not None:
+                self._origin.answered(reply, now)
+        elif isinstance(message, Ask | Ping):
+            if self._leaving_at is not None:
+                self._sockets.reply(sender, Refuse(message.request, Reason.SHUTTING_DOWN))
+            else:
+                self._service.offer(sender, message, now)
+        elif isinstance(message, Infer):
+            self._begin(message, lambda reply: self._sockets.reply(sender, reply), now)
+        elif isinstance(message, Hello):
+            self._sockets.reply(sender, self._peers.greeted(message, sender, now))
+        elif isinstance(message, Leave):
+            expert = self._peers.left(message, sender, now)
+            if expert is not None:
+                self._origin.left(expert)
+        elif isinstance(message, Status):
+            facts = json.dumps(self._facts(), allow_nan=False)
+            self._sockets.reply(sender, Report(message.request, facts))
+        elif isinstance(message, Answer | Result | Report | Refuse):
+            self.counts.events["replies to nothing"] += 1
+
+    def _begin(self, infer: Infer, reply: Callable[[Result | Refuse], object], now: float) -> None:
+        if self._leaving_at is not None:
+            reply(Refuse(infer.request, Reason.SHUTTING_DOWN))
+        else:
+            self._origin.begin(infer, reply, now)
+
+    def _leave(self, now: float) -> None:
+        if self._leaving_at is None:
+            self._leaving_at = now
+            self._log("leaving", f"{len(self._origin)} requests to finish")
+            self._peers.say_goodbye(Leave(self._models.manifest.device))
+
+    def _over(self) -> bool:
+        """Whether the last thing is done that was begun before leaving."""
+        if self._leaving_at is None:
+            return False
+        return (not self._origin and not self._service) or time.monotonic() > self._leaving_at + DRAIN_S
+
+    def _look(self, now: float) -> None:
+        """What needs a look now and then."""
+        self._looked_at = now
+        stamp = self._manifest_stamp()
+        if stamp != self._stamp and stamp is not None:
+            self._stamp = stamp
+            self.reload()
+        if now - self._kept_at > _KEEP_S:
+            self._kept_at = now
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._state is not None and self._origin.rules.adapt:
+            keep_mix(self._state, self._models.manifest, self._origin.mix, self._log)
+
+    def _manifest_stamp(self) -> tuple[int, ...] | None:
+        try:
+            found = (self._folder / MANIFEST).stat()
+        except OSError:  # being replaced, or gone: what is served was read long ago
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _reload(self) -> None:
+        """In a thread of its own."""
+        try:
+            models = open_bundle(self._folder, self._threads, self._provider, self._force, self._log)
+            self._rules.of(models.manifest)
+            place = find_place(self._fleet_file, models.manifest, self._key)
+            if models.manifest.device != self._models.manifest.device:
+                raise BundleError(f"{self._folder} is of {models.manifest.device} now")
+        except EdgeError as error:
+            self.counts.events["reloads refused"] += 1
+            self._log("reload", f"goes on with the old bundle: {error}")
+            return
+        self._do(lambda _now: self._swap(models, place))
+
+    def _swap(self, models: Models, place: Place) -> None:
+        self._models = self._service.models = models
+        self._origin.serve(models, self._rules)
+        self._sockets.allowed = dict(place.allowed)
+        self._peers.become(place.others)
+        self.counts.events["reloads"] += 1
+        self._log("reload", f"serves {models.manifest.digest[:12]} now", bundle=models.manifest.digest)
+
+    def _hello(self) -> Hello:
+        manifest = self._models.manifest
+        return Hello(manifest.device, manifest.expert, manifest.trunk_bytes, (), bundle=manifest.digest)
+
+    def _facts(self) -> dict[str, Any]:
+        """For a status report."""
+        manifest, rules, mix = self._models.manifest, self._origin.rules, self._origin.mix
+        return {
+            "device": manifest.device,
+            "expert": manifest.expert,
+            "experts": manifest.experts,
+            "address": self.address,
+            "bundle": manifest.digest,
+            "trunk": manifest.trunk,
+            "provider": self._models.provider,
+            "threads": self._threads,
+            "uptime_s": round(time.monotonic() - self._began, 1),
+            "under_way": len(self._origin),
+            "version": version("nmoe"),
+            "input": to_plain(manifest.input),
+            "combination": manifest.routing.combination,
+            "labels": list(self._models.labels or ()),
+            "rules": {
+                "top_k": rules.top_k,
+                "local_first": rules.local_first,
+                "latents": rules.latents,
+                "deadline_s": rules.deadline_s,
+                "prefer_near": rules.prefer_near,
+                "hedge": rules.hedge,
+            },
+            "class_mix": {
+                "adapt": rules.adapt,
+                "rows": mix.rows,
+                "mix": None if mix.mix is None else [round(share, 4) for share in mix.mix.tolist()],
+            },
+            "peers": self._peers.facts(),
+            **self.counts.facts(),
+        }

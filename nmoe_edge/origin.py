@@ -1,0 +1,353 @@
+"""Requests that begin on this device: from an Infer to its Result.
+
+    inputs -> (front) -> latents and scores -> route -> an Ask for each expert -> combine -> Result
+
+The exchange of each request decides who is asked; this is what carries its decisions out, and keeps the time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmoe_edge.counts import Counts
+from nmoe_edge.errors import LocalProtocolError, ModelError
+from nmoe_edge.front import Front, Job
+from nmoe_edge.manifest import Manifest
+from nmoe_edge.models import Models
+from nmoe_edge.peers import Peers
+from nmoe_edge.protocol.classmix import ClassMix
+from nmoe_edge.protocol.combine import softmax
+from nmoe_edge.protocol.exchange import Action, Call, Exchange, Fault
+from nmoe_edge.protocol.messages import MAX_DETAIL, Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer
+from nmoe_edge.protocol.routing import route
+from nmoe_edge.protocol.tensor import Tensor
+
+LatentType = Literal["int8", "float16", "float32"]
+_HEDGES = 0.05
+"""Extra asks at most, of all."""
+_SAVED_HEDGES = 5.0
+_MOST_RESERVE_S = 0.02
+"""Of a budget a tenth, but no more, is kept for combining and for the own expert as last resort."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a device answers; None: as its bundle says."""
+
+    top_k: int | None = None
+    local_first: float | None = None
+    """A row whose own expert is surer than this stays at home; from 1 on none does."""
+    adapt: bool | None = None
+    latents: LatentType | None = None
+    """What latents travel as."""
+    deadline_s: float = 1.0
+    """The longest that a request may take, whatever its client would wait."""
+    prefer_near: float = 0.0
+    """What a millisecond of expected answering time takes off a peer's score."""
+    hedge: bool = True
+    """Whether another expert is asked as well when one is later than usual."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline_s <= 3600:
+            raise ModelError(f"a deadline of {self.deadline_s} s is not over 0 and at most an hour")
+        if not 0 <= self.prefer_near < float("inf"):
+            raise ModelError(f"prefer-near is {self.prefer_near}, not a number from 0 on")
+
+    def of(self, manifest: Manifest) -> Rules:
+        """With what the bundle says filled in; ModelError where the two do not fit."""
+        routing = manifest.routing
+        top_k = routing.top_k if self.top_k is None else self.top_k
+        if not 1 <= top_k <= manifest.experts:
+            raise ModelError(f"top-k {top_k} is not in 1..{manifest.experts}, the experts of this bundle")
+        if self.adapt and manifest.answers_carry_prior:
+            raise ModelError("adapt needs experts whose answers carry no prior, and these do")
+        return replace(
+            self,
+            top_k=top_k,
+            local_first=routing.local_first if self.local_first is None else self.local_first,
+            adapt=routing.adapt if self.adapt is None else self.adapt,
+            latents=manifest.latent.dtype if self.latents is None else self.latents,
+        )
+
+
+Reply = Callable[[Result | Refuse], object]
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One that is under way."""
+
+    infer: Infer
+    reply: Reply
+    models: Models
+    rules: Rules
+    began: float
+    deadline: float
+    job: Job | None
+    """While its inputs wait to be looked at."""
+    exchange: Exchange | None = None
+    """From then on."""
+    latents: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    own: NDArray[np.float32] | None = None
+    asks: list[int] = field(default_factory=list)
+    wake_at: float = 0.0
+    closed: bool = False
+
+
+class Origin:
+    """All of them."""
+
+    def __init__(
+        self, models: Models, rules: Rules, front: Front, peers: Peers, numbers: Iterator[int], counts: Counts
+    ) -> None:
+        """Ready for the first."""
+        self._front, self._peers, self._numbers, self._counts = front, peers, numbers, counts
+        self._by_job: dict[int, _Request] = {}
+        self._by_ask: dict[int, _Request] = {}
+        self._alarms: list[tuple[float, int, _Request]] = []
+        self._ties = itertools.count()
+        self._open: set[_Request] = set()
+        self._hedges = _SAVED_HEDGES
+        self.mix = ClassMix(models.manifest.outputs)
+        """What this device sees; learnt from only when the rules say so."""
+        self.serve(models, rules)
+
+    def __len__(self) -> int:
+        """Requests under way."""
+        return len(self._open)
+
+    def serve(self, models: Models, rules: Rules) -> None:
+        """Requests that come from now on are answered with these; those under way keep theirs."""
+        self._models, self.rules = models, rules.of(models.manifest)
+        if models.manifest.outputs != self.mix.outputs:
+            self.mix = ClassMix(models.manifest.outputs)
+
+    def begin(self, infer: Infer, reply: Reply, now: float) -> None:
+        """A request has come."""
+        models, rules = self._models, self.rules
+        refusal = _objection(infer, models.manifest)
+        if refusal is not None:
+            self._refuse(infer, reply, Reason.BAD_REQUEST, refusal)
+            return
+        deadline = now + min(infer.budget_ms / 1000, rules.deadline_s)
+        job = Job(models, infer.inputs.unpack(), deadline, own_too=rules.local_first is not None)
+        if not self._front.offer(job, now):
+            self._refuse(infer, reply, Reason.BUSY, "")
+            return
+        request = _Request(infer, reply, models, rules, now, deadline, job)
+        self._by_job[id(job)] = request
+        self._open.add(request)
+        self._alarm(request, deadline)
+
+    def extracted(self, job: Job, now: float) -> None:
+        """The front is done with a request's inputs."""
+        request = self._by_job.pop(id(job), None)
+        if request is None:
+            return
+        request.job = None
+        if job.error is not None:
+            self._close(request, Refuse(request.infer.request, Reason.FAILED, _printable(job.error)))
+        elif job.latents is None or job.scores is None or now >= request.deadline:
+            self._close(request, Refuse(request.infer.request, Reason.EXPIRED))
+        else:
+            self._counts.took("extractor and gate", now - request.began)
+            self._start(request, job.latents, job.scores, job.own, now)
+
+    def answered(self, reply: Answer | Refuse, now: float) -> None:
+        """A peer replied to an Ask."""
+        request = self._by_ask.get(reply.request)
+        if request is None or request.exchange is None or request.closed:
+            self._counts.events["late or unknown answers"] += 1
+            return
+        if isinstance(reply, Answer):
+            outputs = reply.outputs.unpack()
+            self._act(request, request.exchange.answered(reply.request, reply.expert, outputs, now), now)
+        else:
+            self._counts.events[f"peers refused {reply.reason.name.lower()}"] += 1
+            self._act(request, request.exchange.refused(reply.request, now), now)
+
+    def lost(self, expert: int, now: float) -> None:
+        """Nothing more comes from this expert."""
+        for request in list(self._open):
+            if request.exchange is not None:
+                self._act(request, request.exchange.lost(expert, now), now)
+
+    def left(self, expert: int) -> None:
+        """Ask this expert nothing more; what it was asked it may still answer."""
+        for request in self._open:
+            if request.exchange is not None:
+                request.exchange.leaving(expert)
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        while self._alarms and self._alarms[0][0] <= now:
+            at, _, request = heapq.heappop(self._alarms)
+            if request.closed or at != request.wake_at:
+                continue
+            if request.exchange is not None:
+                self._act(request, request.exchange.tick(now), now)
+            else:  # its inputs still wait to be looked at
+                if request.job is not None:
+                    request.job.dropped = True
+                    self._by_job.pop(id(request.job), None)
+                self._close(request, Refuse(request.infer.request, Reason.EXPIRED))
+
+    @property
+    def wake_at(self) -> float:
+        """When `tick` is due again."""
+        return self._alarms[0][0] if self._alarms else float("inf")
+
+    def abandon(self) -> None:
+        """Refuse what is under way: nobody will finish it."""
+        for request in list(self._open):
+            self._close(request, Refuse(request.infer.request, Reason.SHUTTING_DOWN))
+
+    def _start(
+        self,
+        request: _Request,
+        latents: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        own: NDArray[np.float32] | None,
+        now: float,
+    ) -> None:
+        """Decide where each row goes, and ask.
+
+        latents: (rows, latent); scores: (rows, experts); own: (rows, outputs), where local first wants it
+        """
+        rules, manifest = request.rules, request.models.manifest
+        at_home: set[int] = set()
+        if own is not None and rules.local_first is not None:
+            at_home = set(np.flatnonzero(softmax(own).max(axis=1) > rules.local_first).tolist())
+        if rules.prefer_near:
+            away_ms = [1000 * self._peers.expected_s(e) * (e != manifest.expert) for e in range(manifest.experts)]
+            scores = scores - np.float32(rules.prefer_near) * np.asarray(away_ms, np.float32)
+        alive = self._peers.alive()
+        found = route(scores, manifest.expert, alive, rules.top_k or 1, at_home)
+        reserve = min(_MOST_RESERVE_S, (request.deadline - request.began) / 10)
+        request.exchange = Exchange(
+            found,
+            manifest.outputs,
+            self._numbers,
+            deadline=request.deadline - reserve,
+            patience=self._peers.patience if rules.hedge else lambda _expert: float("inf"),
+            may_hedge=self._may_hedge,
+            combination=manifest.routing.combination,
+        )
+        self._counts.events["rows"] += found.rows
+        self._counts.events["rows kept at home"] += sum(wanted == (manifest.expert,) for wanted in found.wanted)
+        request.latents, request.own = latents, own
+        self._act(request, request.exchange.start(now), now)
+
+    def _act(self, request: _Request, actions: list[Action], now: float) -> None:
+        """Do what the exchange says, and what it says of that."""
+        exchange = request.exchange
+        if exchange is None or request.closed:
+            return
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, Fault):
+                self._counts.events[f"experts {action.why}"] += 1
+                if action.why == "wrong":
+                    self._peers.fail(action.expert, "wrong", now)
+            elif action.expert == request.models.manifest.expert:
+                todo.extend(self._at_home(request, exchange, action, now))
+            elif self._ask(request, action, now):
+                self._by_ask[action.request] = request
+                request.asks.append(action.request)
+            else:
+                todo.extend(exchange.refused(action.request, now))
+        if exchange.done:
+            self._finish(request, exchange, now)
+        else:
+            self._alarm(request, exchange.wake_at)
+
+    def _at_home(self, request: _Request, exchange: Exchange, call: Call, now: float) -> list[Action]:
+        """The own expert's answer, without a socket."""
+        rows = list(call.rows)
+        try:
+            outputs = request.own[rows] if request.own is not None else request.models.expert(request.latents[rows])
+        except ModelError:
+            return exchange.refused(call.request, now)
+        return exchange.answered(call.request, call.expert, outputs, now)
+
+    def _ask(self, request: _Request, call: Call, now: float) -> bool:
+        latents = request.latents[list(call.rows)] if len(call.rows) < len(request.latents) else request.latents
+        try:
+            packed = Tensor.pack(latents, request.rules.latents or "float16")
+        except LocalProtocolError:  # larger than float16 holds
+            packed = Tensor.pack(latents, "float32")
+        budget_ms = max(1, int((request.deadline - now) * 1000))
+        trunk = request.models.manifest.trunk_bytes
+        self._hedges = min(self._hedges + _HEDGES, _SAVED_HEDGES)
+        self._counts.events["asks"] += 1
+        return self._peers.ask(Ask(call.request, request.infer.trace, budget_ms, call.expert, trunk, packed), now)
+
+    def _may_hedge(self) -> bool:
+        if self._hedges < 1:
+            return False
+        self._hedges -= 1
+        self._counts.events["hedges"] += 1
+        return True
+
+    def _finish(self, request: _Request, exchange: Exchange, now: float) -> None:
+        """Every row has its answers: make one of them."""
+        outputs, rows = exchange.result()
+        if request.rules.adapt:
+            outputs = self._adapted(request.models.manifest, outputs, rows)
+        own = request.models.manifest.expert
+        self._counts.events["rows degraded"] += sum(row.degraded for row in rows)
+        self._counts.events["rows nobody answered"] += sum(not row.experts for row in rows)
+        remote = any(row.experts != (own,) for row in rows)
+        self._counts.took("requests with peers" if remote else "requests at home", now - request.began)
+        elapsed_us = min(int((now - request.began) * 1e6), 2**32 - 1)
+        self._close(request, Result(request.infer.request, elapsed_us, Tensor.pack(outputs, "float32"), rows))
+
+    def _adapted(
+        self, manifest: Manifest, outputs: NDArray[np.float32], rows: tuple[RowAnswer, ...]
+    ) -> NDArray[np.float32]:
+        """Probabilities, weighed with the device's own class mix. outputs: (rows, outputs)"""
+        p = outputs if manifest.routing.combination == "probabilities" else softmax(outputs)
+        known = [i for i, row in enumerate(rows) if row.experts]
+        weighed = np.zeros_like(outputs)
+        if known:
+            weighed[known] = self.mix.weighed(p[known])
+        return weighed
+
+    def _alarm(self, request: _Request, at: float) -> None:
+        if at != request.wake_at and at < float("inf"):
+            heapq.heappush(self._alarms, (at, next(self._ties), request))
+        request.wake_at = at
+
+    def _refuse(self, infer: Infer, reply: Reply, reason: Reason, detail: str) -> None:
+        self._counts.events[f"requests refused {reason.name.lower()}"] += 1
+        reply(Refuse(infer.request, reason, _printable(detail)))
+
+    def _close(self, request: _Request, reply: Result | Refuse) -> None:
+        request.closed = True
+        self._open.discard(request)
+        for number in request.asks:
+            self._by_ask.pop(number, None)
+        if isinstance(reply, Refuse):
+            self._counts.events[f"requests refused {reply.reason.name.lower()}"] += 1
+        request.reply(reply)
+
+
+def _objection(infer: Infer, manifest: Manifest) -> str | None:
+    """Why these are no inputs of this bundle."""
+    due, inputs = manifest.input, infer.inputs
+    if (inputs.dtype, inputs.shape[1:]) != (due.dtype, due.shape):
+        return f"inputs are {inputs.dtype} {list(inputs.shape[1:])}, not {due.dtype} {list(due.shape)}"
+    return None
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:MAX_DETAIL]

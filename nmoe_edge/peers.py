@@ -1,0 +1,234 @@
+"""The other devices of the fleet: who is there, who is worth asking, what is said to them to find out.
+
+It greets, pings and probes by itself when `tick` is called; what comes of it changes who is `alive`. A peer that is
+lost is told to whoever waits for it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nmoe_edge.counts import Counts
+from nmoe_edge.fleet import Device
+from nmoe_edge.log import Log
+from nmoe_edge.protocol.health import Failure, Health
+from nmoe_edge.protocol.messages import (
+    PROTOCOL,
+    Answer,
+    Ask,
+    Hello,
+    Leave,
+    Message,
+    Ping,
+    Pong,
+    Reason,
+    Refuse,
+    Welcome,
+)
+from nmoe_edge.sockets import Sender, Sockets
+
+_PING_S, _PING_A_PEER_S = 0.5, 0.05
+"""A quiet peer is pinged so often; in a large fleet more rarely, so that pings stay a small work."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    device: Device
+    health: Health
+    bundle: str = ""
+    """Digest of what it said it serves."""
+    asked: int = 0
+    answered: int = 0
+    refused: int = 0
+
+
+class Peers:
+    """Everybody but this device, by expert."""
+
+    def __init__(
+        self, hello: Callable[[], Hello], sockets: Sockets, numbers: Iterator[int], counts: Counts, log: Log
+    ) -> None:
+        """hello: how this device introduces itself at present."""
+        self._hello, self._sockets, self._numbers = hello, sockets, numbers
+        self._counts, self._log = counts, log
+        self._peers: dict[int, _Peer] = {}
+        self._lost: list[int] = []
+
+    def become(self, devices: Collection[Device]) -> None:
+        """These are the peers from now on; who is reached as before keeps its connection."""
+        wanted = {device.expert: device for device in devices}
+        ping_s = max(_PING_S, _PING_A_PEER_S * len(wanted))
+        for expert in [e for e in self._peers if e not in wanted]:
+            del self._peers[expert]
+            self._sockets.disconnect(expert)
+            self._lost.append(expert)
+        for expert, device in wanted.items():
+            known = self._peers.get(expert)
+            if known is not None and _reached(known.device) == _reached(device):
+                known.device = device
+                continue
+            if known is not None:
+                self._lost.append(expert)
+            self._peers[expert] = _Peer(device, Health(random.random, ping_s))  # to spread probes
+            self._sockets.connect(expert, device)
+
+    def alive(self) -> frozenset[int]:
+        """The experts that may be asked."""
+        return frozenset(expert for expert, peer in self._peers.items() if peer.health.alive)
+
+    def expected_s(self, expert: int) -> float:
+        """What an answer usually takes; zero while nobody knows."""
+        peer = self._peers.get(expert)
+        return 0.0 if peer is None or peer.health.rtt_s is None else peer.health.rtt_s
+
+    def patience(self, expert: int) -> float:
+        """After how many seconds another is worth asking as well."""
+        return self._peers[expert].health.p95_s
+
+    def ask(self, ask: Ask, now: float) -> bool:
+        """Send an Ask; False when there is no way to the peer, which is lost then."""
+        peer = self._peers.get(ask.expert)
+        if peer is None or not peer.health.alive:
+            return False
+        if not self._sockets.send(ask.expert, ask):
+            self.fail(ask.expert, "lost", now)
+            return False
+        peer.health.sent(ask.request, now)
+        peer.asked += 1
+        return True
+
+    def fail(self, expert: int, why: Failure, now: float) -> None:
+        """Ask it nothing more for now, and let those know who wait for it: `tick` says so."""
+        peer = self._peers.get(expert)
+        if peer is None:
+            return
+        if peer.health.alive:
+            self._counts.events[f"peers {why}"] += 1
+            self._log.rarely(f"{peer.device.name} {why}", "asked nothing more until it is back", peer=peer.device.name)
+            self._lost.append(expert)
+        peer.health.failed(why, now)
+
+    def heard(self, expert: int, message: Message | None, request: int | None, now: float) -> Answer | Refuse | None:
+        """What a peer replied: an answer or a refusal of an Ask is returned, the rest is between it and us.
+
+        request: of what was no message, where so much could be read
+        """
+        peer = self._peers.get(expert)
+        if peer is None:
+            return None
+        if isinstance(message, Welcome):
+            self._welcomed(expert, peer, message, now)
+        elif isinstance(message, Pong):
+            peer.health.heard(message.request, now)
+        elif isinstance(message, Answer):
+            peer.health.heard(message.request, now)
+            peer.answered += 1
+            return message
+        elif isinstance(message, Refuse) and message.request == 0:
+            self.fail(expert, "foreign", now)
+            self._log.rarely(f"{peer.device.name} refuses us", message.detail, peer=peer.device.name)
+        elif isinstance(message, Refuse):
+            peer.health.heard(message.request, now, sound=False)
+            peer.refused += 1
+            if message.reason == Reason.WRONG_TRUNK:
+                self.fail(expert, "foreign", now)
+            elif message.reason == Reason.SHUTTING_DOWN:
+                self.fail(expert, "left", now)
+            return message
+        else:  # no message at all, or one that nobody asked for
+            self.fail(expert, "wrong", now)
+            return Refuse(request, Reason.FAILED) if request else None
+        return None
+
+    def greeted(self, hello: Hello, sender: Sender, now: float) -> Message:
+        """Somebody introduces himself."""
+        mine = self._hello()
+        peer = self._peers.get(hello.expert)
+        if hello.trunk != mine.trunk:
+            return Refuse(0, Reason.WRONG_TRUNK, f"the trunk here is {mine.trunk.hex()}, yours {hello.trunk.hex()}")
+        if peer is None or peer.device.name != hello.device or sender.name not in (None, hello.device):
+            return Refuse(0, Reason.BAD_REQUEST, "no device of this fleet: compare fleet.toml there and here")
+        if PROTOCOL not in hello.protocols:
+            return Refuse(0, Reason.BAD_REQUEST, f"this device speaks protocol {PROTOCOL} alone")
+        peer.health.returns(now)
+        return Welcome(mine.device, mine.expert, mine.trunk, mine.capabilities, PROTOCOL, mine.bundle)
+
+    def left(self, leave: Leave, sender: Sender, now: float) -> int | None:
+        """A peer takes its leave; its expert, where it is one and it speaks for itself."""
+        for expert, peer in self._peers.items():
+            if peer.device.name == leave.device and sender.name in (None, leave.device):
+                if peer.health.alive:
+                    peer.health.failed("left", now)
+                    self._counts.events["peers left"] += 1
+                return expert
+        return None
+
+    def tick(self, now: float) -> list[int]:
+        """Probe, ping, give up on the silent; which experts were lost since the last time."""
+        for expert, peer in self._peers.items():
+            health = peer.health
+            if health.overdue(now):
+                self.fail(expert, "silent", now)
+            due = health.due(now)
+            if due == "probe":
+                self._sockets.send(expert, self._hello())
+            elif due == "ping":
+                number = next(self._numbers)
+                if self._sockets.send(expert, Ping(number)):
+                    health.sent(number, now, timed=False)
+                else:
+                    self.fail(expert, "lost", now)
+        lost, self._lost = self._lost, []
+        return lost
+
+    @property
+    def wake_at(self) -> float:
+        """When `tick` is due again."""
+        return min((peer.health.wake_at for peer in self._peers.values()), default=float("inf"))
+
+    def say_goodbye(self, leave: Leave) -> None:
+        """To everybody who hears it."""
+        for expert in self._peers:
+            self._sockets.send(expert, leave)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """For a status report."""
+        return [
+            {
+                "name": peer.device.name,
+                "expert": expert,
+                "address": peer.device.address,
+                "state": peer.health.state,
+                "rtt_ms": _ms(peer.health.rtt_s),
+                "p95_ms": _ms(peer.health.p95_s),
+                "asked": peer.asked,
+                "answered": peer.answered,
+                "refused": peer.refused,
+                "owed": peer.health.owed,
+                "bundle": peer.bundle[:12],
+            }
+            for expert, peer in sorted(self._peers.items())
+        ]
+
+    def _welcomed(self, expert: int, peer: _Peer, welcome: Welcome, now: float) -> None:
+        mine = self._hello()
+        if (welcome.device, welcome.expert) != (peer.device.name, expert) or welcome.trunk != mine.trunk:
+            self.fail(expert, "foreign", now)
+            self._log.rarely(f"{peer.device.name} is somebody else", f"{welcome.device}, trunk {welcome.trunk.hex()}")
+            return
+        if not peer.health.alive:
+            self._log.rarely(f"{peer.device.name} alive", peer=peer.device.name)
+        peer.bundle = welcome.bundle
+        peer.health.welcomed(now)
+
+
+def _reached(device: Device) -> tuple[Any, ...]:
+    """What a connection depends on."""
+    return device.name, device.address, device.public_key
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None or seconds == float("inf") else round(seconds * 1000, 3)

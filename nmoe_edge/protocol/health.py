@@ -1,0 +1,125 @@
+"""One peer as this device sees it: how long it takes to answer, and whether it is worth asking.
+
+A circuit breaker: `alive` peers are asked; one that is silent, lost or wrong is asked nothing more until a probe, a
+Hello after a pause that doubles with each failure, is welcomed. Pure: time and chance are arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+State = Literal["unknown", "alive", "silent", "lost", "wrong", "foreign", "left"]
+Failure = Literal["silent", "lost", "wrong", "foreign", "left"]
+
+LEAST_SILENCE_S, MOST_SILENCE_S = 0.5, 1.2
+"""How long a peer may owe an answer: a busy small board pauses for some hundred milliseconds."""
+FIRST_PAUSE_S = 0.2
+MOST_PAUSE_S: dict[State, float] = {"silent": 1.5, "wrong": 60.0, "foreign": 10.0}
+"""Before the next probe. A frozen or restarted peer is back soon; one that talks nonsense is not."""
+SAMPLES = 64
+LEAST_SAMPLES = 16
+"""Fewer round trips say nothing about the slowest twentieth."""
+
+
+class Health:
+    """The breaker of one peer, and its round trips."""
+
+    def __init__(self, chance: Callable[[], float], ping_s: float = 0.5) -> None:
+        """chance: 0..1, so that devices do not probe in step; ping_s: how often a quiet peer is asked whether it is."""
+        self.state: State = "unknown"
+        self.failures = 0
+        """In a row, since it was last welcome; nonsense is forgotten only with an answer that makes sense."""
+        self.rtt_s: float | None = None
+        """Smoothed round trip of what was asked, with the work that was in it."""
+        self._varies_s = 0.0
+        self._trips: deque[float] = deque(maxlen=SAMPLES)
+        self._owed: dict[int, tuple[float, bool]] = {}
+        self._chance, self._ping_s = chance, ping_s
+        self._probe_at, self._quiet_since = 0.0, 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it may be asked."""
+        return self.state == "alive"
+
+    @property
+    def owed(self) -> int:
+        """How many answers."""
+        return len(self._owed)
+
+    @property
+    def silence_s(self) -> float:
+        """How long an answer may take before the peer counts as silent."""
+        usual = 0.0 if self.rtt_s is None else self.rtt_s + 4 * self._varies_s
+        return min(max(2 * usual, LEAST_SILENCE_S), MOST_SILENCE_S)
+
+    @property
+    def p95_s(self) -> float:
+        """What nineteen in twenty of the last asks took at most; infinity while too few are known."""
+        if len(self._trips) < LEAST_SAMPLES:
+            return math.inf
+        return sorted(self._trips)[math.ceil(0.95 * len(self._trips)) - 1]
+
+    @property
+    def wake_at(self) -> float:
+        """When `due` or `overdue` will say something else."""
+        if not self.alive:
+            return self._probe_at
+        oldest = next(iter(self._owed.values()), None)
+        return self._quiet_since + self._ping_s if oldest is None else oldest[0] + self.silence_s
+
+    def due(self, now: float) -> Literal["probe", "ping"] | None:
+        """What to send it now, if anything; a probe is not due again before its pause is over."""
+        if not self.alive:
+            if now < self._probe_at:
+                return None
+            self._pause(now)
+            return "probe"
+        return "ping" if not self._owed and now >= self._quiet_since + self._ping_s else None
+
+    def overdue(self, now: float) -> bool:
+        """Whether it owes an answer for too long."""
+        return self.alive and bool(self._owed) and now >= self.wake_at
+
+    def sent(self, request: int, now: float, timed: bool = True) -> None:
+        """It was asked; `timed`: with work that its round trip is to be learnt from."""
+        self._owed[request] = (now, timed)
+
+    def heard(self, request: int, now: float, sound: bool = True) -> None:
+        """It replied to `request`; `sound`: with an answer."""
+        sent_at, timed = self._owed.pop(request, (now, False))
+        self._quiet_since = now
+        if not (timed and sound):
+            return
+        self.failures = 0
+        took = now - sent_at
+        self._trips.append(took)
+        if self.rtt_s is None:
+            self.rtt_s, self._varies_s = took, took / 2
+        else:
+            self._varies_s += (abs(took - self.rtt_s) - self._varies_s) / 4
+            self.rtt_s += (took - self.rtt_s) / 8
+
+    def welcomed(self, now: float) -> None:
+        """A probe came back well."""
+        self.failures = 0 if self.state != "wrong" else self.failures
+        self.state, self._quiet_since = "alive", now
+
+    def failed(self, why: Failure, now: float) -> None:
+        """It is asked nothing more until a probe is welcome."""
+        self.state = why
+        self.failures += 1
+        self._owed.clear()
+        self._pause(now)
+
+    def returns(self, now: float) -> None:
+        """It spoke up by itself: probe it at once. A peer that talked nonsense waits for its pause all the same."""
+        if not self.alive and self.state != "wrong":
+            self._probe_at = min(self._probe_at, now)
+
+    def _pause(self, now: float) -> None:
+        most = MOST_PAUSE_S.get(self.state, 1.0)
+        self._probe_at = now + min(FIRST_PAUSE_S * 2 ** min(self.failures, 16), most) * (0.75 + 0.5 * self._chance())

@@ -1,0 +1,124 @@
+"""What others ask of this device's expert: taken in order, run together, answered or refused.
+
+Pings wait in the same queue: a device whose work stands still looks dead. Work whose budget is spent is never begun,
+and more than the queue holds is refused at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from nmoe_edge.counts import Counts
+from nmoe_edge.errors import LocalProtocolError, ModelError
+from nmoe_edge.models import Models
+from nmoe_edge.protocol.messages import Answer, Ask, Message, Ping, Pong, Reason, Refuse
+from nmoe_edge.protocol.tensor import Tensor
+from nmoe_edge.sockets import Sender
+
+MOST_ASKS = 512
+MOST_ROWS = 8192
+BATCH_ROWS = 256
+"""Run together at most; an ask of more is run as it came."""
+
+Reply = Callable[[Sender, Message], object]
+
+
+class Service:
+    """The queue of one expert."""
+
+    def __init__(self, models: Models, reply: Reply, counts: Counts) -> None:
+        """models: may be replaced at any time between two runs."""
+        self.models, self._reply, self._counts = models, reply, counts
+        self._queue: deque[tuple[Sender, Ask | Ping, float]] = deque()
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def offer(self, sender: Sender, message: Ask | Ping, now: float) -> None:
+        """Take it on, or refuse it at once."""
+        if isinstance(message, Ask):
+            reason = self._objection(message)
+            if reason is not None:
+                self._refuse(sender, message.request, *reason)
+                return
+            self._rows += message.latents.rows
+        self._queue.append((sender, message, now))
+
+    def run(self) -> None:
+        """Answer everything that is queued."""
+        while self._queue:
+            self._answer(self._batch())
+
+    def _objection(self, ask: Ask) -> tuple[Reason, str] | None:
+        manifest = self.models.manifest
+        if ask.trunk != manifest.trunk_bytes:
+            return Reason.WRONG_TRUNK, "these latents come from another extractor"
+        if ask.expert != manifest.expert:
+            return Reason.BAD_REQUEST, f"expert {manifest.expert} lives here, not {ask.expert}"
+        if ask.latents.shape[1] != manifest.latent.dim:
+            return Reason.BAD_REQUEST, f"latents have {manifest.latent.dim} numbers, not {ask.latents.shape[1]}"
+        if len(self._queue) >= MOST_ASKS or (self._queue and self._rows + ask.latents.rows > MOST_ROWS):
+            return Reason.BUSY, ""
+        return None
+
+    def _batch(self) -> list[tuple[Sender, Ask, float]]:
+        """The asks at the head of the queue that are run together; pings between them are answered in their turn."""
+        batch: list[tuple[Sender, Ask, float]] = []
+        rows = 0
+        while self._queue:
+            sender, message, came_at = self._queue[0]
+            if isinstance(message, Ping):
+                if batch:
+                    break
+                self._queue.popleft()
+                self._reply(sender, Pong(message.request))
+                continue
+            rows += message.latents.rows
+            if batch and rows > BATCH_ROWS:
+                break
+            self._queue.popleft()
+            self._rows -= message.latents.rows
+            batch.append((sender, message, came_at))
+        return batch
+
+    def _answer(self, batch: list[tuple[Sender, Ask, float]]) -> None:
+        began = time.monotonic()
+        ready = []
+        for sender, ask, came_at in batch:
+            if began - came_at >= ask.budget_ms / 1000:
+                self._refuse(sender, ask.request, Reason.EXPIRED, "")
+            elif ask.trunk != self.models.manifest.trunk_bytes:  # the bundle was swapped since it came
+                self._refuse(sender, ask.request, Reason.WRONG_TRUNK, "")
+            else:
+                ready.append((sender, ask))
+        if not ready:
+            return
+        latents = [ask.latents.unpack() for _, ask in ready]
+        try:
+            outputs = self.models.expert(np.concatenate(latents) if len(latents) > 1 else latents[0])
+        except ModelError as error:
+            for sender, ask in ready:
+                self._refuse(sender, ask.request, Reason.FAILED, str(error)[:100])
+            return
+        compute_us = min(int((time.monotonic() - began) * 1e6), 2**32 - 1)
+        start, expert = 0, self.models.manifest.expert
+        for sender, ask in ready:
+            rows = slice(start, start + ask.latents.rows)
+            start = rows.stop
+            try:
+                answer = Answer(ask.request, expert, compute_us, Tensor.pack(outputs[rows], "float32"))
+            except LocalProtocolError as error:  # NaN of latents that no extractor makes
+                self._refuse(sender, ask.request, Reason.FAILED, str(error)[:100])
+                continue
+            self._reply(sender, answer)
+            self._counts.events["rows answered for others"] += ask.latents.rows
+        self._counts.events["runs for others"] += 1
+
+    def _refuse(self, sender: Sender, request: int, reason: Reason, detail: str) -> None:
+        self._counts.events[f"refused {reason.name.lower()}"] += 1
+        self._reply(sender, Refuse(request, reason, detail))
