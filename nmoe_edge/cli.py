@@ -86,7 +86,13 @@ Examples: nmoe-edge serve bundles/digits/device-00
 @click.option("--fleet", type=click.Path(path_type=Path), help="[default: fleet.toml beside the bundle's folder]")
 @click.option("--listen", metavar="tcp://HOST:PORT", help="[default: this device's address in the fleet]")
 @click.option("--key", type=click.Path(path_type=Path), help="This device's key file.  [default: see keygen]")
-@click.option("--provider", type=click.Choice(("auto", "cpu", "cuda", "tensorrt")), default="auto", show_default=True)
+@click.option(
+    "--provider",
+    type=click.Choice(("auto", "cpu", "cuda", "tensorrt")),
+    default="auto",
+    show_default=True,
+    help="What runs the models; auto: the first of tensorrt, cuda, cpu that is here.",
+)
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads a graph.")
 @click.option("--top-k", type=int, help="Experts a row is sent to.  [default: as the bundle says]")
 @click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="At most.")

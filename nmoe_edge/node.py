@@ -17,13 +17,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
 
+from nmoe_edge import __version__
 from nmoe_edge.bundle import MANIFEST, read_bundle
 from nmoe_edge.client import Answers, answers_of
 from nmoe_edge.counts import Counts
@@ -229,15 +229,19 @@ class Node:
             self._origin.extracted(job, now)
         while self._inbox:
             self._inbox.popleft()(now)
-        for expert in self._peers.tick(now):
-            self._origin.lost(expert, now)
-        self._origin.tick(now)
+        if now >= self._peers.wake_at:
+            for expert in self._peers.tick(now):
+                self._origin.lost(expert, now)
+        if now >= self._origin.wake_at:
+            self._origin.tick(now)
         if now - self._looked_at > _LOOK_S:
             self._look(now)
 
     def _hear(self, heard: Heard, now: float) -> None:
-        message, sender = heard.message, heard.sender
-        if sender is None:
+        message, _, sender, _ = heard
+        if sender is not None and type(message) is Ask and self._leaving_at is None:  # most of what comes
+            self._service.offer(sender, message, now)
+        elif sender is None:
             reply = self._peers.heard(heard.expert, message, heard.request, now)
             if reply is not None:
                 self._origin.answered(reply, now)
@@ -340,7 +344,7 @@ class Node:
             "threads": self._threads,
             "uptime_s": round(time.monotonic() - self._began, 1),
             "under_way": len(self._origin),
-            "version": version("nmoe"),
+            "version": __version__,
             "input": to_plain(manifest.input),
             "combination": manifest.routing.combination,
             "labels": list(self._models.labels or ()),

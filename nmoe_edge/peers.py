@@ -56,10 +56,13 @@ class Peers:
         self._counts, self._log = counts, log
         self._peers: dict[int, _Peer] = {}
         self._lost: list[int] = []
+        self.wake_at = 0.0
+        """When `tick` is due again: now and then too early, never too late."""
 
     def become(self, devices: Collection[Device]) -> None:
         """These are the peers from now on; who is reached as before keeps its connection."""
         wanted = {device.expert: device for device in devices}
+        self.wake_at = 0.0
         ping_s = max(_PING_S, _PING_A_PEER_S * len(wanted))
         for expert in [e for e in self._peers if e not in wanted]:
             del self._peers[expert]
@@ -105,6 +108,7 @@ class Peers:
         peer = self._peers.get(expert)
         if peer is None:
             return
+        self.wake_at = 0.0
         if peer.health.alive:
             self._counts.events[f"peers {why}"] += 1
             self._log.rarely(f"{peer.device.name} {why}", "asked nothing more until it is back", peer=peer.device.name)
@@ -154,6 +158,7 @@ class Peers:
         if PROTOCOL not in hello.protocols:
             return Refuse(0, Reason.BAD_REQUEST, f"this device speaks protocol {PROTOCOL} alone")
         peer.health.returns(now)
+        self.wake_at = 0.0
         return Welcome(mine.device, mine.expert, mine.trunk, mine.capabilities, PROTOCOL, mine.bundle)
 
     def left(self, leave: Leave, sender: Sender, now: float) -> int | None:
@@ -162,6 +167,7 @@ class Peers:
             if peer.device.name == leave.device and sender.name in (None, leave.device):
                 if peer.health.alive:
                     peer.health.failed("left", now)
+                    self.wake_at = 0.0
                     self._counts.events["peers left"] += 1
                 return expert
         return None
@@ -181,13 +187,9 @@ class Peers:
                     health.sent(number, now, timed=False)
                 else:
                     self.fail(expert, "lost", now)
+        self.wake_at = min((peer.health.wake_at for peer in self._peers.values()), default=float("inf"))
         lost, self._lost = self._lost, []
         return lost
-
-    @property
-    def wake_at(self) -> float:
-        """When `tick` is due again."""
-        return min((peer.health.wake_at for peer in self._peers.values()), default=float("inf"))
 
     def say_goodbye(self, leave: Leave) -> None:
         """To everybody who hears it."""

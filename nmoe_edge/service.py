@@ -52,7 +52,9 @@ class Service:
     def run(self) -> None:
         """Answer everything that is queued."""
         while self._queue:
-            self._answer(self._batch())
+            batch = self._batch()
+            if batch:
+                self._answer(batch)
 
     def _objection(self, ask: Ask) -> tuple[Reason, str] | None:
         manifest = self.models.manifest

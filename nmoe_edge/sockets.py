@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import socket
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
 from nmoe_edge.counts import Counts
 from nmoe_edge.errors import NetworkError, RemoteProtocolError
@@ -37,8 +37,7 @@ _RECONNECT_MS, _RECONNECT_MOST_MS = 50, 500
 _REJECTED = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
 
 
-@dataclass(frozen=True, slots=True)
-class Sender:
+class Sender(NamedTuple):
     """Who sent a message to our own socket, and so where a reply goes."""
 
     route: bytes
@@ -53,8 +52,7 @@ class Sender:
             return None
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
+class Heard(NamedTuple):
     """A message, and from where: a peer's expert that we asked, or somebody who asks us."""
 
     message: Message | None
@@ -202,16 +200,16 @@ class Sockets:
 
     def _asked(self) -> Iterator[Heard]:
         """From our own socket: its first frame says who sent it."""
+        server = self._server
         for _ in range(_MOST_A_TURN):
-            try:
-                first = self._server.recv(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+            first = server.recv(copy=False)
             sender = Sender(first.bytes, first)
-            message, request = self._decoded(self._server.recv_multipart() if first.more else [])
+            message, request = self._decoded(server.recv_multipart() if first.more else [])
             if message is None and request is not None:
                 self.reply(sender, Refuse(request, Reason.BAD_REQUEST, "not understood"))
-            yield Heard(message, sender=sender, request=request)
+            yield Heard(message, -1, sender, request)
+            if not int(server.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return
 
     def _answered(self, peer: zmq.Socket[bytes]) -> Iterator[Heard]:
         expert = next((number for number, known in self._peers.items() if known is peer), -1)
@@ -243,8 +241,8 @@ class Sockets:
         self._guard.send_multipart([version, number, *status, b""])
 
     def _rejected(self) -> None:
-        event = parse_monitor_message(self._watch.recv_multipart())
-        if event["event"] != zmq.Event.HANDSHAKE_FAILED_AUTH:  # an unknown key was counted by name
+        (event,) = struct.unpack_from("=H", self._watch.recv_multipart()[0])  # zmq.utils.monitor brings asyncio along
+        if event != zmq.Event.HANDSHAKE_FAILED_AUTH:  # an unknown key was counted by name
             self._counts.events["failed handshakes"] += 1
             self._log.rarely("rejected", "a connection that does not speak CURVE as we do")
 

@@ -79,7 +79,8 @@ def _check_protocol(protocol: int) -> None:
 
 
 def _check_number(what: str, number: int, limit: int) -> None:
-    _require(isinstance(number, int) and 0 <= number < limit, "{} {} is not in 0..{}", what, number, limit - 1)
+    if not (isinstance(number, int) and 0 <= number < limit):
+        raise LocalProtocolError(f"{what} {number} is not in 0..{limit - 1}")
 
 
 def _check_expert(expert: int) -> None:
@@ -87,8 +88,8 @@ def _check_expert(expert: int) -> None:
 
 
 def _check_trunk(trunk: bytes) -> None:
-    sound = isinstance(trunk, bytes) and len(trunk) == TRUNK_BYTES
-    _require(sound, "a trunk digest has {} bytes, not {!r}", TRUNK_BYTES, trunk)
+    if not (isinstance(trunk, bytes) and len(trunk) == TRUNK_BYTES):
+        raise LocalProtocolError(f"a trunk digest has {TRUNK_BYTES} bytes, not {trunk!r}")
 
 
 def _check_request(request: int) -> None:

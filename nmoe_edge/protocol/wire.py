@@ -90,8 +90,7 @@ class Header(NamedTuple):
 
     def pack(self) -> bytes:
         """The 64 bytes."""
-        *places, dims = self
-        return HEADER.pack(*places, *(*dims, 0, 0, 0)[:MAX_DIMS])
+        return HEADER.pack(*self[:-1], *(*self.dims, 0, 0, 0)[:MAX_DIMS])
 
     @classmethod
     def unpack(cls, frame: bytes) -> Header:
@@ -129,7 +128,7 @@ def decode(frames: Sequence[bytes], caps: Caps = DEFAULT_CAPS) -> Message:
     if len(payload) > caps.payload_bytes:
         raise RemoteProtocolError(f"{len(payload)} bytes are over the cap of {caps.payload_bytes}", request)
     try:
-        fields = layout.body.read(header, bytes(payload), caps, layout.carried)
+        fields = layout.body.read(header, payload, caps, layout.carried)
         for field, place in layout.header.items():
             fields[field] = getattr(header, place)
         return kind(**fields)
