@@ -57,6 +57,8 @@ _TURN_S = 1.0
 """The longest that the loop sleeps."""
 _LOOK_S = 2.0
 """Between two looks at the manifest."""
+_MOST_BUGS = 100
+"""In a row, before the device ends, for whoever watches over it to start it anew."""
 _KEEP_S = 60.0
 """Between two times that the class mix is kept."""
 DRAIN_S = 5.0
@@ -182,7 +184,8 @@ class Node:
 
     def leave(self) -> None:
         """Say goodbye, take nothing new, finish what is begun, end: `ended` is set then."""
-        self._do(self._leave)
+        if not self.ended.is_set():
+            self._do(self._leave)
 
     def close(self) -> None:
         """Leave, and wait until it is done."""
@@ -205,12 +208,19 @@ class Node:
         self._sockets.wake()
 
     def _run(self) -> None:
+        bugs = 0
         try:
             while not self._over():
-                self._turn()
-        except Exception:  # noqa: BLE001  # a bug: nobody else would see it, and who waits for `ended` is told
-            self.broke = True
-            self._log("bug", traceback.format_exc())
+                try:
+                    self._turn()
+                    bugs = 0
+                except Exception:  # noqa: BLE001  # a bug of ours: the device goes on, and says it
+                    bugs += 1
+                    self.counts.events["bugs"] += 1
+                    self._log.rarely("bug", traceback.format_exc())
+                    if bugs > _MOST_BUGS:
+                        self.broke = True
+                        return
         finally:
             self.ended.set()
             self._origin.abandon()
@@ -273,7 +283,8 @@ class Node:
     def _leave(self, now: float) -> None:
         if self._leaving_at is None:
             self._leaving_at = now
-            self._log("leaving", f"{len(self._origin)} requests to finish")
+            if self.address:
+                self._log("leaving", f"{len(self._origin)} requests to finish")
             self._peers.say_goodbye(Leave(self._models.manifest.device))
 
     def _over(self) -> bool:

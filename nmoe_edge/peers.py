@@ -100,6 +100,7 @@ class Peers:
             self.fail(ask.expert, "lost", now)
             return False
         peer.health.sent(ask.request, now)
+        self.wake_at = min(self.wake_at, peer.health.wake_at)
         peer.asked += 1
         return True
 

@@ -78,7 +78,7 @@ class Sockets:
         """listen: where others connect, None for nowhere; allowed: public key -> device."""
         if listen is not None and keys is None and not _LOOPBACK.fullmatch(listen):
             raise NetworkError(
-                f"{listen} is not loopback, and without keys nothing else is: make some, nmoe-edge keygen"
+                f"{listen} is not loopback, and without keys nothing else will do; nmoe-edge keygen makes keys"
             )
         self.allowed = dict(allowed)
         self._keys, self._counts, self._log, self._caps = keys, counts, log, caps

@@ -19,6 +19,8 @@ LEAST_SILENCE_S, MOST_SILENCE_S = 0.5, 1.2
 FIRST_PAUSE_S = 0.2
 MOST_PAUSE_S: dict[State, float] = {"silent": 1.5, "wrong": 60.0, "foreign": 10.0}
 """Before the next probe. A frozen or restarted peer is back soon; one that talks nonsense is not."""
+DOUBT_S = 0.1
+"""An answer that takes longer is asked after: where there is no way to the peer any more, that shows at once."""
 SAMPLES = 64
 LEAST_SAMPLES = 16
 """Fewer round trips say nothing about the slowest twentieth."""
@@ -37,6 +39,8 @@ class Health:
         self._varies_s = 0.0
         self._trips: deque[float] = deque(maxlen=SAMPLES)
         self._owed: dict[int, tuple[float, bool]] = {}
+        self._doubted = -1
+        """The request that was asked after."""
         self._chance, self._ping_s = chance, ping_s
         self._probe_at, self._quiet_since = 0.0, 0.0
 
@@ -68,8 +72,10 @@ class Health:
         """When `due` or `overdue` will say something else."""
         if not self.alive:
             return self._probe_at
-        oldest = next(iter(self._owed.values()), None)
-        return self._quiet_since + self._ping_s if oldest is None else oldest[0] + self.silence_s
+        oldest = next(iter(self._owed), None)
+        if oldest is None:
+            return self._quiet_since + self._ping_s
+        return self._owed[oldest][0] + (self.silence_s if oldest == self._doubted else DOUBT_S)
 
     def due(self, now: float) -> Literal["probe", "ping"] | None:
         """What to send it now, if anything; a probe is not due again before its pause is over."""
@@ -78,11 +84,18 @@ class Health:
                 return None
             self._pause(now)
             return "probe"
-        return "ping" if not self._owed and now >= self._quiet_since + self._ping_s else None
+        if now < self.wake_at:
+            return None
+        oldest = next(iter(self._owed), -1)
+        if oldest == self._doubted != -1:
+            return None
+        self._doubted = oldest
+        return "ping"
 
     def overdue(self, now: float) -> bool:
         """Whether it owes an answer for too long."""
-        return self.alive and bool(self._owed) and now >= self.wake_at
+        oldest = next(iter(self._owed.values()), None)
+        return self.alive and oldest is not None and now >= oldest[0] + self.silence_s
 
     def sent(self, request: int, now: float, timed: bool = True) -> None:
         """It was asked; `timed`: with work that its round trip is to be learnt from."""

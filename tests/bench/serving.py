@@ -242,7 +242,8 @@ def expert_calls(folder, seconds):
         rate = statistics.median(rates[name])
         base = base or (p50, p99, rate)
         print(
-            f"{name:<12}{p50:>9.0f}{p50 / base[0]:>7.2f}×{p99:>9.0f}{p99 / base[1]:>7.2f}×{rate:>14,.0f}{rate / base[2]:>7.2f}×"
+            f"{name:<12}{p50:>9.0f}{p50 / base[0]:>7.2f}×{p99:>9.0f}{p99 / base[1]:>7.2f}×"
+            f"{rate:>14,.0f}{rate / base[2]:>7.2f}×"
         )
 
 

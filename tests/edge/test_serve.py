@@ -1,0 +1,218 @@
+"""`nmoe-edge serve` and the commands around it, as processes with real signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from edge.fleets import Processes, bright, pinned, serve_command, settled, states, until
+
+from nmoe_edge.bundle import read_bundle, write_bundle
+from nmoe_edge.cli import main
+from nmoe_edge.errors import CallError
+from nmoe_edge.fleet import FLEET_FILE, read_fleet
+
+pytestmark = pytest.mark.socket
+
+
+@pytest.fixture
+def fleet(tiny_fleet, tmp_path):
+    return settled(tiny_fleet, tmp_path / "fleet")
+
+
+@pytest.fixture
+def keyed(tiny_fleet, tmp_path):
+    return settled(tiny_fleet, tmp_path / "fleet", keyed=True)
+
+
+@pytest.fixture
+def nmoe_edge(run_main):
+    return lambda *arguments: run_main(main, *arguments)
+
+
+class Load:
+    """Clients that ask without a pause, and what became of every row."""
+
+    def __init__(self, fleet, name, clients=2):
+        self.answered, self.failed, self.wrong = 0, [], 0
+        self._over, self._fleet, self._name = threading.Event(), fleet, name
+        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
+
+    def _run(self, seed):
+        rng = np.random.default_rng(seed)
+        with self._fleet.client(self._name) as client:
+            while not self._over.is_set():
+                thirds = rng.integers(0, 3, 4)
+                try:
+                    answers = client.infer(bright(*thirds), 2.0)
+                except CallError as error:
+                    self.failed.append(str(error))
+                    continue
+                self.answered += sum(bool(row.experts) for row in answers.rows)
+                self.failed += ["a row nobody answered"] * sum(not row.experts for row in answers.rows)
+                # Every expert of the tiny fleet says which third is bright.
+                self.wrong += int((answers.outputs.argmax(1) != thirds).sum())
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_a_fleet_of_processes_with_keys_answers_and_leaves_in_peace(keyed, nmoe_edge, tmp_path):
+    with Processes(keyed) as fleet:
+        fleet.acquainted("attic")
+        np.savez(tmp_path / "inputs.npz", inputs=bright(0, 1, 2))
+        address = read_fleet(keyed / FLEET_FILE).named("attic").address
+        access = ("--at", address, "--fleet", keyed / FLEET_FILE)
+        shown = nmoe_edge("infer", tmp_path / "inputs.npz", *access, "--json")
+        rows = [json.loads(line) for line in shown.output.splitlines()]
+        assert [row["label"] for row in rows] == ["top", "middle", "bottom"]
+        assert [list(row["experts"]) for row in rows] == [["0"], ["1"], ["2"]]
+        text = nmoe_edge("infer", tmp_path / "inputs.npz", *access).output
+        assert "inputs.npz[1]  middle" in text
+        assert "by expert 1 (100%)" in text
+        status = nmoe_edge("status", *access).output
+        assert "attic, expert 0 of 3" in status
+        assert "cellar" in status
+        assert json.loads(nmoe_edge("status", *access, "--json").output)["counts"]["rows"] == 6
+        fleet.signal("barn", signal.SIGTERM)
+        assert fleet.running["barn"].wait(10) == 0
+        with fleet.client("attic") as client:
+            until(lambda: states(client.status())["barn"] != "alive", 1)
+    assert "barn leaving" in (fleet.logs / "barn").read_text()
+
+
+def test_a_frozen_peer_is_cut_off_within_a_second_and_a_half_and_is_back_when_it_thaws(fleet):
+    with Processes(fleet) as running:
+        running.acquainted("attic")
+        with Load(running, "attic") as load, running.client("attic") as client:
+            until(lambda: load.answered > 100)
+            running.signal("cellar", signal.SIGSTOP)
+            frozen_at = time.monotonic()
+            until(lambda: states(client.status())["cellar"] == "silent")
+            assert time.monotonic() - frozen_at < 5  # the figure itself is a benchmark's
+            before = load.answered
+            until(lambda: load.answered > before + 100)
+            running.signal("cellar", signal.SIGCONT)
+            until(lambda: states(client.status())["cellar"] == "alive")
+        assert (load.failed, load.wrong) == ([], 0)
+
+
+def test_peers_that_are_killed_and_come_back_cost_no_row(keyed):
+    with Processes(keyed) as running:
+        running.acquainted("attic")
+        with Load(running, "attic") as load, running.client("attic") as client:
+            for name in ("barn", "cellar", "barn"):
+                before = load.answered
+                until(lambda before=before: load.answered > before + 50)
+                running.kill(name)
+                until(lambda name=name: states(client.status())[name] != "alive")
+                running.start(name)
+                running.ready(name)
+                until(lambda name=name: states(client.status())[name] == "alive")
+        assert (load.failed, load.wrong) == ([], 0)
+
+
+def test_a_hangup_takes_up_a_new_bundle_and_no_request_fails(fleet):
+    with Processes(fleet) as running:
+        running.acquainted("attic")
+        with Load(running, "attic") as load, running.client("attic") as client:
+            bundle = read_bundle(fleet / "attic")
+            changed = write_bundle(fleet / "attic", replace(bundle.manifest, target="pi"), bundle.contents)
+            pinned(fleet, changed)
+            running.signal("attic", signal.SIGHUP)
+            until(lambda: client.status()["bundle"] == changed.manifest.digest)
+            before = load.answered
+            until(lambda: load.answered > before + 50)
+            # Without any signal a changed manifest is seen as well.
+            again = write_bundle(fleet / "attic", bundle.manifest, bundle.contents)
+            pinned(fleet, again)
+            until(lambda: client.status()["bundle"] == again.manifest.digest)
+        assert (load.failed, load.wrong) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--top-k", "4"), "top-k 4 is not in 1..3"),
+        (("--provider", "tensorrt"), "pip install 'nmoe[edge-gpu]'"),
+        (("--fleet", "nowhere.toml"), "nowhere.toml: No such file"),
+        (("--listen", "tcp://0.0.0.0:1"), "nmoe-edge keygen makes keys"),
+        (("--listen", "nonsense"), "not loopback"),
+        (("--key", "missing.key"), "missing.key"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_exit_1(fleet, options, text):
+    done = subprocess.run(serve_command(fleet, "attic", *options), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert text in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_log_in_json_is_one_object_a_line(fleet):
+    with Processes(fleet, "attic", options=("--log-json",)) as running:
+        pass
+    lines = [json.loads(line) for line in (running.logs / "attic").read_text().splitlines()]
+    assert {"time", "device", "event"} <= lines[0].keys()
+    assert lines[-1]["event"] == "leaving"
+
+
+def test_keygen_keeps_pairs_and_writes_nothing_that_others_may_read(tiny_fleet, tmp_path, nmoe_edge):
+    folder = settled(tiny_fleet, tmp_path / "fleet")
+    shown = nmoe_edge("keygen", folder)
+    assert shown.exit_code == 0, shown.error
+    keys = read_fleet(folder / FLEET_FILE)
+    assert all(device.public_key for device in keys.device)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "fleet-keys").iterdir()} == {0o600}
+    assert nmoe_edge("keygen", folder, "--device", "attic").exit_code == 0
+    assert read_fleet(folder / FLEET_FILE) == keys
+    assert "no device is named 'nobody'" in nmoe_edge("keygen", folder, "--device", "nobody").error
+    secrets = [path.read_text().strip() for path in (tmp_path / "fleet-keys").iterdir()]
+    assert not any(secret in shown.output for secret in secrets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("infer", "x.png"), "say who is to answer"),
+        (("infer", "x.png", "--at", "tcp://127.0.0.1:1", "--deadline-ms", "50"), "no answer within"),
+        (("infer", "x.png", "--at", "nonsense"), "tcp://HOST:PORT is due"),
+        (("status", "--at", "tcp://127.0.0.1:1", "--key", "some.key"), "--key needs --fleet"),
+        (("keygen", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(nmoe_edge, arguments, text):
+    shown = nmoe_edge(*arguments)
+    assert (shown.exit_code, shown.output, shown.error.count("\n")) == (1, "", 1)
+    assert text in shown.error
+
+
+def test_a_bundle_answers_a_picture_alone(tiny_fleet, tmp_path, nmoe_edge):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(bright(2)[0, 0]).save(tmp_path / "picture.png")
+    shown = nmoe_edge("infer", tmp_path / "picture.png", "--bundle", tiny_fleet / "cellar")
+    assert shown.exit_code == 0, shown.error
+    assert "bottom" in shown.output
+    assert "by expert 2" in shown.output
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    refused = nmoe_edge("infer", tmp_path / "broken.png", "--bundle", tiny_fleet / "cellar")
+    assert (refused.exit_code, refused.error.count("\n")) == (1, 1)
+
+
+def test_it_runs_as_a_module_and_says_its_version():
+    shown = subprocess.run([sys.executable, "-m", "nmoe_edge", "serve", "--help"], capture_output=True, text=True)
+    assert "Examples: nmoe-edge serve" in shown.stdout
