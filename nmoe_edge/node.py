@@ -57,6 +57,8 @@ _TURN_S = 1.0
 """The longest that the loop sleeps."""
 _LOOK_S = 2.0
 """Between two looks at the manifest."""
+_WEIGHED = 64
+"""Requests between two looks at what one takes."""
 _MOST_BUGS = 100
 """In a row, before the device ends, for whoever watches over it to start it anew."""
 _KEEP_S = 60.0
@@ -129,6 +131,7 @@ class Node:
         self._stamp = self._manifest_stamp()
         self._reloading: threading.Thread | None = None
         self._leaving_at: float | None = None
+        self._busy_s = 0.0
         self.broke = False
         """Whether it ended by a bug."""
         self.ended = threading.Event()
@@ -231,7 +234,8 @@ class Node:
     def _turn(self) -> None:
         """Hear what has come, do what is due."""
         wake_at = min(self._peers.wake_at, self._origin.wake_at)
-        for heard in self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S)):
+        began = self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S))
+        for heard in self._sockets.heard():
             self._hear(heard, time.monotonic())
         self._service.run()
         now = time.monotonic()
@@ -246,6 +250,14 @@ class Node:
             self._origin.tick(now)
         if now - self._looked_at > _LOOK_S:
             self._look(now)
+        self._weigh(time.monotonic() - began)
+
+    def _weigh(self, busy_s: float) -> None:
+        """Learn what a request takes of this thread, whatever else it did meanwhile."""
+        self._busy_s += busy_s
+        if self._origin.finished >= _WEIGHED:
+            self._origin.cost_s = self._busy_s / self._origin.finished
+            self._origin.finished, self._busy_s = 0, 0.0
 
     def _hear(self, heard: Heard, now: float) -> None:
         message, _, sender, _ = heard

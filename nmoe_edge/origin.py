@@ -116,6 +116,9 @@ class Origin:
         self._ties = itertools.count()
         self._open: set[_Request] = set()
         self._hedges = _SAVED_HEDGES
+        self.cost_s = 0.0
+        """What a request takes of the node's own thread: who would wait for longer than he has is refused."""
+        self.finished = 0
         self.mix = ClassMix(models.manifest.outputs)
         """What this device sees; learnt from only when the rules say so."""
         self.serve(models, rules)
@@ -137,7 +140,11 @@ class Origin:
         if refusal is not None:
             self._refuse(infer, reply, Reason.BAD_REQUEST, refusal)
             return
-        deadline = now + min(infer.budget_ms / 1000, rules.deadline_s)
+        budget_s = min(infer.budget_ms / 1000, rules.deadline_s)
+        if len(self._open) * self.cost_s > budget_s:
+            self._refuse(infer, reply, Reason.BUSY, "")
+            return
+        deadline = now + budget_s
         job = Job(models, infer.inputs.unpack(), deadline, own_too=rules.local_first is not None)
         if not self._front.offer(job, now):
             self._refuse(infer, reply, Reason.BUSY, "")
@@ -229,8 +236,7 @@ class Origin:
         if rules.prefer_near:
             away_ms = [1000 * self._peers.expected_s(e) * (e != manifest.expert) for e in range(manifest.experts)]
             scores = scores - np.float32(rules.prefer_near) * np.asarray(away_ms, np.float32)
-        alive = self._peers.alive()
-        found = route(scores, manifest.expert, alive, rules.top_k or 1, at_home)
+        found = route(scores, manifest.expert, self._peers.trusted(now), rules.top_k or 1, at_home)
         reserve = min(_MOST_RESERVE_S, (request.deadline - request.began) / 10)
         request.exchange = Exchange(
             found,
@@ -336,6 +342,7 @@ class Origin:
         self._open.discard(request)
         for number in request.asks:
             self._by_ask.pop(number, None)
+        self.finished += 1
         if isinstance(reply, Refuse):
             self._counts.events[f"requests refused {reply.reason.name.lower()}"] += 1
         request.reply(reply)

@@ -78,9 +78,9 @@ class Peers:
             self._peers[expert] = _Peer(device, Health(random.random, ping_s))  # to spread probes
             self._sockets.connect(expert, device)
 
-    def alive(self) -> frozenset[int]:
+    def trusted(self, now: float) -> frozenset[int]:
         """The experts that may be asked."""
-        return frozenset(expert for expert, peer in self._peers.items() if peer.health.alive)
+        return frozenset([expert for expert, peer in self._peers.items() if peer.health.trusted(now)])
 
     def expected_s(self, expert: int) -> float:
         """What an answer usually takes; zero while nobody knows."""
@@ -89,7 +89,8 @@ class Peers:
 
     def patience(self, expert: int) -> float:
         """After how many seconds another is worth asking as well."""
-        return self._peers[expert].health.p95_s
+        health = self._peers[expert].health
+        return min(health.p95_s, health.doubt_s)
 
     def ask(self, ask: Ask, now: float) -> bool:
         """Send an Ask; False when there is no way to the peer, which is lost then."""

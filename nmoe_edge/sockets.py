@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import zmq
 from zmq.utils import z85
@@ -85,6 +86,7 @@ class Sockets:
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._peers: dict[int, zmq.Socket[bytes]] = {}
+        self._ready: list[tuple[Any, int]] = []
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -142,10 +144,14 @@ class Sockets:
         self._counts.events["replies that nobody took"] += gone
         return not gone
 
-    def wait(self, seconds: float) -> Iterator[Heard]:
-        """What has come; at the latest after so many seconds, or when somebody wakes us."""
-        ready = self._poller.poll(max(0, int(seconds * 1000 + 0.999)))
-        for source, _ in ready:
+    def wait(self, seconds: float) -> float:
+        """Until something has come, somebody wakes us, or so many seconds are over; the moment at which it ended."""
+        self._ready = self._poller.poll(max(0, int(seconds * 1000 + 0.999)))
+        return time.monotonic()
+
+    def heard(self) -> Iterator[Heard]:
+        """What had come when `wait` ended, and what came meanwhile."""
+        for source, _ in self._ready:
             if source is self._server:
                 yield from self._asked()
             elif source is self._guard:

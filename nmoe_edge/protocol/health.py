@@ -16,11 +16,11 @@ Failure = Literal["silent", "lost", "wrong", "foreign", "left"]
 
 LEAST_SILENCE_S, MOST_SILENCE_S = 0.5, 1.2
 """How long a peer may owe an answer: a busy small board pauses for some hundred milliseconds."""
+LEAST_DOUBT_S = 0.1
+"""An answer that takes longer is asked after, and nothing more is asked until it has come."""
 FIRST_PAUSE_S = 0.2
 MOST_PAUSE_S: dict[State, float] = {"silent": 1.5, "wrong": 60.0, "foreign": 10.0}
 """Before the next probe. A frozen or restarted peer is back soon; one that talks nonsense is not."""
-DOUBT_S = 0.1
-"""An answer that takes longer is asked after: where there is no way to the peer any more, that shows at once."""
 SAMPLES = 64
 LEAST_SAMPLES = 16
 """Fewer round trips say nothing about the slowest twentieth."""
@@ -49,6 +49,12 @@ class Health:
         """Whether it may be asked."""
         return self.state == "alive"
 
+    def trusted(self, now: float) -> bool:
+        """Whether it may be asked, and owes nothing for longer than usual."""
+        if self.state != "alive":
+            return False
+        return not self._owed or now < next(iter(self._owed.values()))[0] + self.doubt_s
+
     @property
     def owed(self) -> int:
         """How many answers."""
@@ -57,8 +63,16 @@ class Health:
     @property
     def silence_s(self) -> float:
         """How long an answer may take before the peer counts as silent."""
-        usual = 0.0 if self.rtt_s is None else self.rtt_s + 4 * self._varies_s
-        return min(max(2 * usual, LEAST_SILENCE_S), MOST_SILENCE_S)
+        return min(max(2 * self._usual_s, LEAST_SILENCE_S), MOST_SILENCE_S)
+
+    @property
+    def doubt_s(self) -> float:
+        """How long it may take before nothing more is asked of it for now."""
+        return min(max(2 * self._usual_s, LEAST_DOUBT_S), MOST_SILENCE_S)
+
+    @property
+    def _usual_s(self) -> float:
+        return 0.0 if self.rtt_s is None else self.rtt_s + 4 * self._varies_s
 
     @property
     def p95_s(self) -> float:
@@ -75,7 +89,7 @@ class Health:
         oldest = next(iter(self._owed), None)
         if oldest is None:
             return self._quiet_since + self._ping_s
-        return self._owed[oldest][0] + (self.silence_s if oldest == self._doubted else DOUBT_S)
+        return self._owed[oldest][0] + (self.silence_s if oldest == self._doubted else self.doubt_s)
 
     def due(self, now: float) -> Literal["probe", "ping"] | None:
         """What to send it now, if anything; a probe is not due again before its pause is over."""

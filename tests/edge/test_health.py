@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmoe_edge.protocol.health import (
+    DOUBT_S,
+    LEAST_SAMPLES,
+    LEAST_SILENCE_S,
+    MOST_PAUSE_S,
+    MOST_SILENCE_S,
+    SAMPLES,
+    Health,
+)
+
+MIDDLE = 0.5
+"""The chance that leaves a pause as it is."""
+
+
+def peer(chance=MIDDLE, alive_at=None):
+    health = Health(lambda: chance)
+    if alive_at is not None:
+        health.welcomed(alive_at)
+    return health
+
+
+def asked(health, trips, start=0.0):
+    """Ask and be answered, one after another."""
+    for number, took in enumerate(trips):
+        health.sent(number, start)
+        health.heard(number, start + took)
+
+
+def pause_after(health, now):
+    """How long after `now` it is probed again."""
+    assert health.due(now) is None
+    return health.wake_at - now
+
+
+def test_a_peer_that_nobody_knows_is_probed_at_once_and_not_asked():
+    health = peer()
+    assert not health.alive
+    assert health.due(0.0) == "probe"
+    assert health.due(0.0) is None
+
+
+def test_a_welcome_makes_it_alive():
+    health = peer(alive_at=1.0)
+    assert (health.state, health.alive) == ("alive", True)
+
+
+@pytest.mark.parametrize("why", ["silent", "lost", "wrong", "foreign", "left"])
+def test_a_failed_peer_owes_nothing_and_is_not_asked(why):
+    health = peer(alive_at=0.0)
+    health.sent(1, 0.0)
+    health.failed(why, 0.1)
+    assert (health.state, health.alive, health.owed) == (why, False, 0)
+    assert not health.overdue(100.0)
+
+
+@pytest.mark.parametrize("why", ["silent", "lost", "wrong", "foreign", "left"])
+def test_pauses_double_with_each_failure_up_to_a_most(why):
+    health, pauses = peer(alive_at=0.0), []
+    for _ in range(12):
+        health.failed(why, 0.0)
+        pauses.append(pause_after(health, 0.0))
+    most = MOST_PAUSE_S.get(why, 1.0)
+    assert pauses == pytest.approx([min(pauses[0] * 2**n, most) for n in range(12)])
+    assert pauses[-1] == pytest.approx(most)
+
+
+def test_so_many_failures_that_no_float_could_double_them_are_borne():
+    health = peer()
+    health.failures = 5000
+    health.failed("lost", 0.0)
+    assert pause_after(health, 0.0) == pytest.approx(1.0)
+
+
+def test_chance_moves_a_pause_by_a_quarter_at_most():
+    pauses = []
+    for chance in (0.0, 0.5, 1.0):
+        health = peer(chance)
+        health.failed("left", 5.0)
+        pauses.append(pause_after(health, 5.0))
+    assert pauses == pytest.approx([0.75 * pauses[1], pauses[1], 1.25 * pauses[1]])
+
+
+def test_a_probe_is_not_due_again_before_its_pause_is_over():
+    health = peer(alive_at=0.0)
+    health.failed("silent", 0.0)
+    at = health.wake_at
+    assert [health.due(at - 1e-6), health.due(at), health.due(at)] == [None, "probe", None]
+    assert health.wake_at > at
+
+
+def test_a_welcome_forgets_failures_but_not_nonsense():
+    health, wrong = peer(), peer()
+    for _ in range(3):
+        health.failed("silent", 0.0)
+        wrong.failed("wrong", 0.0)
+    health.welcomed(10.0)
+    wrong.welcomed(10.0)
+    assert (health.failures, wrong.failures) == (0, 3)
+
+
+def test_nonsense_is_forgotten_with_an_answer_that_makes_sense():
+    health = peer()
+    health.failed("wrong", 0.0)
+    health.welcomed(10.0)
+    health.sent(1, 10.0)
+    health.heard(1, 10.1, sound=False)
+    assert health.failures == 1
+    health.sent(2, 10.2)
+    health.heard(2, 10.3)
+    assert health.failures == 0
+
+
+@pytest.mark.parametrize("why", ["silent", "lost", "foreign", "left"])
+def test_a_peer_that_speaks_up_is_probed_at_once(why):
+    health = peer(alive_at=0.0)
+    health.failed(why, 1.0)
+    health.returns(1.01)
+    assert health.due(1.01) == "probe"
+
+
+def test_a_wrong_peer_that_speaks_up_waits_for_its_pause_all_the_same():
+    health = peer(alive_at=0.0)
+    health.failed("wrong", 1.0)
+    at = health.wake_at
+    health.returns(1.01)
+    assert health.wake_at == at
+    assert health.due(1.01) is None
+
+
+def test_a_probe_that_is_due_anyway_is_not_put_off_by_a_return():
+    health = peer(alive_at=0.0)
+    health.failed("lost", 0.0)
+    at = health.wake_at
+    health.returns(at + 1)
+    assert health.wake_at == at
+
+
+def test_an_alive_peer_that_introduces_itself_changes_nothing():
+    health = peer(alive_at=1.0)
+    health.returns(1.1)
+    assert (health.state, health.due(1.1)) == ("alive", None)
+
+
+def test_p95_says_nothing_before_enough_round_trips():
+    health = peer(alive_at=0.0)
+    asked(health, [0.01] * (LEAST_SAMPLES - 1))
+    assert health.p95_s == math.inf
+    asked(health, [0.01])
+    assert health.p95_s == pytest.approx(0.01)
+
+
+def test_p95_is_what_nineteen_in_twenty_stayed_under():
+    health = peer(alive_at=0.0)
+    asked(health, [0.001 * n for n in range(1, 21)])
+    assert health.p95_s == pytest.approx(0.019)
+
+
+def test_p95_forgets_old_round_trips():
+    health = peer(alive_at=0.0)
+    asked(health, [5.0] * SAMPLES)
+    asked(health, [0.01] * SAMPLES)
+    assert health.p95_s == pytest.approx(0.01)
+
+
+def test_the_round_trip_is_smoothed_towards_what_is_measured():
+    health = peer(alive_at=0.0)
+    asked(health, [0.1])
+    assert health.rtt_s == pytest.approx(0.1)
+    asked(health, [0.2])
+    assert 0.1 < health.rtt_s < 0.15
+    asked(health, [0.2] * 100)
+    assert health.rtt_s == pytest.approx(0.2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("took", "silence"), [(1e-4, LEAST_SILENCE_S), (30.0, MOST_SILENCE_S)])
+def test_silence_has_bounds_whatever_the_round_trips(took, silence):
+    health = peer(alive_at=0.0)
+    assert health.silence_s == LEAST_SILENCE_S
+    asked(health, [took] * 40)
+    assert health.silence_s == silence
+
+
+def test_between_its_bounds_a_slow_peer_may_be_silent_for_longer():
+    health = peer(alive_at=0.0)
+    asked(health, [0.4] * 60)
+    assert health.silence_s == pytest.approx(0.8, abs=0.02)
+
+
+def test_what_is_owed_for_too_long_is_overdue():
+    health = peer(alive_at=0.0)
+    health.sent(1, 1.0)
+    health.sent(2, 1.4)
+    assert not health.overdue(1.0 + LEAST_SILENCE_S - 1e-6)
+    assert health.overdue(1.0 + LEAST_SILENCE_S)
+    health.heard(1, 1.5)
+    assert not health.overdue(1.0 + LEAST_SILENCE_S)
+    assert health.overdue(1.4 + health.silence_s)
+
+
+def test_nothing_owed_is_never_overdue():
+    assert not peer(alive_at=0.0).overdue(1e9)
+
+
+def test_a_quiet_peer_is_pinged_after_its_time():
+    health = Health(lambda: MIDDLE, ping_s=0.5)
+    health.welcomed(1.0)
+    assert health.due(1.49) is None
+    assert health.due(1.5) == "ping"
+
+
+def test_a_peer_that_speaks_is_not_pinged():
+    health = Health(lambda: MIDDLE, ping_s=0.5)
+    health.welcomed(0.0)
+    health.sent(1, 0.3)
+    health.heard(1, 0.35)
+    assert health.due(0.84) is None
+    assert health.due(0.86) == "ping"
+
+
+def test_while_an_answer_is_owed_quiet_alone_is_no_reason_to_ping():
+    health = Health(lambda: MIDDLE, ping_s=0.5)
+    health.welcomed(0.0)
+    health.sent(1, 0.49)
+    assert health.due(0.55) is None
+
+
+def test_a_late_answer_is_asked_after_once():
+    health = peer(alive_at=0.0)
+    health.sent(1, 1.0)
+    assert health.due(1.0 + DOUBT_S - 1e-6) is None
+    assert health.due(1.0 + DOUBT_S) == "ping"
+    health.sent(2, 1.0 + DOUBT_S, timed=False)
+    assert [health.due(1.0 + DOUBT_S * n) for n in (2, 3, 4)] == [None, None, None]
+
+
+def test_every_late_answer_is_asked_after():
+    health = peer(alive_at=0.0)
+    health.sent(1, 1.0)
+    health.sent(2, 1.0)
+    assert health.due(1.2) == "ping"
+    health.heard(1, 1.21)
+    assert health.due(1.21) == "ping"
+
+
+def test_a_ping_teaches_no_round_trip():
+    health = peer(alive_at=0.0)
+    for number in range(LEAST_SAMPLES):
+        health.sent(number, 0.0, timed=False)
+        health.heard(number, 0.3)
+    assert (health.rtt_s, health.p95_s, health.owed) == (None, math.inf, 0)
+
+
+def test_a_refusal_and_an_answer_that_nobody_asked_for_teach_no_round_trip():
+    health = peer(alive_at=0.0)
+    health.sent(1, 0.0)
+    health.heard(1, 0.3, sound=False)
+    health.heard(99, 0.4)
+    assert (health.rtt_s, health.owed) == (None, 0)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["ask", "ping", "hear", "late", "refuse", "welcome", "fail", "nonsense", "return", "act"]),
+        st.floats(0, 2, allow_nan=False),
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS, st.floats(0, 1))
+def test_before_wake_at_nothing_is_due_and_at_it_something_is(steps, chance):
+    health, now, number, open_ = Health(lambda: chance), 0.0, 0, []
+    for what, later in steps:
+        now += later
+        if what in ("ask", "ping") and health.alive:
+            number += 1
+            health.sent(number, now, timed=what == "ask")
+            open_.append(number)
+        elif what in ("hear", "late", "refuse") and open_:
+            health.heard(open_.pop(0 if what != "late" else -1), now, sound=what != "refuse")
+        elif what == "welcome":
+            health.welcomed(now)
+        elif what in ("fail", "nonsense"):
+            health.failed("wrong" if what == "nonsense" else "silent", now)
+        elif what == "return":
+            health.returns(now)
+        elif what == "act" and not health.overdue(now):
+            health.due(now)
+        before, at = math.nextafter(health.wake_at, -math.inf), health.wake_at
+        assert not health.overdue(before)
+        assert copy.deepcopy(health).due(before) is None
+        assert health.overdue(at) or copy.deepcopy(health).due(at) is not None

@@ -1,0 +1,318 @@
+"""What a fleet lives through, at length: `make soak`, or python tests/soak.py [FAULT...]
+
+Real processes on loopback, under load, killed and frozen by real signals. Prints what was seen beside what is aimed at,
+and exits 1 when a row went unanswered, an answer was wrong or a node did not survive. Rates are compared with the same
+fleet's own in the same run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import zmq
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+from edge.fleets import NAMES, Processes, address_of, bright, pinned, settled, states, until  # noqa: E402
+
+from nmoe_edge.bundle import read_bundle, write_bundle  # noqa: E402
+from nmoe_edge.errors import CallError  # noqa: E402
+from nmoe_edge.protocol.messages import Ask, Hello, Infer, Ping, Pong, Status  # noqa: E402
+from nmoe_edge.protocol.tensor import Tensor  # noqa: E402
+from nmoe_edge.protocol.wire import decode, encode  # noqa: E402
+
+bad = []
+"""What must not be, and was."""
+
+
+def show(what, seen, aim, fine):
+    """One line of the table."""
+    print(f"{what:<44} {seen:<44} aim: {aim}{'' if fine else '   FELL SHORT'}", flush=True)
+
+
+def must(holds, what):
+    """What is no figure but a promise."""
+    if not holds:
+        bad.append(what)
+        print(f"  BROKEN: {what}", flush=True)
+
+
+class Load:
+    """Closed-loop clients of one device; what became of their rows, and when."""
+
+    def __init__(self, fleet, name, clients=4, deadline_s=1.0):
+        self.done, self.unanswered, self.wrong, self.degraded, self.refused = [], 0, 0, 0, []
+        self._over, self._fleet, self._name, self._deadline_s = threading.Event(), fleet, name, deadline_s
+        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
+
+    def _run(self, seed):
+        rng = np.random.default_rng(seed)
+        with self._fleet.client(self._name) as client:
+            while not self._over.is_set():
+                thirds = rng.integers(0, 3, 2)
+                try:
+                    answers = client.infer(bright(*thirds), self._deadline_s)
+                except CallError as error:
+                    self.refused.append(str(error))
+                    continue
+                self.done.append(time.monotonic())
+                self.unanswered += sum(not row.experts for row in answers.rows)
+                self.degraded += sum(row.degraded for row in answers.rows)
+                self.wrong += int((answers.outputs.argmax(1) != thirds).sum())
+
+    def rate(self, start, end):
+        """Requests a second between two moments."""
+        return sum(start <= at < end for at in self.done) / (end - start)
+
+    def summary(self):
+        """What must not be."""
+        return f"{self.unanswered} unanswered, {self.wrong} wrong, {len(self.refused)} refused {self.refused[:2]}"
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def memory_kb(process, what="VmRSS"):
+    """Of a process."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def descriptors(process):
+    """Files that a process has open."""
+    return len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+
+
+def frozen(folder):
+    """A peer is stopped under load; its rate is compared with that while the peer is absent altogether."""
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        with Load(fleet, "attic") as load, fleet.client("attic") as client:
+            time.sleep(2)
+            at = time.monotonic()
+            fleet.signal("cellar", signal.SIGSTOP)
+            until(lambda: states(client.status())["cellar"] == "silent")
+            opened = time.monotonic() - at
+            time.sleep(10 - opened)
+            stopped = load.rate(at, at + 10)
+            fleet.signal("cellar", signal.SIGCONT)
+            until(lambda: states(client.status())["cellar"] == "alive")
+            fleet.kill("cellar")
+            time.sleep(1)
+            at = time.monotonic()
+            time.sleep(10)
+            absent = load.rate(at, at + 10)
+    show("SIGSTOP of a peer: breaker open after", f"{opened:.2f} s", "1.5 s", opened <= 1.5)
+    share = stopped / absent
+    show("  rate of the ten seconds from then on", f"{share:.0%} of that with the peer absent", "90 %", share >= 0.9)
+    must(not (load.unanswered or load.wrong or load.refused), f"frozen: {load.summary()}")
+
+
+def killed(folder, times=20):
+    """Peers are killed and started again, in random order, under load."""
+    back = []
+    chance = random.Random(0)
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        with Load(fleet, "attic") as load, fleet.client("attic") as client:
+            for _ in range(times):
+                name = chance.choice(NAMES[1:])
+                time.sleep(chance.uniform(0.1, 0.5))
+                fleet.kill(name)
+                time.sleep(chance.uniform(0, 0.5))
+                fleet.start(name)
+                fleet.ready(name)
+                at = time.monotonic()
+                until(lambda name=name: states(client.status())[name] == "alive")
+                back.append(time.monotonic() - at)
+    text = f"back in use after {statistics.median(back):.2f} s, {max(back):.2f} s at most"
+    show(f"SIGKILL and restart, {times} times", text, "2 s", max(back) <= 2)
+    show("  rows", f"{2 * len(load.done)}, {load.unanswered} unanswered, {load.wrong} wrong", "0 and 0", True)
+    must(not (load.unanswered or load.wrong or load.refused), f"killed: {load.summary()}")
+
+
+def alone(folder):
+    """All peers die: every row is answered at home and says so."""
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        for name in NAMES[1:]:
+            fleet.kill(name)
+        with Load(fleet, "attic") as load:
+            time.sleep(3)
+    rows = 2 * len(load.done)
+    show("all peers dead", f"{rows} rows, {load.unanswered} unanswered, {load.degraded} degraded", "0 unanswered", True)
+    must(not load.unanswered and not load.refused, "alone: a row went unanswered")
+
+
+def overload(folder, seconds=8.0):
+    """Three times what a device can do, open loop: what it still does, how late, and its memory."""
+    deadline_s = 0.2
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        with Load(fleet, "attic", clients=8) as load:
+            time.sleep(4)
+        capacity = load.rate(load.done[0], load.done[-1])
+        process = fleet.running["attic"]
+        before = memory_kb(process)
+        payload = Tensor.pack(bright(0, 1), "uint8")
+        late, good, refused, sent_at = [], 0, 0, {}
+        with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.setsockopt(zmq.LINGER, 0)
+            dealer.setsockopt(zmq.SNDHWM, 0)
+            dealer.setsockopt(zmq.RCVHWM, 0)
+            dealer.connect(address_of(folder, "attic"))
+            began, number = time.monotonic(), itertools.count(1)
+            while (now := time.monotonic()) < began + seconds + 1:
+                due = int(min(now - began, seconds) * 3 * capacity) - len(sent_at)
+                for _ in range(min(due, 200)):
+                    n = next(number)
+                    sent_at[n] = time.monotonic()
+                    dealer.send_multipart(encode(Infer(n, 0, int(deadline_s * 1000), payload)))
+                while dealer.poll(1 if due <= 0 else 0):
+                    reply = decode(dealer.recv_multipart())
+                    took = time.monotonic() - sent_at[reply.request]
+                    if type(reply).__name__ == "Result":
+                        good += took <= deadline_s
+                        late.append(took - deadline_s)
+                    else:
+                        refused += 1
+        grown = memory_kb(process) - before
+    goodput = good / seconds
+    text = f"{goodput:,.0f} of {capacity:,.0f} requests/s = {goodput / capacity:.0%}"
+    show("3 × overload: answered in time", text, "85 %", goodput >= 0.85 * capacity)
+    latest = max(late) * 1000
+    show(
+        "  latest answer beyond its deadline",
+        f"{latest:.0f} ms, of {len(late)}; {refused} refused",
+        "50 ms",
+        latest <= 50,
+    )
+    show("  memory grew", f"{grown / 1024:.1f} MB", "bounded", grown < 64 * 1024)
+
+
+def hostile(folder, count=100_000):
+    """Random and mutated frames into a live node."""
+    rng = np.random.default_rng(0)
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        process = fleet.running["attic"]
+        bundle = read_bundle(folder / "attic")
+        trunk = bundle.manifest.trunk_bytes
+        sound = [
+            encode(Ask(5, 0, 1000, 0, trunk, Tensor.pack(np.ones((2, 4), "f4"), "float32"))),
+            encode(Infer(6, 0, 1000, Tensor.pack(bright(0, 1), "uint8"))),
+            encode(Ping(7)),
+            encode(Hello("barn", 1, trunk)),
+            encode(Status(8)),
+        ]
+        with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.setsockopt(zmq.LINGER, 0)
+            dealer.connect(address_of(folder, "attic"))
+            before = 0
+            for i in range(count):
+                frames = [bytearray(frame) for frame in sound[rng.integers(len(sound))]]
+                for _ in range(rng.integers(0, 4)):
+                    frame = frames[rng.integers(len(frames))]
+                    if len(frame):
+                        frame[rng.integers(len(frame))] = rng.integers(256)
+                if rng.random() < 0.2:
+                    frames = [bytes(rng.bytes(rng.integers(0, 300))) for _ in range(rng.integers(1, 6))]
+                dealer.send_multipart(frames)
+                while dealer.poll(0):
+                    dealer.recv_multipart()
+                if i == count // 10:
+                    before = memory_kb(process)
+            ping = encode(Ping(2**40))
+
+            def answered():
+                dealer.send_multipart(ping)
+                return dealer.poll(200) and decode(dealer.recv_multipart()) == Pong(2**40)
+
+            until(answered, 60)
+        grown = memory_kb(process) - before
+        with fleet.client("attic") as client:
+            until(lambda: client.status()["under_way"] == 0)
+            counts = client.status()["counts"]
+            must(client.infer(bright(0)).rows[0].experts == (0,), "hostile: the node does not answer any more")
+        must("bugs" not in counts, "hostile: a message made a bug show")
+    text = f"{counts['malformed messages']:,} refused; memory grew {grown / 1024:.1f} MB"
+    show(f"{count:,} random and mutated messages", text, "10 MB, no crash", grown < 10 * 1024)
+
+
+def reloads(folder, times=100):
+    """A new bundle again and again, under load."""
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        with Load(fleet, "attic") as load, fleet.client("attic") as client:
+            for target in itertools.islice(itertools.cycle(("pi", "x86")), times):
+                bundle = read_bundle(folder / "attic")
+                changed = write_bundle(folder / "attic", replace(bundle.manifest, target=target), bundle.contents)
+                pinned(folder, changed)
+                fleet.signal("attic", signal.SIGHUP)
+                until(lambda changed=changed: client.status()["bundle"] == changed.manifest.digest)
+    failed = load.unanswered + load.wrong + len(load.refused)
+    show(f"{times} reloads under load", f"{len(load.done):,} requests, {failed} failed", "0 failed", not failed)
+    must(not failed, f"reloads: {load.refused[:2]}")
+
+
+def requests(folder, count=1_000_000):
+    """Very many requests: descriptors and memory before and after. The second half is compared with the first."""
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        process, seen = fleet.running["attic"], []
+        images = bright(*[0, 1, 2] * 10)
+        with fleet.client("attic") as client:
+            for done in range(0, count, len(images)):
+                if done % (count // 20 // len(images) * len(images)) == 0:
+                    seen.append((memory_kb(process), descriptors(process)))
+                must(all(row.experts for row in client.infer(images, 5.0).rows), "requests: a row unanswered")
+        seen.append((memory_kb(process), descriptors(process)))
+    half = seen[len(seen) // 2]
+    grown, opened = seen[-1][0] - half[0], seen[-1][1] - half[1]
+    text = f"second half: {grown / 1024:+.1f} MB, {opened:+d} descriptors; {seen[-1][0] / 1024:.0f} MB in all"
+    show(f"{count:,} rows", text, "flat", grown < 2048 and opened <= 0)
+
+
+FAULTS = {
+    "frozen": frozen,
+    "killed": killed,
+    "alone": alone,
+    "overload": overload,
+    "hostile": hostile,
+    "reloads": reloads,
+    "requests": requests,
+}
+
+
+def main(chosen):
+    """Those that are named, or all."""
+    for name in chosen or FAULTS:
+        fault, _, count = name.partition("=")
+        with tempfile.TemporaryDirectory() as folder:
+            settle = settled(
+                TESTS / "tiny" / "fleet", Path(folder) / "fleet", keyed=fault not in ("overload", "hostile")
+            )
+            FAULTS[fault](settle, *([int(count)] if count else []))
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
