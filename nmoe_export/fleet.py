@@ -34,7 +34,7 @@ from nmoe_edge.protocol.routing import route
 from nmoe_export.calibrate import Recipe, drawn
 from nmoe_export.errors import SourceError
 from nmoe_export.graphs import IR_VERSION, OPSET, export_graph, refilled
-from nmoe_export.int8 import Made, make_int8
+from nmoe_export.precision import Made, make_int8
 from nmoe_export.report import page
 from nmoe_export.source import Say, Source, of_run
 from nmoe_export.system import Graphs, System, latents_of

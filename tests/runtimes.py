@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nmoe_export import int8
+from nmoe_export import precision
 from nmoe_export.fleet import Options, export_fleet
 from nmoe_export.source import of_modules
 from nmoe_train.nets import NetSpec, build
@@ -32,7 +32,7 @@ def fleets(folder):
     extractor = build(NetSpec("resnet18", {"channels": 3, "size": 32, "dim": 32, "norm": "batch"}))
     images = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32)).astype(np.uint8)
     source = of_modules(extractor, nn.Linear(32, 2), [nn.Linear(32, 4) for _ in range(2)], images)
-    int8.latencies = lambda *_: {"float": 2.0, "int8": 1.0}  # every component in int8, whatever this machine likes
+    precision.latencies = lambda *_: {"float": 2.0, "int8": 1.0}  # every component in int8, whatever this machine likes
     export_fleet(source, folder / "fp32")
     export_fleet(source, folder / "int8", Options("int8", max_drop=100.0))
     return [str(path) for path in sorted(folder.glob("*/device-*"))]

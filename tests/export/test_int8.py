@@ -14,7 +14,7 @@ from torch import nn
 from nmoe_edge.bundle import read_bundle
 from nmoe_edge.fleet import read_fleet_folder
 from nmoe_edge.models import Models, run_selftest
-from nmoe_export import int8
+from nmoe_export import precision
 from nmoe_export.calibrate import Recipe, ranges
 from nmoe_export.cli import main
 from nmoe_export.errors import DropError, SourceError
@@ -64,7 +64,7 @@ def source(images):
 @pytest.fixture(autouse=True)
 def int8_is_faster(monkeypatch):
     """Whether it is is the machine's business, which no test may depend on; what follows from it is not."""
-    monkeypatch.setattr(int8, "latencies", lambda *_: {"float": 2.0, "int8": 1.0})
+    monkeypatch.setattr(precision, "latencies", lambda *_: {"float": 2.0, "int8": 1.0})
 
 
 INT8 = Options("int8", max_drop=100.0)
@@ -154,7 +154,7 @@ def test_a_fleet_of_int8_bundles_passes_its_selftest_and_says_what_it_is(source,
 
 
 def test_what_int8_makes_no_faster_stays_in_float(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "latencies", lambda *_: {"float": 1.0, "int8": 1.0})
+    monkeypatch.setattr(precision, "latencies", lambda *_: {"float": 1.0, "int8": 1.0})
     said = []
     done = export_fleet(source, tmp_path / "fleet", INT8, said.append)
     assert set(done.report["is"].values()) == {"fp32"}
@@ -164,23 +164,23 @@ def test_what_int8_makes_no_faster_stays_in_float(source, tmp_path, monkeypatch)
 def test_nodes_go_back_to_float_until_the_drop_is_allowed_the_noisiest_first(source, tmp_path, monkeypatch):
     """As if only the second node's rounding did harm, which no other can make good."""
     noise = {"a": 30.0, "b": 10.0, "c": 20.0}
-    monkeypatch.setattr(int8._Component, "noise", lambda *_: noise)
-    true = int8._worth
+    monkeypatch.setattr(precision._Component, "noise", lambda *_: noise)
+    true = precision._worth
 
     def worth(system, rules, reference, float_rules):
         harmed = system is not reference and not {"a", "b", "c"} <= set(seen[-1]) and "c" not in seen[-1]
         return true(reference, float_rules, reference, float_rules) - 50 * harmed
 
     seen = [[]]
-    best = int8._Component.best
+    best = precision._Component.best
 
     def watched(self):
         if self.name == "extractor":
             seen.append(list(self.floats))
         return best(self)
 
-    monkeypatch.setattr(int8, "_worth", worth)
-    monkeypatch.setattr(int8._Component, "best", watched)
+    monkeypatch.setattr(precision, "_worth", worth)
+    monkeypatch.setattr(precision._Component, "best", watched)
     done = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5))
     assert [entry["node"] for entry in done.report["reverted"]] == ["expert", "gate", "b", "c"]
 
@@ -193,11 +193,11 @@ def test_the_threshold_is_chosen_again_on_the_int8_system(source, tmp_path, monk
         inference=Inference(1, "probabilities", 0.5, False),
         key="mine",
     )
-    monkeypatch.setattr(int8.System, "threshold", lambda self: replace(self.source.inference, local_first=0.95))
+    monkeypatch.setattr(precision.System, "threshold", lambda self: replace(self.source.inference, local_first=0.95))
     export_fleet(mine, tmp_path / "fleet", INT8)
     assert read_bundle(tmp_path / "fleet" / "device-01").manifest.routing.local_first == 0.95
     monkeypatch.undo()
-    monkeypatch.setattr(int8, "latencies", lambda *_: {"float": 2.0, "int8": 1.0})
+    monkeypatch.setattr(precision, "latencies", lambda *_: {"float": 2.0, "int8": 1.0})
     seen = []
     monkeypatch.setattr("nmoe_export.system.choose_threshold", lambda own, everybody, rules: seen.append(own) or 0.7)
     done = export_fleet(mine, tmp_path / "other", INT8)
@@ -252,8 +252,8 @@ def test_modules_that_look_alike_and_answer_otherwise_keep_their_answers(images,
 
 
 def test_a_drop_that_cannot_be_held_writes_nothing(source, tmp_path, monkeypatch):
-    true = int8._worth
-    monkeypatch.setattr(int8, "_worth", lambda s, r, ref, fr: true(s, r, ref, fr) - 50 * (s is not ref))
+    true = precision._worth
+    monkeypatch.setattr(precision, "_worth", lambda s, r, ref, fr: true(s, r, ref, fr) - 50 * (s is not ref))
     with pytest.raises(DropError, match=r"50\.00 points worse than float"):
         export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5))
     assert not list(tmp_path.iterdir())
