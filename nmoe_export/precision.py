@@ -1,30 +1,28 @@
-"""Float graphs -> the int8 graphs that are worth it: calibrated, measured, and put back to float where they lose.
+"""Float graphs -> the int8 or float16 graphs that are worth it: measured, and put back to float where they lose.
 
-The extractor is calibrated on the samples; gate and experts on what they will receive: the int8 extractor's latents,
-an expert on those that the gates send to it.
+Everything that is said of them is measured on samples that neither calibrated them nor chose their threshold.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nmoe_edge.models import Graph
-from nmoe_export.calibrate import Range, Recipe, drawn, ranges
-from nmoe_export.errors import DropError
-from nmoe_export.quantize import fused, quantizable, quantize, simplified
-from nmoe_export.source import Say, Source
-from nmoe_export.system import Graphs, System, gate_agreement, in_batches, latencies, latents_of
+from nmoe_export.calibrate import Recipe
+from nmoe_export.choice import KINDS, Choice, speed_of
+from nmoe_export.component import Component
+from nmoe_export.errors import DropError, GraphError
+from nmoe_export.fusion import fusion
+from nmoe_export.progress import Count, Say
+from nmoe_export.samples import Samples
+from nmoe_export.source import Source
+from nmoe_export.system import Graphs, System, gate_agreement
 from nmoe_export.targets import Target
 from nmoe_train.run import Inference
 
-FASTER = 1.15
-"""How much faster int8 has to be than float to be worth its rounding."""
 SNR_SAMPLES = 64
 
 
@@ -43,208 +41,151 @@ def make_int8(
     graphs: Graphs,
     target: Target,
     recipe: Recipe,
-    samples: NDArray[Any],
+    samples: Samples,
     max_drop: float,
     latent: str,
     say: Say,
 ) -> Made:
     """The int8 fleet; DropError when no choice of nodes keeps within `max_drop` points of the float one."""
     reference = System(source, graphs, latent)
-    extractor = _Component("extractor", graphs.extractor, target)
-    say("calibrating the extractor")
-    extractor.calibrate(drawn(samples, recipe), recipe)
-    latents = latents_of(source, extractor.int8())
-    gates, experts = _small(source, graphs, target, recipe, latents)
-    made = _Choice(source, graphs, extractor, gates, experts, target, latent)
-    report: dict[str, Any] = {"target": target.name, "speed": made.choose_by_speed()}
-    for line in made.slower():
+    say("calibrating")
+    choice = Choice(source, graphs, target, recipe, samples, latent)
+    choice.choose_by_speed()
+    for line in choice.slower():
         say(line)
     say("measuring what int8 costs")
-    system = made.system()
-    rules = system.threshold()
-    before = _worth(reference, source.inference, reference, source.inference)
-    drop = before - _worth(system, rules, reference, source.inference)
-    whole = made.extractor.whole
-    report["signal_to_noise_db"] = {} if whole else made.extractor.noise(source, samples[:SNR_SAMPLES])
-    reverted: list[dict[str, Any]] = []
-    order = ["expert", "gate", *sorted(report["signal_to_noise_db"], key=report["signal_to_noise_db"].get)]
-    while drop > max_drop and order:
-        node = order.pop(0)
-        if not made.back_to_float(node):
-            continue
-        system = made.system()
-        rules = system.threshold()
-        drop = before - _worth(system, rules, reference, source.inference)
-        reverted.append({"node": node, "drop": drop})
-        say(f"{node} back to float: {drop:.2f} points below float")
-    if reverted and made.slower_now():
-        say("extractor stays in float: with so many nodes back it is no faster")
-        system = made.system()
-        rules = system.threshold()
-        drop = before - _worth(system, rules, reference, source.inference)
-    if drop > max_drop:
-        raise DropError(f"int8 is {drop:.2f} points worse than float, over the {max_drop:g} of --max-drop")
-    report |= {
-        "accuracy_float": before,
-        "accuracy_int8": before - drop,
-        "drop": drop,
-        "measured_by": "labels" if source.labels is not None else "agreement with float",
-        "gate_agreement": gate_agreement(reference, system),
-        "load": {"float": reference.load(), "as written": system.load()},
-        "reverted": reverted,
-        "fusion": fused(system.graphs.extractor) if target.name != "jetson" else "unmeasured: TensorRT does it",
-        "local_first": {"float": source.inference.local_first, "int8": rules.local_first},
-        "calibration": {"method": recipe.method, "samples": int(min(len(samples), recipe.samples))},
+    trial = _Trial(reference, choice.system())
+    whole = choice.extractor.whole
+    noise = {} if whole else choice.extractor.noise(source, samples.inputs[:SNR_SAMPLES], say)
+    back = _Back(choice, reference, max_drop, say)
+    trial = back.until_it_holds(trial, ["expert", "gate", *sorted(noise, key=lambda node: noise[node])])
+    report: dict[str, Any] = {
+        "target": target.name,
+        "speed": choice.speed,
+        "signal_to_noise_db": noise,
+        "reverted": back.reverted,
+        "tried_again": back.again,
+        "fusion": _fusion(choice, say),
+        "calibration": {"method": recipe.method, "samples": len(samples.inputs)},
     }
-    return Made(system.graphs, made.precision(), rules, report)
+    return Made(trial.system.graphs, choice.precision(), trial.rules, report | trial.report())
 
 
-def _worth(system: System, rules: Inference, reference: System, float_rules: Inference) -> float:
-    """Percent of right answers; where nobody knows what is right, of those that float gives."""
+def make_fp16(source: Source, graphs: Graphs, target: Target, max_drop: float, latent: str, say: Say) -> Made:
+    """The float16 fleet; DropError when it is further than `max_drop` points below the float one."""
+    reference = System(source, graphs, latent)
+    kinds = {"extractor": [graphs.extractor], "gate": graphs.gates, "expert": graphs.experts}
+    half = {kind: [Component(kind, graph, target, "fp16") for graph in members] for kind, members in kinds.items()}
+    say("measuring what float16 costs")
+    made = [[component.best() for component in half[kind]] for kind in KINDS]
+    system = System(source, Graphs(made[0][0], made[1], made[2]), latent)
+    if not all(np.isfinite(part).all() for part in (system.latents, *system.scores, system.outputs)):
+        raise GraphError("float16 cannot say the numbers inside these networks: they go over 65504; export with --fp32")
+    trial = _Trial(reference, system)
+    if trial.drop > max_drop:
+        raise DropError(f"float16 is {trial.drop:.2f} points worse than float, over the {max_drop:g} of --max-drop")
+    speed = {kind: speed_of(source, kind, half[kind][0], system.latents[:1]) for kind in KINDS}
+    return Made(system.graphs, dict.fromkeys(KINDS, "fp16"), trial.rules, {"speed": speed} | trial.report())
+
+
+class _Trial:
+    """A fleet beside the float one."""
+
+    def __init__(self, reference: System, system: System) -> None:
+        self.reference, self.system, self.rules = reference, system, system.threshold()
+        rules = reference.source.inference
+        self._before = _worth(reference, rules, reference, rules)
+        self._lost = self._before - _worth(system, self.rules, reference, rules)
+        self.drop = float(self._lost.mean())
+
+    def report(self) -> dict[str, Any]:
+        """What is to be said of it."""
+        source, worst = self.system.source, int(self._lost.argmax())
+        return {
+            "accuracy_float": float(self._before.mean()),
+            "accuracy_written": float(self._before.mean()) - self.drop,
+            "drop": self.drop,
+            "worst": {"device": f"device-{worst:02}", "drop": float(self._lost[worst])},
+            "measured_by": "labels" if source.labels is not None else "agreement with float",
+            "measured_samples": len(source.measured),
+            "gate_agreement": gate_agreement(self.reference, self.system),
+            "load": {"float": self.reference.load(), "written": self.system.load()},
+            "local_first": {"float": source.inference.local_first, "written": self.rules.local_first},
+        }
+
+
+def _worth(system: System, rules: Inference, reference: System, float_rules: Inference) -> NDArray[np.float64]:
+    """Each device's percent of right answers; where nobody knows what is right, of those that float gives."""
     if system.source.labels is not None:
-        return 100 * system.accuracy(rules)
-    return 100 * float((system.answered(rules) == reference.answered(float_rules)).mean())
+        return 100 * np.array(system.accuracies(rules))
+    share: NDArray[np.float64] = (system.answered(rules) == reference.answered(float_rules)).mean(1)
+    return 100 * share
 
 
-class _Component:
-    """One graph, its ranges, and which of its nodes stay in float."""
+class _Back:
+    """Graphs and nodes that go back to float, one after another."""
 
-    def __init__(self, name: str, graph: bytes, target: Target) -> None:
-        self.name, self.graph, self.target = name, graph, target
-        self.model = simplified(graph)
-        self.floats: list[str] = []
-        self.whole = False
-        """Whether it stays in float altogether."""
-        self._ranges: dict[str, Range] = {}
+    def __init__(self, choice: Choice, reference: System, max_drop: float, say: Say) -> None:
+        self._choice, self._reference, self._max_drop, self._say = choice, reference, max_drop, say
+        self.reverted: list[dict[str, Any]] = []
+        """Each with the drop after it went back."""
+        self.again: list[str] = []
+        """Those that are int8 again, since their going back helped nothing."""
 
-    def calibrate(self, inputs: NDArray[Any], recipe: Recipe) -> None:
-        self._ranges = ranges(self.model, inputs, recipe)
+    def until_it_holds(self, trial: _Trial, order: list[str]) -> _Trial:
+        """The trial that is within what is allowed; DropError where there is none."""
+        for name in order:
+            if trial.drop <= self._max_drop:
+                break
+            trial = self._without(name, trial)
+        trial = self._retried(trial)
+        if self.reverted and self._choice.slower_now():
+            self._say("extractor stays in float: with so many nodes back it is no faster")
+            trial = self._tried()
+            for name in ("expert", "gate"):
+                trial = trial if trial.drop <= self._max_drop else self._without(name, trial)
+        if trial.drop > self._max_drop:
+            raise DropError(
+                f"int8 is {trial.drop:.2f} points worse than float, over the {self._max_drop:g} of --max-drop"
+            )
+        return trial
 
-    def int8(self) -> bytes:
-        return quantize(self.model, self._ranges, self.target, self.floats)
+    def _without(self, name: str, trial: _Trial) -> _Trial:
+        if not self._choice.back_to_float(name):
+            return trial
+        trial = self._tried()
+        self.reverted.append({"node": name, "drop": trial.drop})
+        self._say(f"{name} back to float: {trial.drop:.2f} points below float")
+        return trial
 
-    def best(self) -> bytes:
-        everything = set(quantizable(self.model)) <= set(self.floats)
-        return self.graph if self.whole or everything else self.int8()
+    def _retried(self, trial: _Trial) -> _Trial:
+        """What went back before the one that made it hold may have done no good: each is tried in int8 again."""
+        earlier = [entry["node"] for entry in self.reverted[:-1]] if trial.drop <= self._max_drop else []
+        for number, name in enumerate(earlier, 1):
+            self._choice.again(name)
+            tried = self._tried()
+            if tried.drop <= self._max_drop:
+                trial = tried
+                self.again.append(name)
+            else:
+                self._choice.back_to_float(name)
+            self._say(Count("{} tried in int8 again", number, len(earlier)))
+        self.reverted = [entry for entry in self.reverted if entry["node"] not in self.again]
+        return trial
 
-    def noise(self, source: Source, inputs: NDArray[Any]) -> dict[str, float]:
-        """For each node that computes, the latents' power over that of its noise when it alone is int8, in dB."""
-        nodes, true = quantizable(self.model), latents_of(source, self.graph, inputs)
-        found = {}
-        for node in nodes:
-            alone = quantize(self.model, self._ranges, self.target, [other for other in nodes if other != node])
-            noise = float(((latents_of(source, alone, inputs) - true) ** 2).sum())
-            found[node] = round(10 * float(np.log10(max(float((true**2).sum()), 1e-30) / max(noise, 1e-30))), 2)
-        return found
-
-
-def _small(
-    source: Source, graphs: Graphs, target: Target, recipe: Recipe, latents: NDArray[np.float32]
-) -> tuple[list[_Component], list[_Component]]:
-    """Gates and experts, calibrated on the latents that they will receive."""
-    gates = [_Component(f"gate {i}", gate, target) for i, gate in enumerate(graphs.gates)]
-    experts = [_Component(f"expert {i}", expert, target) for i, expert in enumerate(graphs.experts)]
-    if not target.small_graphs:
-        for component in (*gates, *experts):
-            component.whole = True
-        return gates, experts
-    for gate in gates:
-        gate.calibrate(latents, recipe)
-    routed = _routed(source, [gate.int8() for gate in gates], latents)
-    for i, expert in enumerate(experts):
-        rows = np.flatnonzero(routed == i)
-        if source.clients is not None:
-            rows = np.union1d(rows, np.flatnonzero(source.clients == i))  # its own, which stay at home
-        expert.calibrate(latents[rows] if len(rows) >= recipe.least else latents, recipe)
-    return gates, experts
-
-
-def _routed(source: Source, gates: Sequence[bytes], latents: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Whom each sample goes to: by its own client's gate where that is known."""
-    dim, experts = (source.latent_dim,), (len(source.experts),)
-    favourites = np.stack([in_batches(Graph("gate", gate, dim, experts), latents).argmax(1) for gate in gates])
-    owner = source.clients if source.clients is not None and len(gates) > 1 else np.zeros(len(latents), np.int64)
-    chosen: NDArray[np.int64] = favourites[owner, np.arange(len(latents))]
-    return chosen
+    def _tried(self) -> _Trial:
+        return _Trial(self._reference, self._choice.system())
 
 
-class _Choice:
-    """Which precision each component has at present."""
-
-    def __init__(
-        self,
-        source: Source,
-        graphs: Graphs,
-        extractor: _Component,
-        gates: list[_Component],
-        experts: list[_Component],
-        target: Target,
-        latent: str,
-    ) -> None:
-        self.source, self.floats, self.extractor, self.gates, self.experts = source, graphs, extractor, gates, experts
-        self.target, self.latent = target, latent
-        self._speed: dict[str, Any] = {}
-
-    def choose_by_speed(self) -> dict[str, Any]:
-        """Measure float against int8, one row, one thread; what is no faster in int8 stays in float."""
-        if platform.machine() not in self.target.machine:
-            self._speed = dict.fromkeys(("extractor", "gate", "expert"), "unmeasured")
-            return self._speed
-        source, dim = self.source, (self.source.latent_dim,)
-        row = latents_of(source, self.floats.extractor, source.inputs[:1])
-        asked = (
-            ("extractor", [self.extractor], source.input.shape, dim, source.inputs[:1]),
-            ("gate", self.gates, dim, (len(self.experts),), row),
-            ("expert", self.experts, dim, (source.outputs,), row),
-        )
-        for name, components, row_in, row_out, rows in asked:
-            if components[0].whole:
-                continue
-            graphs = {"float": components[0].graph, "int8": components[0].int8()}
-            took = latencies(graphs, row_in, row_out, rows)
-            faster = took["float"] / took["int8"]
-            self._speed[name] = {"float_ms": took["float"], "int8_ms": took["int8"], "times_faster": faster}
-            for component in components:
-                component.whole = faster < FASTER
-        return self._speed
-
-    def back_to_float(self, name: str) -> bool:
-        """Take a kind of component, or a node of the extractor, back; False where it is in float already."""
-        if name in ("expert", "gate"):
-            components = self.experts if name == "expert" else self.gates
-            changed = not components[0].whole
-            for component in components:
-                component.whole = True
-            return changed
-        self.extractor.floats.append(name)
-        return True
-
-    def slower_now(self) -> bool:
-        """Measure the extractor as it has become; it goes back altogether when that is no faster than float."""
-        if self.extractor.whole or not isinstance(self._speed.get("extractor"), dict):
-            return False
-        source = self.source
-        graphs = {"float": self.extractor.graph, "int8": self.extractor.best()}
-        took = latencies(graphs, source.input.shape, (source.latent_dim,), source.inputs[:1])
-        faster = took["float"] / took["int8"]
-        self._speed["extractor"] |= {"float_ms": took["float"], "int8_ms": took["int8"], "times_faster": faster}
-        self.extractor.whole = faster < FASTER
-        return self.extractor.whole
-
-    def slower(self) -> list[str]:
-        """A line for each kind of component that int8 makes no faster."""
-        return [
-            f"{name} stays in float: int8 is {figures['times_faster']:.2f} times as fast here"
-            for name, figures in self._speed.items()
-            if isinstance(figures, dict) and figures["times_faster"] < FASTER
-        ]
-
-    def system(self) -> System:
-        """The fleet in these precisions."""
-        best = Graphs(self.extractor.best(), [g.best() for g in self.gates], [e.best() for e in self.experts])
-        return System(self.source, best, self.latent)
-
-    def precision(self) -> dict[str, str]:
-        """As the manifest says it."""
-        parts = {"extractor": self.extractor, "gate": self.gates[0], "expert": self.experts[0]}
-        return {name: "fp32" if part.best() is part.graph else "int8" for name, part in parts.items()}
+def _fusion(choice: Choice, say: Say) -> dict[str, Any]:
+    """The proof that the extractor computes in integers, where onnxruntime's CPU provider runs it."""
+    extractor = choice.extractor
+    if choice.target.name == "jetson":
+        return {"unmeasured": "TensorRT does it"}
+    if extractor.precision() != "int8" or extractor.model is None:
+        return {"unmeasured": "the extractor stays in float"}
+    found = fusion(extractor.best(), extractor.model, extractor.left_float())
+    missing = found.missing()
+    if missing:
+        say(missing)
+    return asdict(found) | {"missing": missing}
