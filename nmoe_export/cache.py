@@ -25,11 +25,14 @@ from nmoe_export.calibrate import Range, Recipe, ranges
 
 def cached_ranges(model: onnx.ModelProto, inputs: NDArray[Any], recipe: Recipe, symmetric: bool) -> dict[str, Range]:
     """calibrate.ranges, looked up where they have been found before."""
+    folder = _folder()
+    if folder is None:
+        return ranges(model, inputs, recipe, symmetric)
     facts = [asdict(recipe), symmetric, inputs.dtype.str, inputs.shape, [version(p) for p in ("nmoe", "onnxruntime")]]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(model.SerializeToString(deterministic=True))
     digest.update(np.ascontiguousarray(inputs).data)
-    path = _folder() / f"{digest.hexdigest()}.json"
+    path = folder / f"{digest.hexdigest()}.json"
     known = _read(path)
     if known is None:
         known = ranges(model, inputs, recipe, symmetric)
@@ -37,10 +40,15 @@ def cached_ranges(model: onnx.ModelProto, inputs: NDArray[Any], recipe: Recipe, 
     return known
 
 
-def _folder() -> Path:
+def _folder() -> Path | None:
+    """None for a user without a home."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # As the specification of these folders says: a path that is not absolute counts as none.
-    return (home if home.is_absolute() else Path("~/.cache").expanduser()) / "nmoe" / "calibration"
+    if not home.is_absolute():  # which counts as none, as the specification of these folders says
+        try:
+            home = Path("~/.cache").expanduser()
+        except RuntimeError:
+            return None
+    return home / "nmoe" / "calibration"
 
 
 def _read(path: Path) -> dict[str, Range] | None:
@@ -54,7 +62,7 @@ def _read(path: Path) -> dict[str, Range] | None:
 
 def _write(path: Path, found: Mapping[str, Range]) -> None:
     """Under another name first, so that nobody reads half of it."""
-    with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
         try:

@@ -41,7 +41,7 @@ class Recipe:
     """calibration/NAME.toml."""
 
     data: str = "run"
-    """`run`: the run's held-out samples; `npz:FILE`: the array `inputs` of an .npz."""
+    """`run`: the shown half of the run's held-out samples; `npz:FILE`: the array `inputs` of an .npz."""
     samples: int = 4096
     """At most so many, drawn with `seed`."""
     least: int = 32

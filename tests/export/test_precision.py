@@ -387,9 +387,10 @@ def test_a_float16_fleet_passes_its_selftest_and_says_what_it_costs(source, tmp_
 
 def test_float16_that_costs_too_much_or_overflows_writes_nothing(source, images, tmp_path, monkeypatch):
     extractor, gate, experts = modules()
+    experts[0] = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
     with torch.no_grad():
-        experts[0][0].weight *= 2**22
-        experts[0][2].weight *= 2**-22
+        for layer, scale in zip(experts[0], (2**12, 2**12, 2**-24), strict=True):
+            layer.weight *= scale
     with pytest.raises(GraphError, match="over 65504; export with --fp32"):
         export_fleet(of_modules(extractor, gate, experts, images), tmp_path / "fleet", FP16)
     true = precision._worth
