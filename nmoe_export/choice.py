@@ -56,6 +56,8 @@ class Choice:
 
     def _faster(self, kind: str) -> bool:
         """Whether this kind of graph is worth what it is wanted to be; where nothing can be measured it is."""
+        if not all(component.fits() for component in self.of(kind)):
+            return False
         if platform.machine() not in self.target.machine:
             self.speed[kind] = "unmeasured"
             return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from nmoe_export.cache import cached_ranges
@@ -15,6 +17,9 @@ from nmoe_export.quantize import quantizable, quantize, simplified, unranged
 from nmoe_export.source import Source
 from nmoe_export.system import latents_of
 from nmoe_export.targets import Target
+
+GREATEST = 65504.0
+"""Number that float16 has."""
 
 
 class Component:
@@ -27,15 +32,24 @@ class Component:
         """Nodes that stay in float."""
         self.whole = False
         """Whether it stays in float altogether."""
+        self.greatest = 0.0
+        """Number inside it, where it is to be float16."""
         self.model = simplified(graph) if wanted == "int8" else None
         self._ranges: dict[str, Range] = {}
         self._reduced: dict[tuple[str, ...], bytes] = {}
 
     def calibrate(self, inputs: NDArray[Any], recipe: Recipe) -> None:
         """Let it see what it will receive."""
-        if self.model is not None:
+        if self.model is None:
+            found = cached_ranges(onnx.load_from_string(self.graph), inputs, replace(recipe, method="minmax"), False)
+            self.greatest = max((abs(edge) for both in found.values() for edge in both), default=0.0)
+        else:
             self._ranges = cached_ranges(self.model, inputs, recipe, self.target.symmetric)
             self._reduced = {}
+
+    def fits(self) -> bool:
+        """Whether what it computes can be said: int8 has a scale, float16 has none."""
+        return self.greatest <= GREATEST
 
     def nodes(self) -> list[str]:
         """Those that could be int8 and could go back to float."""

@@ -391,10 +391,16 @@ def test_float16_that_costs_too_much_or_overflows_writes_nothing(source, images,
     with torch.no_grad():
         for layer, scale in zip(experts[0], (2**12, 2**12, 2**-24), strict=True):
             layer.weight *= scale
-    with pytest.raises(GraphError, match="over 65504; export with --fp32"):
+    with pytest.raises(
+        GraphError, match=r"expert 0: numbers inside it go to .*, over the 65504 of float16; export with --fp32"
+    ):
         export_fleet(of_modules(extractor, gate, experts, images), tmp_path / "fleet", FP16)
+    jetson = export_fleet(
+        of_modules(extractor, gate, experts, images), tmp_path / "jetson", replace(INT8, target="jetson")
+    )
+    assert jetson.report["is"] == {"extractor": "int8", "gate": "fp16", "expert": "fp32"}
     true = precision._worth
     monkeypatch.setattr(precision, "_worth", lambda s, r, ref, fr: true(s, r, ref, fr) - 50 * (s is not ref))
     with pytest.raises(DropError, match=r"float16 is 50\.00 points worse"):
         export_fleet(source, tmp_path / "fleet", replace(FP16, max_drop=0.5))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["jetson"]
