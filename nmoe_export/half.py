@@ -8,12 +8,14 @@ from typing import Any
 
 import onnx
 from onnxruntime.quantization.onnx_model import ONNXModel
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from nmoe_export.graphs import cleaned
 
 HEAVY = ("Conv", "Gemm", "MatMul", "Gather")
 """What multiplies by weights or looks them up."""
+WIDE = ("LayerNormalization", "GroupNormalization", "InstanceNormalization", "Softmax", "LogSoftmax")
+"""Stays in float32: squares and powers overflow float16 early, and onnxruntime 1.15 cannot run them in it on a CPU."""
 
 
 def halved(graph: bytes) -> bytes:
@@ -32,7 +34,7 @@ def halved(graph: bytes) -> bytes:
     _replace(body.graph.value_info, [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are less than float16 can say; what that costs is measured
-        half = convert_float_to_float16(body, keep_io_types=True)
+        half = convert_float_to_float16(body, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *WIDE])
     _replace(half.graph.input, model.graph.input)
     _replace(half.graph.value_info, [])
     weights = {tensor.name: tensor for tensor in model.graph.initializer}

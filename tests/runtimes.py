@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from export.foreign import Attentive
 from torch import nn
 
 from nmoe_export import choice
@@ -27,7 +28,7 @@ VERSIONS = ("1.15.1", "1.16.3", "1.17.3", "1.20.1", "newest")
 
 
 def fleets(folder):
-    """Fleets of a narrow ResNet18: every operator of a real one, in each precision."""
+    """Fleets of a narrow ResNet18, every operator of a real one, and of attention, in each precision that they have."""
     torch.manual_seed(0)
     extractor = build(NetSpec("resnet18", {"channels": 3, "size": 32, "dim": 32, "norm": "batch"}))
     images = np.random.default_rng(0).integers(0, 256, (80, 3, 32, 32)).astype(np.uint8)
@@ -36,6 +37,10 @@ def fleets(folder):
     export_fleet(source, folder / "fp32")
     export_fleet(source, folder / "fp16", Options("fp16", max_drop=100.0))
     export_fleet(source, folder / "int8", Options("int8", max_drop=100.0))
+    rows = np.random.default_rng(0).normal(size=(80, 4, 6)).astype(np.float32)
+    source = of_modules(Attentive(), nn.Linear(8, 2), [nn.Linear(8, 4) for _ in range(2)], rows)
+    export_fleet(source, folder / "attention-fp16", Options("fp16", max_drop=100.0))
+    export_fleet(source, folder / "attention-int8", Options("int8", max_drop=100.0))
     return [str(path) for path in sorted(folder.glob("*/device-*"))]
 
 

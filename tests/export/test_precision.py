@@ -392,7 +392,7 @@ def test_float16_that_costs_too_much_or_overflows_writes_nothing(source, images,
         for layer, scale in zip(experts[0], (2**12, 2**12, 2**-24), strict=True):
             layer.weight *= scale
     with pytest.raises(
-        GraphError, match=r"expert 0: numbers inside it go to .*, over the 65504 of float16; export with --fp32"
+        GraphError, match="expert 0: numbers inside it go to .*, over the 65504 of float16; "
     ):
         export_fleet(of_modules(extractor, gate, experts, images), tmp_path / "fleet", FP16)
     jetson = export_fleet(
