@@ -35,7 +35,9 @@ Examples: nmoe-export
 @click.option("--fp32", "precision", flag_value="fp32", help="Float graphs.  [default]")
 @click.option("--target", default="auto", show_default=True, help="Of int8: auto (this CPU), x86, pi or jetson.")
 @click.option("--calibration", default="default", show_default=True, help="Of int8: a recipe's name, or a file.toml.")
-@click.option("--max-drop", type=float, default=0.5, show_default=True, help="Points of accuracy that this may cost.")
+@click.option(
+    "--max-drop", type=float, default=0.5, show_default=True, help="Points of accuracy that int8 or fp16 may cost."
+)
 @click.option(
     "--latent",
     type=click.Choice(("float16", "int8", "float32")),

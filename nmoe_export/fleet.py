@@ -122,8 +122,12 @@ def export_fleet(source: Source, out: Path, options: Options = Options(), say: S
 
 def _key(source: Source, options: Options) -> str:
     """Digest of everything that an export depends on."""
-    data = options.recipe.data
-    shown = sha256(Path(data.removeprefix("npz:")).read_bytes()) if data.startswith("npz:") else ""
+    data, shown = options.recipe.data, ""
+    if data != "run":
+        try:
+            shown = sha256(Path(data.removeprefix("npz:")).read_bytes())
+        except OSError as error:
+            raise SourceError(f"{data.removeprefix('npz:')}: {error.strerror}") from error
     packages = ("nmoe", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
     # Which folders are written changes nothing in any of them.
     chosen = asdict(options) | {"target": target_of(options.target).name, "devices": None}

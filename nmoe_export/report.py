@@ -33,7 +33,13 @@ def _components(report: Mapping[str, Any]) -> str:
         sizes = [f"{report[key][f'{name}.onnx']:,}" for key in ("bytes_float", "bytes")]
         rows.append([name, report["is"][name], *cells, faster, *sizes])
     head = ["", "is", "float, ms", "written, ms", "faster", "float, bytes", "written, bytes"]
-    told = "Median of one row on one thread, both precisions taking turns. What is no faster in int8 stays in float."
+    told = "Median of one row on one thread, both precisions taking turns. "
+    if report.get("precision") == "int8":
+        told += "What is no faster in int8 stays in float."
+    if report.get("precision") == "fp16":
+        told += (
+            "This CPU computes float16 in float32: what it shows is the price of rounded weights, and no gain in speed."
+        )
     return _table("Size and speed", head, rows, told)
 
 

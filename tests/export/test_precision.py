@@ -339,6 +339,40 @@ def test_gates_agree_where_their_favourites_are_the_same_on_the_samples_that_mea
     assert one.load() != two.load()
 
 
+def test_what_should_be_integer_and_is_not_is_said_and_shown(source, tmp_path, monkeypatch):
+    true = precision.fusion
+    monkeypatch.setattr(precision, "fusion", lambda *given: replace(true(*given), convs_integer=1, adds_integer=0))
+    said = []
+    done = export_fleet(source, tmp_path / "fleet", INT8, said.append)
+    line = "1 of 2 convolutions and 1 of 1 residual additions of the extractor are not computed in integers"
+    assert line in said
+    assert done.report["fusion"]["missing"] == line
+    page = (tmp_path / "fleet" / "report.html").read_text()
+    assert line in page
+    assert "1 of 2 integer" in page
+
+
+def test_nodes_that_went_back_to_float_are_not_missed(source, tmp_path, monkeypatch):
+    """As if the first convolution's rounding did harm: it goes back, and the proof speaks of the others."""
+    true, first = precision._worth, []
+
+    def worth(system, rules, reference, float_rules):
+        harmed = system is not reference and not first[-1]
+        return true(reference, float_rules, reference, float_rules) - 50 * harmed
+
+    best = Component.best
+
+    def watched(self):
+        if self.name == "extractor":
+            first.append(self.nodes()[0] in self.floats)
+        return best(self)
+
+    monkeypatch.setattr(precision, "_worth", worth)
+    monkeypatch.setattr(Component, "best", watched)
+    found = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5)).report["fusion"]
+    assert (found["convs"], found["convs_integer"], found["adds"], found["missing"]) == (1, 1, 1, "")
+
+
 def test_the_worst_device_is_named_with_its_drop(source, tmp_path, monkeypatch):
     true = precision._worth
 
@@ -391,9 +425,7 @@ def test_float16_that_costs_too_much_or_overflows_writes_nothing(source, images,
     with torch.no_grad():
         for layer, scale in zip(experts[0], (2**12, 2**12, 2**-24), strict=True):
             layer.weight *= scale
-    with pytest.raises(
-        GraphError, match="expert 0: numbers inside it go to .*, over the 65504 of float16; "
-    ):
+    with pytest.raises(GraphError, match="expert 0: numbers inside it go to .*, over the 65504 of float16; "):
         export_fleet(of_modules(extractor, gate, experts, images), tmp_path / "fleet", FP16)
     jetson = export_fleet(
         of_modules(extractor, gate, experts, images), tmp_path / "jetson", replace(INT8, target="jetson")

@@ -136,6 +136,13 @@ def test_somebodys_file_calibrates_in_place_of_the_shown_half(source, images, tm
             samples_of(source, Recipe(data=f"npz:{path}"))
 
 
+def test_a_file_of_samples_that_is_missing_is_one_line_that_names_it(run_main, golden, tmp_path):
+    (tmp_path / "recipe.toml").write_text(f'data = "npz:{tmp_path / "nowhere.npz"}"')
+    shown = run_main(main, golden / "run", "--int8", "--calibration", tmp_path / "recipe.toml", "--out", tmp_path / "x")
+    assert (shown.exit_code, shown.output) == (1, "")
+    assert shown.error == f"nmoe-export: {tmp_path / 'nowhere.npz'}: No such file or directory\n"
+
+
 def test_an_error_of_our_own_is_not_taken_for_a_wrong_argument(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "third_fleet.py").write_text(FACTORY)
