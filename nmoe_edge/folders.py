@@ -49,7 +49,7 @@ def check_replaceable(folder: Path, marker: str, ours: str) -> None:
     """Refuse, as a ValueError, a place that `staged_folder` would not replace: worth asking before long work."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError("not a folder; choose another place")
-    above = next(path for path in folder.absolute().parents if path.exists())
+    above = next((path for path in folder.absolute().parents if path.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "cannot be written to" if above.is_dir() else "is no folder"
         raise ValueError(f"{above} {why}; choose another place")
@@ -66,12 +66,15 @@ def _held_folder(destination: Path) -> tuple[Path, int]:
     """A new folder beside `destination`, locked for as long as the handle is open: somebody is at work in it."""
     while True:
         staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=_STAGED, dir=destination.parent))
-        held = os.open(staging, os.O_RDONLY)
+        try:
+            held = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:  # taken for an orphan before it was locked
+            continue
         with suppress(OSError):  # a file system without locks; there nothing is taken for an orphan either
             fcntl.flock(held, fcntl.LOCK_EX)
         if staging.exists():
             return staging, held
-        os.close(held)  # taken for an orphan before it was locked
+        os.close(held)
 
 
 def _remove_orphans(destination: Path) -> None:

@@ -95,8 +95,9 @@ class Choice:
             component.whole = False
 
     def slower(self) -> list[str]:
-        """A line for each kind of graph that int8 makes no faster."""
-        return [
+        """A line for each kind of graph that stays in float: int8 makes it no faster, or float16 cannot hold it."""
+        large = [kind for kind in KINDS if not all(component.fits() for component in self.of(kind))]
+        return [f"{kind} stays in float32: numbers inside it go over what float16 can say" for kind in large] + [
             f"{name} stays in float: int8 is {figures['times_faster']:.2f} times as fast here"
             for name, figures in self.speed.items()
             if isinstance(figures, dict) and figures["times_faster"] < FASTER

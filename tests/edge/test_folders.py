@@ -171,3 +171,24 @@ def test_a_folder_that_is_taken_for_an_orphan_before_it_is_locked_is_made_again(
     write(tmp_path / "place")
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
     assert taken[0].name.endswith(".staged")
+
+
+def test_a_folder_that_is_removed_before_it_is_even_opened_is_made_again(tmp_path, monkeypatch):
+    true, made = folders.tempfile.mkdtemp, []
+
+    def mkdtemp(**how):
+        made.append(Path(true(**how)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", mkdtemp)
+    write(tmp_path / "place")
+    assert len(made) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_the_root_of_all_folders_is_refused(monkeypatch):
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: [path / "somebodys"])  # nobody waits for all that there is
+    with pytest.raises(ValueError, match="which would be lost|cannot be written to"):
+        check_replaceable(Path("/"), MARKER, "nothing")

@@ -110,10 +110,14 @@ def test_the_threshold_is_chosen_again_on_the_int8_system(source, tmp_path, monk
     monkeypatch.undo()
     monkeypatch.setattr(choice, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
     seen = []
-    monkeypatch.setattr("nmoe_export.system.choose_threshold", lambda own, everybody, rules: seen.append(own) or 0.7)
+    monkeypatch.setattr(
+        "nmoe_export.system.choose_threshold", lambda own, everybody, rules: seen.append((own, everybody)) or 0.7
+    )
     done = export_fleet(mine, tmp_path / "other", INT8)
     assert done.report["local_first"] == {"float": 0.5, "written": 0.7}
-    for device, rows in enumerate(seen[0]):
+    own, everybody = seen[0]
+    assert all(np.array_equal(rows.y.numpy(), mine.labels[mine.shown]) for rows in everybody)
+    for device, rows in enumerate(own):
         shown = mine.shown[mine.clients[mine.shown] == device]
         assert len(shown) == 13
         assert np.array_equal(rows.y.numpy(), mine.labels[shown])
