@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from nmoe_export.precision import Made, make_fp16, make_int8
 from nmoe_export.progress import Count, Say
 from nmoe_export.report import page
 from nmoe_export.samples import samples_of
-from nmoe_export.source import Source, of_run
+from nmoe_export.source import Source, key_of, of_run
 from nmoe_export.system import Graphs, latents_of
 from nmoe_export.targets import target_of
 from nmoe_train.errors import TrainError
@@ -74,20 +74,23 @@ class Exported:
 
 def export_run(run: Run | Path | str, out: Path, options: Options = Options(), say: Say = lambda _: None) -> Exported:
     """Write the fleet of a run to `out`: it is there as a whole, or not at all."""
-    try:
-        source = of_run(run if isinstance(run, Run) else read_run(run))
-    except TrainError as error:
-        raise SourceError(str(error)) from error
+    with _blamed(out):
+        run = run if isinstance(run, Run) else read_run(run)
+        # Before networks are built, which takes longer than all the rest of it.
+        same = _unchanged(key_of(run), run.record.experts, out, options)
+        if same is not None:
+            return same
+        source = of_run(run)
     return export_fleet(source, out, options, say)
 
 
 def export_fleet(source: Source, out: Path, options: Options = Options(), say: Say = lambda _: None) -> Exported:
     """The same for any source."""
-    try:
-        key, written = _key(source, options), _written(source, options)
-        before = _Before(out)
-        if before.fleet is not None and before.report.get("key") == key and before.intact(written):
-            return Exported(before.fleet, before.report, changed=False)
+    with _blamed(out):
+        same = _unchanged(source.key, len(source.experts), out, options)
+        if same is not None:
+            return same
+        key, written, before = _key(source.key, options), _written(len(source.experts), options), _Before(out)
         check_replaceable(out, FLEET_FILE, FILES)  # before the long work
         made, report = _made(source, options, say)
         target = target_of(options.target).name if options.precision == "int8" else "any"
@@ -113,14 +116,29 @@ def export_fleet(source: Source, out: Path, options: Options = Options(), say: S
             (staging / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
             (staging / PAGE).write_text(page(report), encoding="utf-8")
             (staging / FLEET_FILE).write_text(fleet.render())
+    return Exported(fleet, report, changed=True)
+
+
+@contextmanager
+def _blamed(out: Path) -> Iterator[None]:
+    """What goes wrong, as one line."""
+    try:
+        yield
     except (TrainError, EdgeError) as error:
         raise SourceError(str(error)) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{out}: cannot be written: {error}") from error
-    return Exported(fleet, report, changed=True)
 
 
-def _key(source: Source, options: Options) -> str:
+def _unchanged(source_key: str, experts: int, out: Path, options: Options) -> Exported | None:
+    """What stands there, where it is what this export would write."""
+    before, written = _Before(out), _written(experts, options)
+    if before.fleet is None or before.report.get("key") != _key(source_key, options) or not before.intact(written):
+        return None
+    return Exported(before.fleet, before.report, changed=False)
+
+
+def _key(source_key: str, options: Options) -> str:
     """Digest of everything that an export depends on."""
     data, shown = options.recipe.data, ""
     if data != "run":
@@ -131,12 +149,12 @@ def _key(source: Source, options: Options) -> str:
     packages = ("nmoe", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
     # Which folders are written changes nothing in any of them.
     chosen = asdict(options) | {"target": target_of(options.target).name, "devices": None}
-    return sha256(json.dumps([source.key, chosen, shown, [version(p) for p in packages]], sort_keys=True).encode())
+    return sha256(json.dumps([source_key, chosen, shown, [version(p) for p in packages]], sort_keys=True).encode())
 
 
-def _written(source: Source, options: Options) -> Collection[int]:
+def _written(experts: int, options: Options) -> Collection[int]:
     """The devices whose folders are asked for."""
-    everybody = range(len(source.experts))
+    everybody = range(experts)
     if options.devices is None:
         return everybody
     unknown = sorted(set(options.devices) - set(everybody))

@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from nmoe_edge.errors import ModelError
 from nmoe_edge.models import Graph
@@ -66,6 +65,8 @@ def _quiet() -> Iterator[None]:
 
 def _cause(error: BaseException) -> str:
     """The first line of what an error came of in the end."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # half a second, for an error only
+
     while error.__cause__ is not None:
         error = error.__cause__
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -80,7 +80,7 @@ def of_run(run: Run) -> Source:
     resize: Literal["exact", "stretch"] = "exact" if record.data.layout == "none" else "stretch"
     owners = range(record.experts if record.personal_gates else 1)
     return Source(
-        key=sha256((run.folder / "run.json").read_bytes()),
+        key=key_of(run),
         extractor=run.extractor(),
         gates=[run.gate(device) for device in owners],
         experts=[run.expert(device) for device in range(record.experts)],
@@ -96,6 +96,11 @@ def of_run(run: Run) -> Source:
         extractor_source=_run_extractor(record),
         alike=True,
     )
+
+
+def key_of(run: Run) -> str:
+    """Source.key of a run, which is known before its networks are built: run.json names every other file's digest."""
+    return sha256((run.folder / "run.json").read_bytes())
 
 
 def of_modules(

@@ -137,6 +137,13 @@ def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
     assert (out / "keys" / "secret").exists()
 
 
+def test_a_run_that_has_not_changed_is_not_even_built(golden, tmp_path, monkeypatch):
+    first = export_run(golden / "run", tmp_path / "fleet")
+    monkeypatch.setattr("nmoe_export.fleet.of_run", None)
+    again = export_run(golden / "run", tmp_path / "fleet")
+    assert (again.changed, again.fleet) == (False, first.fleet)
+
+
 def test_two_exports_are_the_same_bytes(fleet, golden, tmp_path):
     export_run(golden / "run", tmp_path / "again")
     for path in fleet.rglob("*"):

@@ -14,16 +14,13 @@ from torch import nn
 
 from nmoe_edge.bundle import read_bundle
 from nmoe_edge.fleet import read_fleet_folder
-from nmoe_edge.models import Graph, Models, run_selftest
-from nmoe_edge.protocol.tensor import Tensor
+from nmoe_edge.models import Models, run_selftest
 from nmoe_export import choice, precision
 from nmoe_export.calibrate import Recipe
 from nmoe_export.component import Component
 from nmoe_export.errors import DropError, GraphError
 from nmoe_export.fleet import Options, export_fleet
-from nmoe_export.graphs import export_graph, refilled
 from nmoe_export.source import of_modules
-from nmoe_export.system import Graphs, System, gate_agreement
 from nmoe_export.targets import target_of
 from nmoe_train.run import Inference
 
@@ -200,34 +197,6 @@ def test_what_devices_have_in_common_is_one_file_and_one_changed_expert_rewrites
     assert {name for name in before if before[name] != after[name]} == {"fleet/device-01/expert.onnx"}
 
 
-def test_experts_of_one_build_share_an_exported_graph_with_their_own_weights():
-    _, _, experts = modules()
-    rows = torch.randn(8, 8)
-    first = export_graph(experts[0], "expert 0", rows)
-    again = refilled(first, experts[2], "expert 2", rows)
-    assert again == export_graph(experts[2], "expert 2", rows)
-    assert refilled(first, nn.Linear(8, 4), "other", rows) is None
-
-
-def test_a_graph_is_measured_as_devices_run_it(source):
-    """Float graphs through the system answer what torch answers."""
-    rows = torch.from_numpy(source.inputs)
-    with torch.no_grad():
-        h = source.extractor(rows)
-        expected = torch.stack([expert(h) for expert in source.experts], 1)
-        asked = source.gates[0](h).argmax(1)
-    example = h[:8]
-    graphs = Graphs(
-        export_graph(source.extractor, "e", rows[:8]),
-        [export_graph(source.gates[0], "g", example)],
-        [export_graph(expert, "x", example) for expert in source.experts],
-    )
-    system = System(source, graphs, "float32")
-    assert np.abs(system.outputs - expected.numpy()).max() < 1e-4
-    answered = expected[torch.arange(len(asked)), asked].argmax(1).numpy()
-    assert (system.answered(source.inference)[0] == answered[source.measured]).mean() > 0.97
-
-
 def test_a_network_of_somebody_else_becomes_a_fleet(tmp_path):
     """torchvision's MobileNet as extractor: depthwise convolutions, hard swishes and all."""
     from nmoe_train.vision import models
@@ -259,88 +228,6 @@ def test_what_is_measured_is_not_what_was_shown(source, tmp_path):
     true = figures("true", [])
     assert figures("shown", source.shown) == true
     assert figures("measured", source.measured) != true
-
-
-@pytest.mark.parametrize("kept", [(), ("extractor",), ("gate",)])
-@pytest.mark.parametrize(("gates", "known"), [(1, False), (3, True), (3, False)])
-def test_gates_and_experts_are_calibrated_on_what_they_will_receive(images, tmp_path, monkeypatch, kept, gates, known):
-    """The latents of the extractor that is written, sent where the gates that are written send them."""
-    extractor, gate, experts = modules(gates=gates)
-    given = replace(of_modules(extractor, gate, experts, images), clients=np.arange(80) % 3 if known else None)
-    saw, true = {}, Component.calibrate
-
-    def calibrate(self, inputs, recipe):
-        saw[self.name] = np.array(inputs)
-        true(self, inputs, recipe)
-
-    monkeypatch.setattr(Component, "calibrate", calibrate)
-    monkeypatch.setattr(choice.Choice, "_faster", lambda self, kind: kind not in kept)
-    recipe = Recipe(least=5)
-    done = export_fleet(given, tmp_path / "fleet", replace(INT8, recipe=recipe))
-    assert [kind for kind, what in done.report["is"].items() if what == "fp32"] == list(kept)
-    bundles = [read_bundle(tmp_path / "fleet" / f"device-0{i}").contents for i in range(3)]
-    assert np.array_equal(saw["extractor"], images[given.shown])
-    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.shown])
-    favourites = np.stack([Graph("gate", b["gate.onnx"], (8,), (3,))(latents).argmax(1) for b in bundles])
-    for i in range(3):
-        assert np.array_equal(saw[f"gate {i if gates > 1 else 0}"], latents)
-        if known:
-            owners = given.clients[given.shown]
-            sent = (favourites[owners, np.arange(len(owners))] == i) | (owners == i)
-        else:
-            sent = (favourites == i).any(0)
-        assert np.array_equal(saw[f"expert {i}"], latents[sent] if sent.sum() >= 5 else latents), i
-
-
-def test_gate_and_expert_are_calibrated_on_the_latents_of_somebodys_file(source, images, tmp_path, monkeypatch):
-    path = tmp_path / "theirs.npz"
-    np.savez(path, inputs=images[::2] // 2)
-    saw, true = {}, Component.calibrate
-
-    def calibrate(self, inputs, recipe):
-        saw[self.name] = np.array(inputs)
-        true(self, inputs, recipe)
-
-    monkeypatch.setattr(Component, "calibrate", calibrate)
-    export_fleet(source, tmp_path / "fleet", replace(INT8, recipe=Recipe(data=f"npz:{path}")))
-    contents = read_bundle(tmp_path / "fleet" / "device-00").contents
-    latents = Graph("extractor", contents["extractor.onnx"], (3, 8, 8), (8,))(images[::2] // 2)
-    assert np.array_equal(saw["extractor"], images[::2] // 2)
-    assert np.array_equal(saw["gate 0"], latents)
-    for i in range(3):
-        assert {row.tobytes() for row in saw[f"expert {i}"]} <= {row.tobytes() for row in latents}
-
-
-@pytest.fixture(scope="module")
-def graphs(source):
-    """Of the source, in float."""
-    rows = torch.from_numpy(source.inputs[:8])
-    with torch.no_grad():
-        h = source.extractor(rows)
-    return Graphs(
-        export_graph(source.extractor, "e", rows),
-        [export_graph(source.gates[0], "g", h)],
-        [export_graph(expert, "x", h) for expert in source.experts],
-    )
-
-
-def test_experts_are_measured_on_latents_as_they_travel_and_gates_on_latents_as_they_are(source, graphs):
-    system = System(source, graphs, "int8")
-    travelled = np.array(Tensor.pack(system.latents, "int8").unpack())
-    assert np.abs(travelled - system.latents).max() > 0
-    for i, data in enumerate(graphs.experts):
-        assert np.array_equal(system.outputs[:, i], Graph("x", data, (8,), (4,))(travelled))
-    assert np.array_equal(system.scores[0], Graph("g", graphs.gates[0], (8,), (3,))(system.latents))
-
-
-def test_gates_agree_where_their_favourites_are_the_same_on_the_samples_that_measure(source, graphs):
-    one, two = System(source, graphs, "float32"), System(source, graphs, "float32")
-    assert gate_agreement(one, two) == 1
-    others = source.measured[:10]
-    two.scores[0][others] = np.roll(one.scores[0][others], 1, axis=1)
-    two.scores[0][source.shown] = np.roll(one.scores[0][source.shown], 1, axis=1)
-    assert gate_agreement(one, two) == pytest.approx(0.75)
-    assert one.load() != two.load()
 
 
 def test_what_should_be_integer_and_is_not_is_said_and_shown(source, tmp_path, monkeypatch):
