@@ -76,7 +76,7 @@ def test_only_a_jetson_has_nothing_rounded_between_a_conv_and_what_it_fuses_with
 
 
 def test_what_should_be_integer_and_is_not_is_counted_and_said(images):
-    """Signed weights and signed activations: on x86 onnxruntime leaves additions in float."""
+    """A graph whose nodes all stayed in float, held against the wish that none does."""
     model = simplified(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
     floats = quantize(model, ranges(model, images, Recipe()), target_of("x86"), quantizable(model))
     found = fusion(floats, model, [])
