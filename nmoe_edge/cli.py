@@ -389,10 +389,11 @@ def _fleet_table(fleet: Fleet, bundles: dict[str, Bundle]) -> str:
     lines = [
         f"{device.name:<{width}}  expert {device.expert:<4} {device.address}"
         f"  {'CURVE' if device.public_key else 'no key: loopback only'}"
+        f"{'' if device.name in bundles else '  not here'}"
         for device in fleet.device
     ]
-    trunk = bundles[fleet.device[0].name].manifest.trunk
-    return "\n".join([*lines, f"verified: {len(lines)} bundles of one trunk, {trunk}"])
+    trunk = next(iter(bundles.values())).manifest.trunk
+    return "\n".join([*lines, f"verified: {len(bundles)} bundles of one trunk, {trunk}"])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ BUNDLE.md explains every key. It knows neither keys on disk nor sockets: a publi
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -142,15 +143,21 @@ def write_fleet(path: Path, fleet: Fleet) -> None:
 
 
 def read_fleet_folder(folder: Path | str) -> tuple[Fleet, dict[str, Bundle]]:
-    """A fleet and the verified bundle of each of its devices, all of one trunk."""
+    """A fleet and the verified bundle of each of its devices that is here, all of one trunk.
+
+    A board holds its own bundle only. A folder that is here and is no bundle is an error.
+    """
     folder = Path(folder)
     fleet = read_fleet(folder / FLEET_FILE)
-    bundles = {device.name: read_bundle(folder / device.name) for device in fleet.device}
+    here = [device for device in fleet.device if os.path.lexists(folder / device.name)]
+    if not here:
+        raise FleetError(f"{folder}: of no device that {FLEET_FILE} names is the bundle here; copy one beside it")
+    bundles = {device.name: read_bundle(folder / device.name) for device in here}
     for what, value in _COMMON.items():
         found = {value(bundle) for bundle in bundles.values()}
         if len(found) > 1:
             raise FleetError(f"{folder}: the devices have {len(found)} different {what}; they cannot answer each other")
-    for device in fleet.device:
+    for device in here:
         manifest = bundles[device.name].manifest
         if manifest.digest != device.bundle:
             raise FleetError(f"{folder / device.name}: not the bundle that {FLEET_FILE} names; copy it again")

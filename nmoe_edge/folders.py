@@ -7,16 +7,19 @@ over; whoever knows what the folder was for translates it.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """From Linux's fcntl.h and fs.h."""
+_STAGED = ".staged"
+"""How the names of unfinished folders end, so that nobody else's is taken for one."""
 
 
 @contextmanager
@@ -28,7 +31,8 @@ def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
     """
     check_replaceable(destination, marker, ours)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    _remove_orphans(destination)
+    staging, held = _held_folder(destination)
     try:
         yield staging
         staging.chmod(0o755)  # mkdtemp keeps everybody else out
@@ -38,12 +42,17 @@ def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
         _flush(destination.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(held)
 
 
 def check_replaceable(folder: Path, marker: str, ours: str) -> None:
     """Refuse, as a ValueError, a place that `staged_folder` would not replace: worth asking before long work."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError("not a folder; choose another place")
+    above = next((path for path in folder.absolute().parents if path.exists()), Path("/"))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "cannot be written to" if above.is_dir() else "is no folder"
+        raise ValueError(f"{above} {why}; choose another place")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
@@ -51,6 +60,36 @@ def check_replaceable(folder: Path, marker: str, ours: str) -> None:
     if foreign or marker not in inside:
         what = f"{foreign[0]!r}" if foreign else f"something without a {marker}"
         raise ValueError(f"holds {what}, which would be lost; choose another place")
+
+
+def _held_folder(destination: Path) -> tuple[Path, int]:
+    """A new folder beside `destination`, locked for as long as the handle is open: somebody is at work in it."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=_STAGED, dir=destination.parent))
+        try:
+            held = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:  # taken for an orphan before it was locked
+            continue
+        with suppress(OSError):  # a file system without locks; there nothing is taken for an orphan either
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if staging.exists():
+            return staging, held
+        os.close(held)
+
+
+def _remove_orphans(destination: Path) -> None:
+    """What was being written here when its process was killed: nobody holds it any more."""
+    name = re.compile(rf"\.{re.escape(destination.name)}\.[a-z0-9_]{{8}}{re.escape(_STAGED)}")
+    for path in destination.parent.iterdir():
+        if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        with suppress(OSError):  # held by somebody, or gone meanwhile
+            held = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def _flush(path: Path) -> None:

@@ -41,7 +41,7 @@ class Recipe:
     """calibration/NAME.toml."""
 
     data: str = "run"
-    """`run`: the run's held-out samples; `npz:FILE`: the array `inputs` of an .npz."""
+    """`run`: the shown half of the run's held-out samples; `npz:FILE`: the array `inputs` of an .npz."""
     samples: int = 4096
     """At most so many, drawn with `seed`."""
     least: int = 32
@@ -72,34 +72,45 @@ def read_recipe(name: str) -> Recipe:
         raise SourceError(f"{path}: {error}") from error
 
 
-def drawn(inputs: NDArray[Any], recipe: Recipe) -> NDArray[Any]:
-    """The samples that a recipe takes of those that there are."""
-    if len(inputs) < recipe.least:
-        raise SourceError(f"{len(inputs)} calibration samples; the recipe asks for {recipe.least} at least")
-    if len(inputs) <= recipe.samples:
-        return inputs
-    rows = np.random.default_rng(recipe.seed).permutation(len(inputs))[: recipe.samples]
-    return inputs[np.sort(rows)]
+def drawn(count: int, recipe: Recipe) -> NDArray[np.int64]:
+    """Which of so many samples a recipe takes."""
+    if count < recipe.least:
+        raise SourceError(f"{count} calibration samples; the recipe asks for {recipe.least} at least")
+    rows: NDArray[np.int64] = np.random.default_rng(recipe.seed).permutation(count)[: recipe.samples]
+    return np.sort(rows)
 
 
-def ranges(model: onnx.ModelProto, inputs: NDArray[Any], recipe: Recipe) -> dict[str, Range]:
-    """The range of every float tensor that `model` computes or takes, over these inputs."""
+def ranges(model: onnx.ModelProto, inputs: NDArray[Any], recipe: Recipe, symmetric: bool = False) -> dict[str, Range]:
+    """The range of every float tensor that `model` computes or takes, over these inputs.
+
+    A tensor that is ever infinite, such as a mask of attention, has none. symmetric: around zero, as it will be
+    rounded, so what is cut off is weighed against steps of that width.
+    """
     watched = _Watched(model)
     low: dict[str, float] = {}
     high: dict[str, float] = {}
     for values in watched.batches(inputs):
         for name, value in values.items():
-            low[name] = min(low.get(name, np.inf), float(value.min()))
-            high[name] = max(high.get(name, -np.inf), float(value.max()))
-    widest = {name: (low[name], high[name]) for name in low}
+            low[name] = float(np.minimum(low.get(name, np.inf), value.min()))  # a NaN stays one
+            high[name] = float(np.maximum(high.get(name, -np.inf), value.max()))
+    widest = {name: (low[name], high[name]) for name in low if np.isfinite([low[name], high[name]]).all()}
+    if symmetric:
+        widest = {name: (-edge, edge) for name, edge in ((n, max(map(abs, both))) for n, both in widest.items())}
     if recipe.method == "minmax":
         return widest
-    counts = {name: np.zeros(BINS, np.int64) for name in low}
+    counts = {name: np.zeros(BINS, np.int64) for name in widest}
     for values in watched.batches(inputs):
-        for name, value in values.items():
-            counts[name] += _counted(value, *widest[name])
+        for name in widest:
+            counts[name] += _counted(values[name], *widest[name])
     choose = _METHODS[recipe.method]
-    return {name: choose(counts[name], *widest[name], recipe) for name in low}
+    return {name: choose(counts[name], *widest[name], recipe, symmetric) for name in widest}
+
+
+def float_tensors(model: onnx.ModelProto) -> list[str]:
+    """The names of what a graph computes in floats, in order."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    return [name for node in graph.node for name in node.output if kinds.get(name) == onnx.TensorProto.FLOAT]
 
 
 class _Watched:
@@ -107,9 +118,8 @@ class _Watched:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         shown = onnx.ModelProto()
-        shown.CopyFrom(onnx.shape_inference.infer_shapes(model))
-        kinds = {v.name: v.type.tensor_type.elem_type for v in (*shown.graph.value_info, *shown.graph.output)}
-        made = [name for node in shown.graph.node for name in node.output if kinds.get(name) == onnx.TensorProto.FLOAT]
+        shown.CopyFrom(model)
+        made = float_tensors(model)
         outputs = {value.name for value in shown.graph.output}
         shown.graph.output.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
@@ -140,22 +150,25 @@ def _counted(value: NDArray[np.float32], low: float, high: float) -> NDArray[np.
     return np.bincount(place.clip(0, BINS - 1).astype(np.int64), minlength=BINS)
 
 
-def _percentile(counts: NDArray[np.int64], low: float, high: float, recipe: Recipe) -> Range:
+def _percentile(counts: NDArray[np.int64], low: float, high: float, recipe: Recipe, symmetric: bool) -> Range:
     """What keeps so many percent of the values inside, as many outside on either side."""
     outside = (1 - recipe.percentile / 100) / 2 * counts.sum()
+    if symmetric:
+        counts = counts + counts[::-1]  # of either sign as many, so that both sides end alike
+        outside *= 2
     below = np.searchsorted(counts.cumsum(), outside, side="right")
     above = np.searchsorted(counts[::-1].cumsum(), outside, side="right")
     width = (high - low) / BINS
     return low + float(below) * width, high - float(above) * width
 
 
-def _mse(counts: NDArray[np.int64], low: float, high: float, _recipe: Recipe) -> Range:
+def _mse(counts: NDArray[np.int64], low: float, high: float, _recipe: Recipe, symmetric: bool) -> Range:
     """The shrunken range with the least mean squared error of rounding and of cutting off."""
     centres = low + (np.arange(BINS) + 0.5) * (high - low) / BINS
 
     def error(share: float) -> float:
         a, b = low * share, high * share
-        step = max(b - a, 1e-30) / 255
+        step = max(b - a, 1e-30) / (254 if symmetric else 255)  # from -127 to 127, from 0 to 255
         rounded = np.rint((centres.clip(a, b) - a) / step) * step + a
         return float((counts * (rounded - centres) ** 2).sum())
 
@@ -163,7 +176,7 @@ def _mse(counts: NDArray[np.int64], low: float, high: float, _recipe: Recipe) ->
     return float(low * share), float(high * share)
 
 
-def _entropy(counts: NDArray[np.int64], low: float, high: float, _recipe: Recipe) -> Range:
+def _entropy(counts: NDArray[np.int64], low: float, high: float, _recipe: Recipe, _symmetric: bool) -> Range:
     """The shrunken range whose quantized histogram is least surprised by the whole one (Kullback-Leibler)."""
     magnitude = max(abs(low), abs(high), 1e-30)
     centres = np.abs(low + (np.arange(BINS) + 0.5) * (high - low) / BINS)
@@ -188,7 +201,7 @@ def _entropy(counts: NDArray[np.int64], low: float, high: float, _recipe: Recipe
     return max(low, -edge), min(high, edge)
 
 
-_METHODS: Mapping[str, Callable[[NDArray[np.int64], float, float, Recipe], Range]] = {
+_METHODS: Mapping[str, Callable[[NDArray[np.int64], float, float, Recipe, bool], Range]] = {
     "percentile": _percentile,
     "mse": _mse,
     "entropy": _entropy,

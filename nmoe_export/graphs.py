@@ -5,7 +5,11 @@ Opset 18 and IR version 8, which onnxruntime reads since 1.14: JetPack 5 and eve
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import numpy as np
 import onnx
@@ -26,9 +30,7 @@ def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
     """The graph of `module`, whose rows are like those of `example`, checked against torch at several batch sizes."""
     rows = torch.export.Dim("rows")
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # The exporter warns of its own use of its own deprecated parts; a user can do nothing about it.
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module.eval(),
                 (example,),
@@ -40,13 +42,37 @@ def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(f"{name}: torch cannot export {type(module).__name__}: {reason}") from error
+        raise GraphError(f"{name}: torch cannot export {type(module).__name__}: {_cause(error)}") from error
     if program is None:
         raise GraphError(f"{name}: torch exported nothing")
     data = cleaned(program.model_proto)
     check_answers(module, name, data, example)
     return data
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own deprecated parts and prints what it traced; what matters is in its error."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what an error came of in the end."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # half a second, for an error only
+
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    if isinstance(error, GuardOnDataDependentSymNode):
+        reason += "; values cannot decide what is computed: use torch.where"
+    return reason
 
 
 def refilled(graph: bytes, module: nn.Module, name: str, example: torch.Tensor) -> bytes | None:

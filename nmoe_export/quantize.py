@@ -1,12 +1,8 @@
-"""Ranges and a target -> an int8 graph: static, QDQ, a scale for each channel of the weights.
-
-Also what became of it: which operators onnxruntime's optimizer made integer, and how faithful each node is.
-"""
+"""Ranges and a target -> an int8 graph: static, QDQ, a scale for each channel of the weights."""
 
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -17,7 +13,7 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from nmoe_export.calibrate import Range
+from nmoe_export.calibrate import Range, float_tensors
 from nmoe_export.graphs import cleaned
 from nmoe_export.targets import Target
 
@@ -28,13 +24,13 @@ OPERATORS = (*COMPUTE, "Relu", "MaxPool", "GlobalAveragePool", "AveragePool", "R
 
 def simplified(graph: bytes) -> onnx.ModelProto:
     """The same graph with constants folded and BatchNorm taken into its Conv."""
-    return onnx.load_from_string(_optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC))
+    return onnx.load_from_string(optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC))
 
 
 def quantize(
     model: onnx.ModelProto, ranges: Mapping[str, Range], target: Target, floats: Collection[str] = ()
 ) -> bytes:
-    """An int8 graph; the nodes named in `floats` stay as they are."""
+    """An int8 graph; the nodes named in `floats`, and those that have no ranges, stay as they are."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     known = {
@@ -50,7 +46,7 @@ def quantize(
         activation_qType=activations,
         tensors_range=TensorsData(CalibrationMethod.MinMax, known),
         nodes_to_quantize=[],
-        nodes_to_exclude=list(floats),
+        nodes_to_exclude=[*floats, *unranged(model, ranges)],
         op_types_to_quantize=list(OPERATORS),
         extra_options={
             "ActivationSymmetric": target.symmetric,
@@ -65,15 +61,19 @@ def quantize(
     return cleaned(_plain(quantizer.model.model))
 
 
-def fused(graph: bytes) -> dict[str, int]:
-    """What onnxruntime's optimizer makes of an int8 graph on a CPU, by kind: the proof that it is integer."""
-    optimised = onnx.load_from_string(_optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED))
-    return dict(Counter(node.op_type for node in optimised.graph.node))
-
-
 def quantizable(model: onnx.ModelProto) -> list[str]:
     """The nodes that compute, in their order: those that can go back to float."""
     return [node.name for node in model.graph.node if node.op_type in COMPUTE]
+
+
+def unranged(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> list[str]:
+    """The nodes that touch a tensor without a range, or a weight that is infinite: no integer can say it."""
+    inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    without = {name for name in (*float_tensors(model), *inputs) if name not in ranges}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
+            without.add(tensor.name)
+    return [node.name for node in model.graph.node if without.intersection((*node.input, *node.output))]
 
 
 def _unrounded_inside_fusions(graph: onnx.GraphProto) -> None:
@@ -111,7 +111,8 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _optimised(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
+def optimised(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
+    """What onnxruntime makes of a graph before it runs it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         options = onnxruntime.SessionOptions()

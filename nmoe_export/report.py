@@ -16,8 +16,10 @@ BAR = 160
 def page(report: Mapping[str, Any]) -> str:
     """The whole page; sections that were not measured are left out."""
     parts = [_components(report)]
+    if report.get("precision") != "fp32":
+        parts += [_accuracy(report), _routing(report)]
     if report.get("precision") == "int8":
-        parts += [_accuracy(report), _routing(report), _nodes(report), _fusion(report)]
+        parts += [_nodes(report), _fusion(report)]
     return document("What the export found", "".join(parts))
 
 
@@ -26,12 +28,18 @@ def _components(report: Mapping[str, Any]) -> str:
     for name in COMPONENTS:
         speed = report.get("speed", {}).get(name)
         known = isinstance(speed, Mapping)
-        cells = [f"{speed[key]:.3f}" if known else "–" for key in ("float_ms", "int8_ms")]
+        cells = [f"{speed[key]:.3f}" if known else "–" for key in ("float_ms", "written_ms")]
         faster = f"{speed['times_faster']:.2f} ×" if known else "unmeasured" if speed else "–"
         sizes = [f"{report[key][f'{name}.onnx']:,}" for key in ("bytes_float", "bytes")]
         rows.append([name, report["is"][name], *cells, faster, *sizes])
-    head = ["", "is", "float, ms", "int8, ms", "int8 is faster", "float, bytes", "written, bytes"]
-    told = "Median of one row on one thread, both precisions taking turns. What is no faster in int8 stays in float."
+    head = ["", "is", "float, ms", "written, ms", "faster", "float, bytes", "written, bytes"]
+    told = "Median of one row on one thread, both precisions taking turns. "
+    if report.get("precision") == "int8":
+        told += "What is no faster in int8 stays in float."
+    if report.get("precision") == "fp16":
+        told += (
+            "This CPU computes float16 in float32: what it shows is the price of rounded weights, and no gain in speed."
+        )
     return _table("Size and speed", head, rows, told)
 
 
@@ -39,14 +47,20 @@ def _accuracy(report: Mapping[str, Any]) -> str:
     kind = "Right answers" if report["measured_by"] == "labels" else "Answers as float gives them"
     rows = [
         ["float", f"{report['accuracy_float']:.2f} %"],
-        ["as written", f"{report['accuracy_int8']:.2f} %"],
+        ["as written", f"{report['accuracy_written']:.2f} %"],
         ["points lost", f"{report['drop']:.2f}"],
+        [f"points lost on the worst, {report['worst']['device']}", f"{report['worst']['drop']:.2f}"],
         ["gates agree", f"{100 * report['gate_agreement']:.2f} %"],
     ]
     first = report["local_first"]
     told = (
-        "Of the held-out samples on every device, through the device's own code. A row stays at home when its own"
-        f" expert is surer than {first['int8']} (float: {first['float']})."
+        f"Of {report['measured_samples']} held-out samples that had no part in ranges or thresholds, on"
+        " every device, through the device's own code. "
+        + (
+            "The gate alone decides who answers."
+            if first["written"] is None
+            else f"A row stays at home when its own expert is surer than {first['written']} (float: {first['float']})."
+        )
     )
     return _table(kind, ["", "share"], rows, told)
 
@@ -54,8 +68,8 @@ def _accuracy(report: Mapping[str, Any]) -> str:
 def _routing(report: Mapping[str, Any]) -> str:
     load = report["load"]
     rows = [
-        [str(expert), *(f"{100 * share:.1f} %" for share in both), _bar(both[1], max(load["as written"]))]
-        for expert, both in enumerate(zip(load["float"], load["as written"], strict=True))
+        [str(expert), *(f"{100 * share:.1f} %" for share in both), _bar(both[1], max(load["written"]))]
+        for expert, both in enumerate(zip(load["float"], load["written"], strict=True))
     ]
     told = "Share of the held-out samples for which the gates prefer each expert, the mean over gates."
     return _table("Routing before and after", ["expert", "float", "as written", ""], rows, told, drawn=3)
@@ -66,24 +80,31 @@ def _nodes(report: Mapping[str, Any]) -> str:
     if not noise:
         return ""
     rows = [
-        [
-            node,
-            f"{db:.1f} dB",
-            f"back to float: {back[node]:.2f} points lost then" if node in back else "int8",
-            _bar(db, max(noise.values())),
-        ]
+        [node, f"{db:.1f} dB", _fate(node, back, report["tried_again"]), _bar(db, max(noise.values()))]
         for node, db in sorted(noise.items(), key=lambda item: item[1])
     ]
     told = "How clean the latents stay when this node alone is int8, the noisiest first; those go back to float first."
     return _table("Node by node", ["node", "signal to noise", "is", ""], rows, told, drawn=3)
 
 
+def _fate(node: str, back: Mapping[str, float], again: Sequence[str]) -> str:
+    if node in back:
+        return f"back to float: {back[node]:.2f} points lost then"
+    return "int8 again: going back helped nothing" if node in again else "int8"
+
+
 def _fusion(report: Mapping[str, Any]) -> str:
-    if not isinstance(report["fusion"], Mapping):
-        return f"<section><h2>Operators</h2><p>{escaped(report['fusion'])}</p></section>"
-    rows = [[kind, str(count)] for kind, count in sorted(report["fusion"].items(), key=lambda item: -item[1])]
-    told = "What onnxruntime makes of the extractor on this CPU. QLinear operators compute in integers."
-    return _table("Operators", ["operator", "how many"], rows, told)
+    fusion = report["fusion"]
+    if "unmeasured" in fusion:
+        return f"<section><h2>Operators</h2><p>Unmeasured: {escaped(fusion['unmeasured'])}.</p></section>"
+    rows = [
+        ["convolutions", f"{fusion['convs_integer']} of {fusion['convs']} integer"],
+        ["residual additions", f"{fusion['adds_integer']} of {fusion['adds']} integer"],
+        ["nodes that still round or undo it", str(fusion["pairs_left"])],
+    ]
+    rows += [[kind, str(count)] for kind, count in sorted(fusion["operators"].items(), key=lambda item: -item[1])]
+    told = "What onnxruntime makes of the extractor on this CPU. QLinear operators compute in integers. "
+    return _table("Operators", ["operator", "how many"], rows, told + fusion["missing"])
 
 
 def _bar(value: float, most: float) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,6 @@ from nmoe_edge.manifest import InputSpec, sha256
 from nmoe_export.errors import SourceError
 from nmoe_train.run import Inference, Run, RunRecord
 
-Say = Callable[[str], None]
-"""Takes a line of progress."""
 PROBES = 32
 """Samples that modules are tried with."""
 
@@ -37,7 +36,7 @@ class Source:
     """One that all share, or one a device."""
     experts: Sequence[nn.Module]
     inputs: NDArray[Any]
-    """Samples that nothing was trained on (n, …): int8 is calibrated and verified on them."""
+    """Samples that nothing was trained on (n, …): one half of them is shown, the other measures."""
     labels: NDArray[np.int64] | None
     """(n,)"""
     clients: NDArray[np.int64] | None
@@ -54,6 +53,24 @@ class Source:
     alike: bool
     """Whether gates and experts are of one build each, so that one graph serves all of a kind."""
 
+    @property
+    def shown(self) -> NDArray[np.int64]:
+        """The samples that calibrate and that thresholds are chosen on."""
+        return np.flatnonzero(self._halves() == 1)
+
+    @property
+    def measured(self) -> NDArray[np.int64]:
+        """The others: what is said of the graphs is measured on samples that had no part in making them."""
+        return np.flatnonzero(self._halves() == 0)
+
+    def _halves(self) -> NDArray[np.int64]:
+        """Of each client's samples every second one is a 1 (n,)"""
+        halves = np.arange(len(self.inputs)) % 2
+        for client in () if self.clients is None else np.unique(self.clients):
+            rows = np.flatnonzero(self.clients == client)
+            halves[rows] = np.arange(len(rows)) % 2
+        return halves
+
 
 def of_run(run: Run) -> Source:
     """The fleet of a training run."""
@@ -63,7 +80,7 @@ def of_run(run: Run) -> Source:
     resize: Literal["exact", "stretch"] = "exact" if record.data.layout == "none" else "stretch"
     owners = range(record.experts if record.personal_gates else 1)
     return Source(
-        key=sha256((run.folder / "run.json").read_bytes()),
+        key=key_of(run),
         extractor=run.extractor(),
         gates=[run.gate(device) for device in owners],
         experts=[run.expert(device) for device in range(record.experts)],
@@ -79,6 +96,11 @@ def of_run(run: Run) -> Source:
         extractor_source=_run_extractor(record),
         alike=True,
     )
+
+
+def key_of(run: Run) -> str:
+    """Source.key of a run, which is known before its networks are built: run.json names every other file's digest."""
+    return sha256((run.folder / "run.json").read_bytes())
 
 
 def of_modules(
@@ -109,8 +131,12 @@ def of_modules(
         )
     if not np.isfinite(calibration).all():
         raise SourceError("calibration holds NaN or infinity")
-    if names is not None and not all(isinstance(name, str) and name.isprintable() for name in names):
+    if names is not None and (
+        not isinstance(names, Sequence) or not all(isinstance(name, str) and name.isprintable() for name in names)
+    ):
         raise SourceError("names are text that can be printed")
+    if not isinstance(top_k, int) or not 1 <= top_k <= len(experts):
+        raise SourceError(f"top_k is {top_k}, not in 1..{len(experts)}, the experts")
     probe = torch.from_numpy(calibration[:PROBES].astype(calibration.dtype.newbyteorder("=")))
     latents = _tried(extractor, probe, "the extractor")
     scores = [_tried(net, latents, f"gate {i}") for i, net in enumerate(gates)]
@@ -166,9 +192,10 @@ def of_factory(path: str) -> Source:
     except Exception as error:  # whatever somebody's module does
         raise SourceError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     try:
-        return of_modules(**arguments)
+        inspect.signature(of_modules).bind(**arguments)
     except TypeError as error:
         raise SourceError(f"{path} returns no arguments of of_modules by name: {error}") from error
+    return of_modules(**arguments)
 
 
 def _tried(net: nn.Module, rows: torch.Tensor, name: str) -> torch.Tensor:

@@ -36,10 +36,10 @@ class Graphs:
 class System:
     """What these graphs make of the source's samples."""
 
-    def __init__(self, source: Source, graphs: Graphs, latent: str) -> None:
-        """latent: what latents travel as"""
+    def __init__(self, source: Source, graphs: Graphs, latent: str, latents: NDArray[np.float32] | None = None) -> None:
+        """latent: what latents travel as; latents: the extractor's, where they are known"""
         self.source, self.graphs = source, graphs
-        self.latents = latents_of(source, graphs.extractor)
+        self.latents = latents_of(source, graphs.extractor) if latents is None else latents
         dim, experts = (source.latent_dim,), len(graphs.experts)
         self.scores = [in_batches(Graph("gate", gate, dim, (experts,)), self.latents) for gate in graphs.gates]
         """Of each gate (n, N)"""
@@ -49,37 +49,41 @@ class System:
         )
         """(n, N, K)"""
 
-    def rows(self, device: int, chosen: NDArray[Any] | slice = slice(None)) -> Rows:
+    def rows(self, device: int, chosen: NDArray[np.int64]) -> Rows:
         """What a device makes of some of the samples."""
         labels = self.source.labels if self.source.labels is not None else np.zeros(len(self.latents), np.int64)
         scores = self.scores[device % len(self.scores)]
         return Rows(*(torch.from_numpy(np.array(a[chosen])) for a in (scores, self.outputs, labels)))
 
     def load(self) -> list[float]:
-        """Share of the samples for which the gates prefer each expert, the mean over gates."""
-        experts = len(self.graphs.experts)
-        shares = [np.bincount(scores.argmax(1), minlength=experts) / len(scores) for scores in self.scores]
+        """Share of the measured samples for which the gates prefer each expert, the mean over gates."""
+        experts, rows = len(self.graphs.experts), self.source.measured
+        shares = [np.bincount(scores[rows].argmax(1), minlength=experts) / len(rows) for scores in self.scores]
         return [float(share) for share in np.mean(shares, axis=0)]
 
     def threshold(self) -> Inference:
-        """The rules of the source, with local_first chosen again on these graphs where it is in use."""
-        rules, clients = self.source.inference, self.source.clients
+        """The rules of the source, with local_first chosen again on these graphs where it is in use.
+
+        The samples that are shown choose it; where a device has none of its own, the source's stays.
+        """
+        rules, clients, shown = self.source.inference, self.source.clients, self.source.shown
         if rules.local_first is None or self.source.labels is None or clients is None:
             return rules
         devices = range(len(self.graphs.experts))
-        own, everybody = [self.rows(i, clients == i) for i in devices], [self.rows(i) for i in devices]
-        return replace(rules, local_first=choose_threshold(own, everybody, rules))
+        own = [self.rows(i, shown[clients[shown] == i]) for i in devices]
+        if not all(len(rows.y) for rows in own):
+            return rules
+        return replace(rules, local_first=choose_threshold(own, [self.rows(i, shown) for i in devices], rules))
 
     def answered(self, rules: Inference) -> NDArray[np.int64]:
-        """The class that each device answers to each sample (devices, n)."""
-        devices = range(len(self.graphs.experts))
-        return np.stack([answers(self.rows(i), i, rules)[0].argmax(1).numpy() for i in devices])
+        """The class that each device answers to each measured sample (devices, n)."""
+        devices, measured = range(len(self.graphs.experts)), self.source.measured
+        return np.stack([answers(self.rows(i, measured), i, rules)[0].argmax(1).numpy() for i in devices])
 
-    def accuracy(self, rules: Inference) -> float:
-        """Share of right answers, the mean over devices; needs labels."""
-        devices = range(len(self.graphs.experts))
-        parts = [self.rows(i) for i in devices]
-        return float(np.mean([accuracy(answers(rows, i, rules)[0], rows.y) for i, rows in enumerate(parts)]))
+    def accuracies(self, rules: Inference) -> list[float]:
+        """Each device's share of right answers to the measured samples; needs labels."""
+        parts = [self.rows(i, self.source.measured) for i in range(len(self.graphs.experts))]
+        return [accuracy(answers(rows, i, rules)[0], rows.y) for i, rows in enumerate(parts)]
 
 
 def latents_of(source: Source, extractor: bytes, inputs: NDArray[Any] | None = None) -> NDArray[np.float32]:
@@ -94,8 +98,9 @@ def in_batches(graph: Graph, rows: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def gate_agreement(one: System, two: System) -> float:
-    """Share of samples for which both gates have the same favourite, the mean over gates."""
-    return float(np.mean([(a.argmax(1) == b.argmax(1)).mean() for a, b in zip(one.scores, two.scores, strict=True)]))
+    """Share of the measured samples for which both gates have the same favourite, the mean over gates."""
+    rows, both = one.source.measured, zip(one.scores, two.scores, strict=True)
+    return float(np.mean([(a[rows].argmax(1) == b[rows].argmax(1)).mean() for a, b in both]))
 
 
 def latencies(

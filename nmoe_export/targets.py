@@ -25,8 +25,8 @@ class Target:
     """Seven bits of weights, for CPUs whose 8-bit products overflow 16 bits."""
     fuses_conv_with_next: bool
     """Whether a Conv and the Relu or Add after it are one kernel only when nothing is rounded between them."""
-    small_graphs: bool
-    """Whether gate and expert, a few small Gemms, are made int8 too, when they are faster so."""
+    small_graphs: Literal["int8", "fp16"]
+    """What gate and expert, a few small Gemms, are made."""
 
 
 TARGETS: dict[str, Target] = {
@@ -37,7 +37,7 @@ TARGETS: dict[str, Target] = {
         symmetric=False,  # a ReLU's whole range is used
         reduce_range=False,  # only CPUs without VNNI need it
         fuses_conv_with_next=False,  # QLinearConv and QLinearAdd want it rounded
-        small_graphs=True,
+        small_graphs="int8",
     ),
     "pi": Target(
         "pi",
@@ -46,7 +46,7 @@ TARGETS: dict[str, Target] = {
         symmetric=False,
         reduce_range=False,
         fuses_conv_with_next=False,
-        small_graphs=True,
+        small_graphs="int8",
     ),
     "jetson": Target(
         "jetson",
@@ -55,7 +55,7 @@ TARGETS: dict[str, Target] = {
         symmetric=True,  # TensorRT takes no other
         reduce_range=False,
         fuses_conv_with_next=True,
-        small_graphs=False,  # TensorRT gains nothing on a small Gemm
+        small_graphs="fp16",  # TensorRT gains nothing on a small Gemm
     ),
 }
 

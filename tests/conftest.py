@@ -54,3 +54,9 @@ def tiny_fleet():
 def golden():
     """Samples of version 1 of every contract."""
     return TESTS / "golden" / "v1"
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory, monkeypatch):
+    """No test reads or writes what the user's own commands remember."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

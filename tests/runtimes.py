@@ -1,6 +1,6 @@
 """Do bundles load and pass their self-test on the onnxruntimes that boards have? `make test-runtimes`
 
-Exports a float32 and an int8 fleet here, and replays them in an environment of its own for each version that is named:
+Exports a fleet of each precision here, and replays them in an environment of its own for each version that is named:
 what a device needs, and nothing else. A version that has no wheel for this Python is said and left out.
 """
 
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from export.foreign import Attentive
 from torch import nn
 
-from nmoe_export import int8
+from nmoe_export import choice
 from nmoe_export.fleet import Options, export_fleet
 from nmoe_export.source import of_modules
 from nmoe_train.nets import NetSpec, build
@@ -27,14 +28,19 @@ VERSIONS = ("1.15.1", "1.16.3", "1.17.3", "1.20.1", "newest")
 
 
 def fleets(folder):
-    """Two fleets of a narrow ResNet18: every operator of a real one, of both precisions."""
+    """Fleets of a narrow ResNet18, every operator of a real one, and of attention, in each precision that they have."""
     torch.manual_seed(0)
     extractor = build(NetSpec("resnet18", {"channels": 3, "size": 32, "dim": 32, "norm": "batch"}))
-    images = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (80, 3, 32, 32)).astype(np.uint8)
     source = of_modules(extractor, nn.Linear(32, 2), [nn.Linear(32, 4) for _ in range(2)], images)
-    int8.latencies = lambda *_: {"float": 2.0, "int8": 1.0}  # every component in int8, whatever this machine likes
+    choice.latencies = lambda *_: {"float": 2.0, "written": 1.0}  # every component in int8, whatever this machine likes
     export_fleet(source, folder / "fp32")
+    export_fleet(source, folder / "fp16", Options("fp16", max_drop=100.0))
     export_fleet(source, folder / "int8", Options("int8", max_drop=100.0))
+    rows = np.random.default_rng(0).normal(size=(80, 4, 6)).astype(np.float32)
+    source = of_modules(Attentive(), nn.Linear(8, 2), [nn.Linear(8, 4) for _ in range(2)], rows)
+    export_fleet(source, folder / "attention-fp16", Options("fp16", max_drop=100.0))
+    export_fleet(source, folder / "attention-int8", Options("int8", max_drop=100.0))
     return [str(path) for path in sorted(folder.glob("*/device-*"))]
 
 

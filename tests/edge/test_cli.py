@@ -43,6 +43,16 @@ def test_inspect_says_what_a_fleet_is(nmoe_edge, tiny_fleet):
     assert "3 bundles of one trunk" in shown.output
 
 
+def test_inspect_says_which_bundles_of_a_fleet_are_not_here(nmoe_edge, tiny_fleet, tmp_path):
+    shutil.copytree(tiny_fleet / "barn", tmp_path / "barn")
+    shutil.copy(tiny_fleet / "fleet.toml", tmp_path)
+    shown = nmoe_edge("inspect", tmp_path)
+    assert shown.exit_code == 0
+    lines = shown.output.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("not here")] == ["attic", "cellar"]
+    assert lines[-1].startswith("verified: 1 bundles of one trunk")
+
+
 def test_inspect_speaks_json(nmoe_edge, tiny_fleet):
     assert json.loads(nmoe_edge("inspect", "--json", tiny_fleet / "barn").output)["device"] == "barn"
     assert len(json.loads(nmoe_edge("inspect", "--json", tiny_fleet).output)["device"]) == 3

@@ -151,7 +151,29 @@ def test_devices_that_could_not_combine_their_answers_are_refused(folder, change
         read_fleet_folder(folder)
 
 
-def test_a_missing_bundle_is_refused(folder):
+def test_a_board_holds_its_own_bundle_only(folder):
     shutil.rmtree(folder / "cellar")
-    with pytest.raises(BundleError, match="cellar: no bundle"):
+    shutil.rmtree(folder / "attic")
+    fleet, bundles = read_fleet_folder(folder)
+    assert [device.name for device in fleet.device] == ["attic", "barn", "cellar"]
+    assert list(bundles) == ["barn"]
+
+
+def test_without_any_bundle_a_fleets_folder_is_refused(folder):
+    for name in ("attic", "barn", "cellar"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(FleetError, match=r"of no device that fleet\.toml names is the bundle here"):
+        read_fleet_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "file", "dangling link"])
+def test_what_is_here_in_a_bundles_place_must_be_one(folder, kind):
+    shutil.rmtree(folder / "cellar")
+    if kind == "empty folder":
+        (folder / "cellar").mkdir()
+    elif kind == "file":
+        (folder / "cellar").touch()
+    else:
+        (folder / "cellar").symlink_to(folder / "nowhere")
+    with pytest.raises(BundleError, match="cellar"):
         read_fleet_folder(folder)

@@ -90,12 +90,33 @@ def test_a_tensor_that_never_changes_has_a_range(model, method):
 
 
 def test_samples_are_drawn_by_the_seed_and_too_few_are_an_error_with_their_number():
-    x = rows(100)
-    assert np.array_equal(drawn(x, Recipe(samples=40)), drawn(x, Recipe(samples=40)))
-    assert not np.array_equal(drawn(x, Recipe(samples=40)), drawn(x, Recipe(samples=40, seed=1)))
-    assert drawn(x, Recipe()) is x
+    assert np.array_equal(drawn(100, Recipe(samples=40)), drawn(100, Recipe(samples=40)))
+    assert not np.array_equal(drawn(100, Recipe(samples=40)), drawn(100, Recipe(samples=40, seed=1)))
+    assert np.array_equal(drawn(100, Recipe()), np.arange(100))
     with pytest.raises(SourceError, match="20 calibration samples; the recipe asks for 32"):
-        drawn(x[:20], Recipe())
+        drawn(20, Recipe())
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+def test_a_symmetric_range_is_as_wide_on_either_side_and_weighed_as_such(model, method):
+    x = DRAW.laplace(size=(2000, 4)).astype(np.float32).clip(-0.5, None)
+    low, high = ranges(model, x, Recipe(method=method, percentile=99.0), symmetric=True)["rows"]
+    assert low == -high
+    if method == "percentile":
+        assert (np.abs(x) > high).mean() == pytest.approx(0.01, abs=0.003)
+    if method == "mse":
+        edge = float(np.abs(x).max())
+        steps = {share: edge * share / 127 for share in np.linspace(0.3, 1, 71)}
+        errors = {s: float(((np.rint(x.clip(-edge * s, edge * s) / d) * d - x) ** 2).mean()) for s, d in steps.items()}
+        assert high / edge == pytest.approx(min(errors, key=errors.get), abs=0.05)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_a_tensor_that_is_ever_infinite_has_no_range(model, method, value):
+    x = rows(100)
+    x[70, 1] = value
+    assert not ranges(model, x, Recipe(method=method))
 
 
 def test_no_more_than_a_batch_is_held_at_a_time(model, monkeypatch):

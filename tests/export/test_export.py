@@ -98,7 +98,7 @@ def test_what_the_run_chose_is_what_the_manifest_says(golden, tmp_path):
             best = run.gate(i)(latents).topk(2)
             theirs = outputs.gather(1, best.indices[:, :, None].expand(-1, -1, 3))
             mixed = (best.values.softmax(1)[:, :, None] * theirs).sum(1)
-            right = (mixed.argmax(1).numpy() == run.calibration()["labels"]).mean()
+            right = (mixed.argmax(1).numpy() == run.calibration()["labels"])[[0, 2, 4, 6, 8, 10]].mean()
             assert bundle.manifest.accuracy == {"held_out": pytest.approx(right)}
 
 
@@ -137,6 +137,13 @@ def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
     assert (out / "keys" / "secret").exists()
 
 
+def test_a_run_that_has_not_changed_is_not_even_built(golden, tmp_path, monkeypatch):
+    first = export_run(golden / "run", tmp_path / "fleet")
+    monkeypatch.setattr("nmoe_export.fleet.of_run", None)
+    again = export_run(golden / "run", tmp_path / "fleet")
+    assert (again.changed, again.fleet) == (False, first.fleet)
+
+
 def test_two_exports_are_the_same_bytes(fleet, golden, tmp_path):
     export_run(golden / "run", tmp_path / "again")
     for path in fleet.rglob("*"):
@@ -154,18 +161,35 @@ class Branches(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+class Unwilling(nn.Module):
+    def forward(self, x):
+        raise ValueError("not today\nnor tomorrow")
+
+
 class Noisy(nn.Module):
     def forward(self, x):
         return x + torch.rand_like(x)
 
 
 @pytest.mark.parametrize(
-    ("module", "text"), [(Branches(), "torch cannot export Branches"), (Noisy(), "onnxruntime and torch differ")]
+    ("module", "text"),
+    [
+        (Branches(), r"torch cannot export Branches: Could not guard .*; values cannot decide .*: use torch\.where"),
+        (Unknown(), "torch cannot export Unknown: No ONNX function found for .*bessel_j0"),
+        (Unwilling(), "torch cannot export Unwilling: not today$"),
+        (Noisy(), "onnxruntime and torch differ"),
+    ],
 )
-def test_a_module_without_a_faithful_graph_is_refused_by_name(module, text):
+def test_a_module_without_a_faithful_graph_is_refused_by_name(module, text, capfd):
     with pytest.raises(GraphError, match=f"mine: {text}") as refused:
         export_graph(module, "mine", torch.ones(2, 3))
     assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.fixture
@@ -206,6 +230,13 @@ def test_without_a_run_the_newest_is_taken(nmoe_export, golden, tmp_path, monkey
     assert done.exit_code == 0, done.error
     assert "bundles/mine: 3 bundles" in done.output
     assert read_fleet_folder(tmp_path / "bundles" / "mine")
+
+
+def test_a_place_that_cannot_be_made_is_refused_before_anything_is_exported(nmoe_export, golden, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    done = nmoe_export(golden / "run", "--out", tmp_path / "thesis.txt" / "fleet")
+    assert (done.exit_code, done.error.count("\n")) == (1, 1)
+    assert "thesis.txt is no folder; choose another place" in done.error
 
 
 def test_somebodys_folder_is_never_written_over(nmoe_export, golden, tmp_path):
