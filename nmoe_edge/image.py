@@ -6,6 +6,8 @@ Pictures are whatever Pillow reads; arrays are .npy or .npz, without pickle.
 from __future__ import annotations
 
 import io
+import tokenize
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +56,22 @@ def as_rows(array: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
         raise ValueError(f"shape {list(array.shape)} is not rows of {list(spec.shape)}")
     if array.dtype != spec.dtype and not np.can_cast(array.dtype, spec.dtype, "same_kind"):
         raise ValueError(f"{array.dtype} numbers are not the {spec.dtype} that is due")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError("holds NaN or infinity")
     if array.dtype.kind in "iu" and array.dtype != spec.dtype:
         limits = np.iinfo(spec.dtype) if spec.dtype != "float32" else None
         if limits is not None and not limits.min <= array.min() <= array.max() <= limits.max:
             raise ValueError(f"numbers that {spec.dtype} cannot hold")
-    return np.ascontiguousarray(array, spec.dtype)
+    with np.errstate(over="ignore"):  # a double that float32 has no room for is an infinity, refused below
+        rows = np.ascontiguousarray(array, spec.dtype)
+    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+        raise ValueError(f"holds NaN, infinity or numbers that {spec.dtype} cannot hold")
+    return rows
 
 
 def _array(data: bytes) -> NDArray[Any]:
-    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False, max_header_size=MOST_HEADER)
-    return np.asarray(array)
+    try:
+        return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False, max_header_size=MOST_HEADER))
+    except (tokenize.TokenError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(f"no sound .npy: {' '.join(str(error).split())[:100]}") from error
 
 
 def _pixels(data: bytes, spec: InputSpec) -> NDArray[Any]:
@@ -78,10 +84,12 @@ def _pixels(data: bytes, spec: InputSpec) -> NDArray[Any]:
     if channels not in (1, 3):
         raise ValueError(f"a picture, but the model takes {channels} channels; give it as .npy or .npz")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} × {image.height} pixels are more than {MOST_PIXELS}")
-            picture = image.convert("L" if channels == 1 else "RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow only warns of is refused below, or does not matter here
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width} × {image.height} pixels are more than {MOST_PIXELS}")
+                picture = image.convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError:
         raise ValueError("neither a picture that Pillow reads, nor an .npy or .npz") from None
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's word for a broken file

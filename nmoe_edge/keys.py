@@ -45,10 +45,14 @@ def write_key(path: Path, pair: KeyPair) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be written: {error.strerror}") from error
-    with os.fdopen(handle, "w") as file:
-        file.write(pair.secret + "\n")
-        file.flush()
-        os.fsync(handle)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(pair.secret + "\n")
+            file.flush()
+            os.fsync(handle)
+    except OSError as error:  # a full disk: half a key would be in the way of the next try
+        path.unlink(missing_ok=True)
+        raise KeyFileError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def read_key(path: Path) -> KeyPair:
@@ -64,10 +68,13 @@ def read_key(path: Path) -> KeyPair:
         raise KeyFileError(f"{path}: {error.strerror}; nmoe-edge keygen makes keys") from error
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise KeyFileError(f"{path}: others may read it; chmod 600 {path}, or make a new one if somebody has")
-    if not _Z85_KEY.fullmatch(data):
-        raise KeyFileError(f"{path}: no key file: 40 characters of Z85 are due")
     secret = data[:40]
-    return KeyPair(zmq.curve_public(secret).decode(), secret.decode())
+    try:
+        if not _Z85_KEY.fullmatch(data):
+            raise ValueError("another length, or other characters")
+        return KeyPair(zmq.curve_public(secret).decode(), secret.decode())
+    except (ValueError, zmq.ZMQError):  # not every 40 characters of Z85 are 32 bytes
+        raise KeyFileError(f"{path}: no key file: 40 characters of Z85 are due") from None
 
 
 def key_path(fleet_file: Path, name: str) -> Path:

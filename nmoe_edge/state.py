@@ -48,6 +48,6 @@ def kept_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
 
 
 def forget_mix(state: Path, device: str) -> None:
-    """Remove what was kept of a device."""
-    for path in state.glob(f"{device}-*-mix.npz"):
+    """Remove what was kept of a device; of attic, not of attic-2."""
+    for path in state.glob(f"{device}-{'[0-9a-f]' * 12}-mix.npz"):
         path.unlink()

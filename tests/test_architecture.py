@@ -46,8 +46,9 @@ EDGE = LEAVES | {
         *("errors", "schema", "counts", "log", "bundle", "models", "place", "state", "client"),
         *("sockets", "peers", "service", "front", "origin", "protocol.messages", "protocol.tensor"),
     ),
+    "screens": ("program", "bundle", "fleet", "client"),
     "cli": (
-        *("errors", "schema", "program", "log", "manifest", "bundle", "fleet", "models", "image", "keys", "state"),
+        *("errors", "schema", "program", "screens", "log", "manifest", "bundle", "fleet", "models", "image", "keys", "state"),
         *("client", "origin", "node"),
     ),
     "__main__": ("cli",),

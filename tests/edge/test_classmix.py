@@ -88,8 +88,8 @@ def test_what_is_remembered_is_bounded_and_the_oldest_goes_first():
 
 def test_a_camera_that_was_moved_is_learnt_anew():
     mix = ClassMix(5)
-    mix.weighed(answers(MOST_ROWS)[0])
-    mix.weighed(answers(MOST_ROWS, SKEWED[::-1], seed=4)[0])
+    mix.weighed(answers(MOST_ROWS, unsure=0.6)[0])
+    mix.weighed(answers(MOST_ROWS, SKEWED[::-1], seed=4, unsure=0.6)[0])
     assert mix.mix == pytest.approx(SKEWED[::-1], abs=0.06)
 
 

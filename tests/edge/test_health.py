@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe_edge.protocol.health import (
-    DOUBT_S,
     LEAST_SAMPLES,
     LEAST_SILENCE_S,
     MOST_PAUSE_S,
@@ -236,10 +235,37 @@ def test_while_an_answer_is_owed_quiet_alone_is_no_reason_to_ping():
 def test_a_late_answer_is_asked_after_once():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
-    assert health.due(1.0 + DOUBT_S - 1e-6) is None
-    assert health.due(1.0 + DOUBT_S) == "ping"
-    health.sent(2, 1.0 + DOUBT_S, timed=False)
-    assert [health.due(1.0 + DOUBT_S * n) for n in (2, 3, 4)] == [None, None, None]
+    late = 1.0 + health.doubt_s
+    assert health.due(late - 1e-6) is None
+    assert health.due(late) == "ping"
+    health.sent(2, late, timed=False)
+    assert [health.due(late + wait) for wait in (0.0, 0.1, 0.2, 0.3)] == [None] * 4
+
+
+def test_a_peer_that_owes_an_answer_for_longer_than_usual_is_not_trusted_until_it_comes():
+    health = peer(alive_at=0.0)
+    health.sent(1, 1.0)
+    late = 1.0 + health.doubt_s
+    assert (health.trusted(late - 1e-6), health.trusted(late)) == (True, False)
+    assert health.alive
+    health.heard(1, late)
+    assert health.trusted(late)
+
+
+def test_a_peer_that_is_not_alive_is_not_trusted():
+    health = peer()
+    assert not health.trusted(0.0)
+    health.welcomed(0.0)
+    assert health.trusted(0.0)
+    health.failed("left", 0.0)
+    assert not health.trusted(0.0)
+
+
+@pytest.mark.parametrize("took", [1e-4, 0.1, 0.4, 30.0])
+def test_a_peer_is_doubted_before_it_counts_as_silent(took):
+    health = peer(alive_at=0.0)
+    asked(health, [took] * 40)
+    assert 0 < health.doubt_s <= health.silence_s
 
 
 def test_every_late_answer_is_asked_after():
