@@ -6,7 +6,7 @@ EDGE := .venv-edge/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-edge test-runtimes cov fuzz bench clean
+.PHONY: help demo test check test-edge test-runtimes cov soak fuzz bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,11 +37,15 @@ test-runtimes: .venv/ready  ## bundles on the onnxruntimes that boards have; RUN
 cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
 	$(BIN)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 2000 --cov --cov-report term
 
+soak: .venv/ready  ## processes killed, frozen, overloaded and lied to, at length: about ten minutes
+	$(BIN)/python tests/soak.py
+
 fuzz: .venv/ready  ## ten million hostile messages, other ones each time: about two hours
 	$(BIN)/python -m pytest tests/edge/test_wire_fuzz.py --fuzz-examples 5000000 --fuzz-random
 
-bench: .venv/ready  ## what a message, an exchange and a round of training cost
+bench: .venv/ready  ## what a message, an exchange, a remote expert and a round of training cost
 	$(BIN)/python tests/bench/wire.py
+	$(BIN)/python tests/bench/serving.py
 	$(BIN)/python tests/bench/training.py
 
 clean:  ## remove the environments and everything that was built

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ def serve(
     from nmoe_edge.log import Log
     from nmoe_edge.node import Node
     from nmoe_edge.origin import Rules
-    from nmoe_edge.state import default_state, forget_mix
+    from nmoe_edge.state import default_state
 
     began = time.monotonic()
     beside = bundle.resolve().parent / FLEET_FILE
@@ -145,8 +146,6 @@ def serve(
     log = Log(bundle.resolve().name, log_json)
     rules = Rules(top_k, local_first, adapt, _LATENTS.get(latents), deadline_ms / 1000, prefer_near, hedge)
     state = state if state is not None else default_state()
-    if forget:
-        forget_mix(state, bundle.resolve().name)
     node = Node(
         bundle,
         fleet,
@@ -157,15 +156,28 @@ def serve(
         threads=threads,
         force=force,
         state=state,
+        forget=forget,
         log=log,
     )
     signal.signal(signal.SIGTERM, lambda *_: node.leave())
     signal.signal(signal.SIGINT, lambda *_: node.leave())
     signal.signal(signal.SIGHUP, lambda *_: node.reload())
+    _spare_memory()
     click.echo(f"ready: {node.describe()}, in {time.monotonic() - began:.2f} s")
     sys.stdout.flush()
     node.ended.wait()
     sys.exit(1 if node.broke else 0)
+
+
+def _spare_memory() -> None:
+    """Give back what opening a bundle needed, and let no collection ever look at what stays."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _LATENTS: dict[str | None, Any] = {"int8": "int8", "fp16": "float16", "fp32": "float32"}

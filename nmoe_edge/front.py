@@ -70,11 +70,18 @@ class Front:
             self._changed.notify()
         return True
 
-    def done(self) -> list[Job]:
-        """What is finished since the last time."""
-        found = []
-        while self._done:
-            found.append(self._done.popleft())
+    @property
+    def ready(self) -> bool:
+        """Whether `done` has something."""
+        return bool(self._done)
+
+    def done(self, most: int) -> list[Job]:
+        """What is finished and still waited for; no more than so many."""
+        found: list[Job] = []
+        while self._done and len(found) < most:
+            job = self._done.popleft()
+            if not job.dropped:
+                found.append(job)
         return found
 
     def close(self) -> None:
@@ -124,8 +131,6 @@ def _compute(jobs: list[Job]) -> None:
         latents = models.extractor(inputs)
         scores = models.gate(latents)
         own = models.expert(latents) if any(job.own_too for job in jobs) else None
-        if not all(np.isfinite(array).all() for array in (latents, scores, *([] if own is None else [own]))):
-            raise ModelError("the models make NaN or infinity of these inputs")
     except ModelError as error:
         for job in jobs:
             job.error = str(error)
@@ -133,6 +138,9 @@ def _compute(jobs: list[Job]) -> None:
     start = 0
     for job in jobs:
         rows = slice(start, start + len(job.inputs))
-        job.latents, job.scores = latents[rows], scores[rows]
-        job.own = own[rows] if own is not None and job.own_too else None
         start = rows.stop
+        found = [array[rows] for array in (latents, scores, *([own] if own is not None and job.own_too else []))]
+        if not all(np.isfinite(array).all() for array in found):
+            job.error = "the models make NaN or infinity of these inputs"
+            continue
+        job.latents, job.scores, job.own = (*found, None)[:3]

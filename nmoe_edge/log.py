@@ -25,10 +25,11 @@ class Log:
         """Say it now."""
         with self._lock:
             if self._as_json:
-                line = json.dumps({"time": round(time.time(), 3), "device": self._device, "event": event, **facts})
+                said = {"event": event, **({"text": text} if text else {}), **facts}
+                line = json.dumps({"time": round(time.time(), 3), "device": self._device, **said})
             else:
                 stamp = time.strftime("%H:%M:%S")
-                line = f"{stamp} {self._device} {event}{': ' if text else ''}{text}"
+                line = _one_line(f"{stamp} {self._device} {event}{': ' if text else ''}{text}")
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
@@ -41,3 +42,8 @@ class Log:
         self._said_at[event] = now
         held = self._held.pop(event, 0)
         self(event, text + (f" ({held} more in the last minute)" if held else ""), held=held, **facts)
+
+
+def _one_line(text: str) -> str:
+    """What a stranger said makes no line of its own, and moves no cursor."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -51,12 +51,14 @@ from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.schema import to_plain
 from nmoe_edge.service import Service
 from nmoe_edge.sockets import Heard, Sockets
-from nmoe_edge.state import keep_mix, kept_mix
+from nmoe_edge.state import forget_mix, keep_mix, kept_mix
 
 _TURN_S = 1.0
 """The longest that the loop sleeps."""
 _LOOK_S = 2.0
 """Between two looks at the manifest."""
+_JOBS_A_TURN = 8
+"""Requests begun to be routed before the sockets are looked at again: what waits there unseen cannot be refused."""
 _WEIGHED = 64
 """Requests between two looks at what one takes."""
 _MOST_BUGS = 100
@@ -98,12 +100,14 @@ class Node:
         threads: int = 1,
         force: bool = False,
         state: Path | None = None,
+        forget: bool = False,
         log: Log | None = None,
     ) -> None:
         """Serve the bundle in this folder among the devices of a fleet.toml; without one it answers alone.
 
         listen: where others connect; None: where the fleet says, nowhere without one. key: this device's key file,
-        needed where the fleet has a public key for it. state: a folder that keeps what is learnt across restarts.
+        needed where the fleet has a public key for it. state: a folder that keeps what is learnt across restarts;
+        forget: what it has kept.
         """
         self._folder, self._fleet_file = Path(bundle), None if fleet is None else Path(fleet)
         self._rules = rules if rules is not None else Rules()
@@ -124,6 +128,8 @@ class Node:
         self._service = Service(self._models, self._sockets.reply, self.counts)
         self._front = Front(self._sockets.wake)
         self._origin = Origin(self._models, self._rules, self._front, self._peers, self._numbers, self.counts)
+        if state is not None and forget:
+            forget_mix(state, manifest.device)
         if state is not None:
             kept_mix(state, manifest, self._origin.mix, self._log)
         self._inbox: deque[Callable[[float], None]] = deque()
@@ -233,13 +239,13 @@ class Node:
 
     def _turn(self) -> None:
         """Hear what has come, do what is due."""
-        wake_at = min(self._peers.wake_at, self._origin.wake_at)
+        wake_at = 0.0 if self._front.ready else min(self._peers.wake_at, self._origin.wake_at)
         began = self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S))
         for heard in self._sockets.heard():
             self._hear(heard, time.monotonic())
         self._service.run()
         now = time.monotonic()
-        for job in self._front.done():
+        for job in self._front.done(_JOBS_A_TURN):
             self._origin.extracted(job, now)
         while self._inbox:
             self._inbox.popleft()(now)

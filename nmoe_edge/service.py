@@ -47,6 +47,9 @@ class Service:
                 self._refuse(sender, message.request, *reason)
                 return
             self._rows += message.latents.rows
+        elif len(self._queue) >= MOST_ASKS:
+            self._refuse(sender, message.request, Reason.BUSY, "")
+            return
         self._queue.append((sender, message, now))
 
     def run(self) -> None:
@@ -94,8 +97,8 @@ class Service:
         for sender, ask, came_at in batch:
             if began - came_at >= ask.budget_ms / 1000:
                 self._refuse(sender, ask.request, Reason.EXPIRED, "")
-            elif ask.trunk != self.models.manifest.trunk_bytes:  # the bundle was swapped since it came
-                self._refuse(sender, ask.request, Reason.WRONG_TRUNK, "")
+            elif (ask.trunk, ask.expert) != (self.models.manifest.trunk_bytes, self.models.manifest.expert):
+                self._refuse(sender, ask.request, Reason.WRONG_TRUNK, "the bundle was swapped since this came")
             else:
                 ready.append((sender, ask))
         if not ready:

@@ -29,7 +29,7 @@ from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode
 _LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+")
 _MOST_QUEUED = 256
 """Messages that libzmq keeps for one connection, either way; beyond them TCP slows the sender down."""
-_MOST_A_TURN = 256
+_MOST_A_TURN = 1024
 """Messages taken off one socket before others are looked at."""
 _HANDSHAKE_MS = 5000
 _HEARTBEAT_MS, _HEARTBEAT_LOST_MS = 5000, 15000

@@ -243,8 +243,12 @@ def hostile(folder, count=100_000):
             ping = encode(Ping(2**40))
 
             def answered():
+                """Whether a Ping is answered, when everything before it has been read."""
                 dealer.send_multipart(ping)
-                return dealer.poll(200) and decode(dealer.recv_multipart()) == Pong(2**40)
+                while dealer.poll(200):
+                    if decode(dealer.recv_multipart()) == Pong(2**40):
+                        return True
+                return False
 
             until(answered, 60)
         grown = memory_kb(process) - before

@@ -46,7 +46,7 @@ class ClassMix:
         mix = self.mix
         weighed = p * mix if mix is not None else p
         weighed = weighed / weighed.sum(1, keepdims=True)
-        self._rows.extend(np.asarray(p, np.float32))
+        self._rows.extend(np.array(p, np.float32))
         self._fresh += len(p)
         if self._fresh >= _EVERY and self.rows >= LEAST_ROWS:
             self._fresh, self._mix = 0, class_mix(np.stack(self._rows))
@@ -64,7 +64,7 @@ class ClassMix:
         if not np.isfinite(found).all() or (found < 0).any() or not (found.sum(1) > 0).all():
             raise ValueError("rows that are no probabilities")
         self._rows.clear()
-        self._rows.extend(found)
+        self._rows.extend(np.array(found))
         if self.rows >= LEAST_ROWS:
             self._mix = class_mix(np.stack(self._rows))
 

@@ -33,7 +33,7 @@ class Health:
         """chance: 0..1, so that devices do not probe in step; ping_s: how often a quiet peer is asked whether it is."""
         self.state: State = "unknown"
         self.failures = 0
-        """In a row, since it was last welcome; nonsense is forgotten only with an answer that makes sense."""
+        """In a row, unanswered probes among them, since it last gave an answer that makes sense: a welcome is none."""
         self.rtt_s: float | None = None
         """Smoothed round trip of what was asked, with the work that was in it."""
         self._varies_s = 0.0
@@ -96,6 +96,7 @@ class Health:
         if not self.alive:
             if now < self._probe_at:
                 return None
+            self.failures += 1  # until it is answered
             self._pause(now)
             return "probe"
         if now < self.wake_at:
@@ -132,7 +133,6 @@ class Health:
 
     def welcomed(self, now: float) -> None:
         """A probe came back well."""
-        self.failures = 0 if self.state != "wrong" else self.failures
         self.state, self._quiet_since = "alive", now
 
     def failed(self, why: Failure, now: float) -> None:
@@ -149,4 +149,6 @@ class Health:
 
     def _pause(self, now: float) -> None:
         most = MOST_PAUSE_S.get(self.state, 1.0)
-        self._probe_at = now + min(FIRST_PAUSE_S * 2 ** min(self.failures, 16), most) * (0.75 + 0.5 * self._chance())
+        self._probe_at = now + min(FIRST_PAUSE_S * 2 ** min(max(self.failures - 1, 0), 16), most) * (
+            0.75 + 0.5 * self._chance()
+        )
