@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from nmoe_edge.screens import answer_lines, bundle_table, fleet_table, status_ta
 
 if TYPE_CHECKING:
     from nmoe_edge.client import Client
+    from nmoe_edge.node import Node
 
 
 @click.group(context_settings=SETTINGS, epilog=EXIT_STATUS)
@@ -104,6 +105,7 @@ Examples: nmoe-edge serve bundles/digits/device-00
 @click.option(
     "--state", type=click.Path(path_type=Path), help="What is learnt is kept here.  [default: ~/.local/state/nmoe]"
 )
+@click.option("--discover", is_flag=True, help="Find peers by mDNS that are not where the fleet says.")
 @click.option("--force", is_flag=True, help="Serve although the self-test fails.")
 @click.option("--log-json", is_flag=True, help="Log in JSON, a line an event.")
 def serve(
@@ -122,6 +124,7 @@ def serve(
     prefer_near: float,
     hedge: bool,
     state: Path | None,
+    discover: bool,
     force: bool,
     log_json: bool,
 ) -> None:
@@ -165,8 +168,22 @@ def serve(
     _spare_memory()
     click.echo(f"ready: {node.describe()}, in {time.monotonic() - began:.2f} s")
     sys.stdout.flush()
-    node.ended.wait()
+    with _discovery(node) if discover else nullcontext():
+        node.ended.wait()
     sys.exit(1 if node.broke else 0)
+
+
+def _discovery(node: Node) -> AbstractContextManager[Any]:
+    """mDNS for this node, until it ends."""
+    from nmoe_edge.errors import NetworkError
+
+    try:
+        from nmoe_edge.discover import Discovery
+    except ModuleNotFoundError as error:
+        node.close()
+        raise NetworkError(f"--discover: {error.name} is not installed; pip install 'nmoe[discover]'") from error
+    manifest = node.models.manifest
+    return closing(Discovery(manifest.device, manifest.trunk, node.address, node.found))
 
 
 def _spare_memory() -> None:

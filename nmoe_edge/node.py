@@ -191,6 +191,11 @@ class Node:
             self._reloading = threading.Thread(target=self._reload, name="reload", daemon=True)
             self._reloading.start()
 
+    def found(self, name: str, address: str) -> None:
+        """A device of the fleet may be at this address; any thread may say so."""
+        if not self.ended.is_set():
+            self._do(lambda _now: self._peers.moved(name, address))
+
     def leave(self) -> None:
         """Say goodbye, take nothing new, finish what is begun, end: `ended` is set then."""
         if not self.ended.is_set():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nmoe_edge.counts import Counts
@@ -28,7 +28,7 @@ from nmoe_edge.protocol.messages import (
     Refuse,
     Welcome,
 )
-from nmoe_edge.sockets import Sender, Sockets
+from nmoe_edge.sockets import Sender, Sockets, is_loopback
 
 _PING_S, _PING_A_PEER_S = 0.5, 0.05
 """A quiet peer is pinged so often; in a large fleet more rarely, so that pings stay a small work."""
@@ -77,6 +77,22 @@ class Peers:
                 self._lost.append(expert)
             self._peers[expert] = _Peer(device, Health(random.random, ping_s))  # to spread probes
             self._sockets.connect(expert, device)
+
+    def moved(self, name: str, address: str) -> None:
+        """A device of the fleet is said to be elsewhere: believed only while it is not where it was.
+
+        Without keys anybody could say so, and only loopback is listened to.
+        """
+        for expert, peer in self._peers.items():
+            if peer.device.name != name or peer.device.address == address or peer.health.alive:
+                continue
+            if not self._sockets.guarded and not is_loopback(address):
+                continue
+            peer.device = replace(peer.device, address=address)
+            peer.health.returns(0.0)
+            self.wake_at = 0.0
+            self._sockets.connect(expert, peer.device)
+            self._log.rarely(f"{name} found", address, peer=name)
 
     def trusted(self, now: float) -> frozenset[int]:
         """The experts that may be asked."""

@@ -38,6 +38,11 @@ _RECONNECT_MS, _RECONNECT_MOST_MS = 50, 500
 _REJECTED = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this very machine is behind it."""
+    return _LOOPBACK.fullmatch(address) is not None
+
+
 class Sender(NamedTuple):
     """Who sent a message to our own socket, and so where a reply goes."""
 
@@ -77,7 +82,7 @@ class Sockets:
         caps: Caps = DEFAULT_CAPS,
     ) -> None:
         """listen: where others connect, None for nowhere; allowed: public key -> device."""
-        if listen is not None and keys is None and not _LOOPBACK.fullmatch(listen):
+        if listen is not None and keys is None and not is_loopback(listen):
             raise NetworkError(
                 f"{listen} is not loopback, and without keys nothing else will do; nmoe-edge keygen makes keys"
             )

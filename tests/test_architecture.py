@@ -42,6 +42,7 @@ EDGE = LEAVES | {
         *("errors", "counts", "manifest", "models", "front", "peers"),
         *(f"protocol.{part}" for part in ("classmix", "combine", "exchange", "messages", "routing", "tensor")),
     ),
+    "discover": (),
     "node": (
         *("errors", "schema", "counts", "log", "bundle", "models", "place", "state", "client"),
         *("sockets", "peers", "service", "front", "origin", "protocol.messages", "protocol.tensor"),
@@ -62,7 +63,7 @@ EDGE = LEAVES | {
             "keys",
             "state",
         ),
-        *("client", "origin", "node"),
+        *("client", "origin", "node", "discover"),
     ),
     "__main__": ("cli",),
 }
@@ -82,6 +83,8 @@ SISTERS = {
 # Package from outside -> the only modules of nmoe_edge that may import it.
 ONLY_IN = {
     "onnxruntime": {"models"},
+    "zeroconf": {"discover"},
+    "ifaddr": {"discover"},
     "zmq": {"sockets", "client", "keys"},
     "click": {"cli", "program"},
     "torch": set(),

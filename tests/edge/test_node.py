@@ -482,3 +482,14 @@ def test_adapting_with_answers_that_carry_a_prior_is_refused(tiny_fleet, tmp_pat
     pinned(folder, write_bundle(folder / "attic", replace(bundle.manifest, answers_carry_prior=True), bundle.contents))
     with pytest.raises(ModelError, match="carry no prior, and these do"):
         Node(folder / "attic", folder / FLEET_FILE, rules=Rules(adapt=True), log=Log("attic"))
+
+
+def test_an_address_that_somebody_tells_is_believed_only_of_a_peer_that_is_not_where_it_was(fleet):
+    with nodes(fleet, "attic", "barn") as (attic, barn):
+        attic.found("barn", "tcp://127.0.0.1:1")
+        attic.found("cellar", "tcp://192.0.2.1:7101")  # no loopback, and nobody has keys
+        attic.found("nobody", "tcp://127.0.0.1:1")
+        facts = {peer["name"]: peer["address"] for peer in attic.status()["peers"]}
+        assert facts == {"barn": barn.address, "cellar": address_of(fleet, "cellar")}
+        attic.found("cellar", "tcp://127.0.0.1:1")
+        until(lambda: attic.status()["peers"][1]["address"] == "tcp://127.0.0.1:1")

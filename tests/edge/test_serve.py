@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from edge.fleets import Processes, bright, pinned, serve_command, settled, states, until
+from edge.fleets import Processes, bright, free_ports, pinned, serve_command, settled, states, until
 
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.cli import main
@@ -142,6 +143,33 @@ def test_a_hangup_takes_up_a_new_bundle_and_no_request_fails(fleet):
             pinned(fleet, again)
             until(lambda: client.status()["bundle"] == again.manifest.digest)
         assert (load.failed, load.wrong) == ([], 0)
+
+
+def multicast_works():
+    """Whether a datagram to mDNS's group comes back on loopback: not everywhere."""
+    group = socket.inet_aton("224.0.0.251") + socket.inet_aton("127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            one.bind(("", 0))
+            one.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+            one.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+            one.settimeout(1)
+            one.sendto(b"?", ("224.0.0.251", one.getsockname()[1]))
+            return one.recv(1) == b"?"
+        except OSError:
+            return False
+
+
+def test_a_peer_that_is_not_where_the_fleet_says_is_found(fleet):
+    pytest.importorskip("zeroconf")
+    if not multicast_works():
+        pytest.skip("no multicast on this machine's loopback")
+    (port,) = free_ports(1)
+    with Processes(fleet, "attic", options=("--discover",)) as running:
+        running.options = ("--discover", "--listen", f"tcp://127.0.0.1:{port}")
+        running.start("barn")
+        running.ready("barn")
+        running.acquainted("attic")
 
 
 @pytest.mark.parametrize(
