@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import click
 
 from nmoe_edge.errors import EdgeError
 from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
-from nmoe_edge.screens import answer_lines, bundle_table, fleet_table, status_table
+from nmoe_edge.screens import answer_lines, bundle_table, fleet_table, ready_line, status_table
 
 if TYPE_CHECKING:
     from nmoe_edge.client import Client
@@ -134,11 +134,13 @@ def serve(
     is finished before it ends, and the peers are told. SIGHUP, or a new bundle in the same place, is taken up without
     a request failing. Without keys only loopback is served.
     """
+    import gc
     import signal
     import time
 
     from nmoe_edge.fleet import FLEET_FILE
     from nmoe_edge.log import Log
+    from nmoe_edge.memory import trim
     from nmoe_edge.node import Node
     from nmoe_edge.origin import Rules
     from nmoe_edge.state import default_state
@@ -165,8 +167,10 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: node.leave())
     signal.signal(signal.SIGINT, lambda *_: node.leave())
     signal.signal(signal.SIGHUP, lambda *_: node.reload())
-    _spare_memory()
-    click.echo(f"ready: {node.describe()}, in {time.monotonic() - began:.2f} s")
+    gc.collect()
+    gc.freeze()  # what stays is never looked at again
+    trim()
+    click.echo(f"{ready_line(node.status())}, in {time.monotonic() - began:.2f} s")
     sys.stdout.flush()
     with _discovery(node) if discover else nullcontext():
         node.ended.wait()
@@ -184,17 +188,6 @@ def _discovery(node: Node) -> AbstractContextManager[Any]:
         raise NetworkError(f"--discover: {error.name} is not installed; pip install 'nmoe[discover]'") from error
     manifest = node.models.manifest
     return closing(Discovery(manifest.device, manifest.trunk, node.address, node.found))
-
-
-def _spare_memory() -> None:
-    """Give back what opening a bundle needed, and let no collection ever look at what stays."""
-    import ctypes
-    import gc
-
-    gc.collect()
-    gc.freeze()
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 _LATENTS: dict[str | None, Any] = {"int8": "int8", "fp16": "float16", "fp32": "float32"}

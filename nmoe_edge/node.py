@@ -30,6 +30,7 @@ from nmoe_edge.counts import Counts
 from nmoe_edge.errors import BundleError, CallError, EdgeError, ModelError
 from nmoe_edge.front import Front
 from nmoe_edge.log import Log
+from nmoe_edge.memory import trim
 from nmoe_edge.models import Models, run_selftest
 from nmoe_edge.origin import Origin, Rules
 from nmoe_edge.peers import Peers
@@ -63,8 +64,8 @@ _WEIGHED = 64
 """Requests between two looks at what one takes."""
 _MOST_BUGS = 100
 """In a row, before the device ends, for whoever watches over it to start it anew."""
-_KEEP_S = 60.0
-"""Between two times that the class mix is kept."""
+_KEEP_S = 30.0
+"""Between two times that the class mix is kept, and memory given back."""
 DRAIN_S = 5.0
 """The longest that a leaving device finishes what it has begun."""
 
@@ -154,17 +155,6 @@ class Node:
     def models(self) -> Models:
         """What it serves at present."""
         return self._models
-
-    def describe(self) -> str:
-        """A line for a person: what runs here, and how."""
-        manifest, models = self._models.manifest, self._models
-        where = f"at {self.address}, " if self.address else ""
-        keys = f"CURVE with {len(self._sockets.allowed)} known keys" if self._sockets.guarded else "without keys"
-        return (
-            f"{manifest.device}, expert {manifest.expert} of {manifest.experts}, {where}{keys};"
-            f" extractor {manifest.precision.extractor} on {models.provider}, {self._threads} thread(s),"
-            " self-test passed"
-        )
 
     def infer(self, inputs: NDArray[Any], deadline_s: float = 1.0) -> Answers:
         """What the fleet makes of these rows (rows, …); CallError when it cannot."""
@@ -326,6 +316,7 @@ class Node:
         if now - self._kept_at > _KEEP_S:
             self._kept_at = now
             self._keep()
+            trim()
 
     def _keep(self) -> None:
         if self._state is not None and self._origin.rules.adapt:
@@ -376,6 +367,8 @@ class Node:
             "trunk": manifest.trunk,
             "provider": self._models.provider,
             "threads": self._threads,
+            "extractor": manifest.precision.extractor,
+            "known_keys": len(self._sockets.allowed) if self._sockets.guarded else None,
             "uptime_s": round(time.monotonic() - self._began, 1),
             "under_way": len(self._origin),
             "version": __version__,

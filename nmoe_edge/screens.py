@@ -103,3 +103,13 @@ def status_table(facts: dict[str, Any]) -> str:
             f"{peer['asked']:>9}{peer['answered']:>9}"
         )
     return "\n".join(one_line(line) for line in lines)  # a peer's words may be in it
+
+
+def ready_line(facts: dict[str, Any]) -> str:
+    """What a device serves, and how, when it begins to."""
+    keys = "without keys" if facts["known_keys"] is None else f"CURVE with {facts['known_keys']} known keys"
+    where = f"at {facts['address']}, {keys}" if facts["address"] else "for nobody but this process"
+    return (
+        f"ready: {facts['device']}, expert {facts['expert']} of {facts['experts']}, {where};"
+        f" extractor {facts['extractor']} on {facts['provider']}, {facts['threads']} thread(s)"
+    )

@@ -14,7 +14,7 @@ PACKAGES = ("nmoe_edge", "nmoe_export", "nmoe_train")
 
 # Module of nmoe_edge -> the modules of nmoe_edge that it may import. A module that is not listed fails the test.
 LEAVES: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("__init__", "errors", "schema", "npz", "folders", "onnxfile", "program", "protocol", "counts", "log"), ()
+    ("__init__", "errors", "schema", "npz", "folders", "onnxfile", "program", "protocol", "counts", "log", "memory"), ()
 )
 EDGE = LEAVES | {
     "protocol.tensor": ("errors",),
@@ -44,7 +44,7 @@ EDGE = LEAVES | {
     ),
     "discover": (),
     "node": (
-        *("errors", "schema", "counts", "log", "bundle", "models", "place", "state", "client"),
+        *("errors", "schema", "counts", "log", "memory", "bundle", "models", "place", "state", "client"),
         *("sockets", "peers", "service", "front", "origin", "protocol.messages", "protocol.tensor"),
     ),
     "screens": ("program", "bundle", "fleet", "client"),
@@ -55,6 +55,7 @@ EDGE = LEAVES | {
             "program",
             "screens",
             "log",
+            "memory",
             "manifest",
             "bundle",
             "fleet",
