@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,16 @@ def serve(
     log = Log(bundle.resolve().name, log_json)
     rules = Rules(top_k, local_first, adapt, _LATENTS.get(latents), deadline_ms / 1000, prefer_near, hedge)
     state = state if state is not None else default_state()
+    wanted: list[Callable[[Node], None]] = []
+    serving: list[Node] = []
+
+    def on(which: int, do: Callable[[Node], None]) -> None:
+        """Signals that come before there is a node are not lost."""
+        signal.signal(which, lambda *_: do(serving[0]) if serving else wanted.append(do))
+
+    on(signal.SIGTERM, Node.leave)
+    on(signal.SIGINT, Node.leave)
+    on(signal.SIGHUP, Node.reload)
     node = Node(
         bundle,
         fleet,
@@ -164,9 +175,9 @@ def serve(
         forget=forget,
         log=log,
     )
-    signal.signal(signal.SIGTERM, lambda *_: node.leave())
-    signal.signal(signal.SIGINT, lambda *_: node.leave())
-    signal.signal(signal.SIGHUP, lambda *_: node.reload())
+    serving.append(node)
+    for do in wanted:
+        do(node)
     gc.collect()
     gc.freeze()  # what stays is never looked at again
     trim()
@@ -259,13 +270,14 @@ def infer(
         spec = from_plain(InputSpec, facts["input"])
         for path in files:
             rows = read_rows(path, spec)
-            for start in range(0, len(rows), _ROWS_A_CALL):
-                answers = device.infer(rows[start : start + _ROWS_A_CALL], deadline_ms / 1000)
+            together = max(1, min(_ROWS_A_CALL, _BYTES_A_CALL // rows[0].nbytes))
+            for start in range(0, len(rows), together):
+                answers = device.infer(rows[start : start + together], deadline_ms / 1000)
                 for line in answer_lines(path, start, answers, facts, as_json):
                     click.echo(line)
 
 
-_ROWS_A_CALL = 64
+_ROWS_A_CALL, _BYTES_A_CALL = 64, 8 * 1024 * 1024
 
 
 @cli.command(epilog="Example: nmoe-edge status --at tcp://127.0.0.1:7101 --watch")

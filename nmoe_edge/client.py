@@ -21,9 +21,11 @@ from nmoe_edge.keys import KeyPair
 from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.messages import Infer, Message, Reason, Refuse, Report, Result, RowAnswer, Status
 from nmoe_edge.protocol.tensor import Tensor
-from nmoe_edge.protocol.wire import decode, encode
+from nmoe_edge.protocol.wire import Caps, decode, encode
 from nmoe_edge.schema import parse_json
 
+_CAPS = Caps(text_bytes=4 * 1024 * 1024)
+"""The status of a thousand peers is long."""
 _GRACE_S = 0.25
 """For the way there and back, beyond what the device may take."""
 
@@ -75,6 +77,7 @@ class Client:
         self._context = zmq.Context()
         self._idle: list[zmq.Socket[bytes]] = []
         self._lock = threading.Lock()
+        self._lent, self._closed = 0, False
         self._numbers = itertools.count(secrets.randbits(60))
 
     def infer(self, inputs: NDArray[Any], deadline_s: float = 1.0) -> Answers:
@@ -82,6 +85,8 @@ class Client:
         inputs = np.asarray(inputs)
         budget_ms = max(1, int(deadline_s * 1000))
         packed = Tensor.pack(inputs, inputs.dtype.name)
+        if len(packed.data) > _CAPS.payload_bytes:
+            raise CallError(f"{len(packed.data)} bytes of inputs are over {_CAPS.payload_bytes}; ask with fewer rows")
         reply = self._call(lambda number: Infer(number, 0, budget_ms, packed), deadline_s + _GRACE_S)
         return answers_of(reply)
 
@@ -98,10 +103,12 @@ class Client:
     def close(self) -> None:
         """Let go of the device."""
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
         for socket in idle:
             socket.close(0)
-        self._context.destroy(linger=0)
+        if not self._lent:  # else whoever comes back last
+            self._context.term()
 
     def __enter__(self) -> Client:
         return self
@@ -117,32 +124,54 @@ class Client:
         message = question(number)
         until = time.monotonic() + wait_s
         with self._borrowed() as socket:
-            socket.send_multipart(encode(message))
+            socket.setsockopt(zmq.SNDTIMEO, max(1, int(wait_s * 1000)))
+            with contextlib.suppress(zmq.Again):  # no way there in all that time: said below
+                socket.send_multipart(encode(message))
             while (left := until - time.monotonic()) > 0 and socket.poll(max(1, int(left * 1000))):
                 try:
-                    reply = decode(socket.recv_multipart())
+                    reply = decode(socket.recv_multipart(), _CAPS)
                 except RemoteProtocolError as error:
                     raise CallError(f"{self.address} does not speak as we do: {error}") from error
                 if getattr(reply, "request", None) == number:
                     return reply
-        raise CallError(f"{self.address}: no answer within {wait_s:.3g} s; is it serving, and does it know this key?")
+            raise CallError(
+                f"{self.address}: no answer within {wait_s:.3g} s; is it serving, and does it know this key?"
+            )
 
     @contextlib.contextmanager
     def _borrowed(self) -> Iterator[zmq.Socket[bytes]]:
         """A socket for one call; it goes back when the call went well."""
-        with self._lock:
-            socket = self._idle.pop() if self._idle else self._connected()
+        socket = self._taken()
+        well = False
         try:
             yield socket
-        except BaseException:
-            socket.close(0)
-            raise
+            well = True
+        finally:
+            self._given_back(socket, well)
+
+    def _taken(self) -> zmq.Socket[bytes]:
         with self._lock:
-            self._idle.append(socket)
+            if self._closed:
+                raise CallError("the client is closed")
+            socket = self._idle.pop() if self._idle else self._connected()
+            self._lent += 1
+            return socket
+
+    def _given_back(self, socket: zmq.Socket[bytes], well: bool) -> None:
+        with self._lock:
+            self._lent -= 1
+            if well and not self._closed:
+                self._idle.append(socket)
+                return
+            socket.close(0)
+            last = self._closed and not self._lent
+        if last:
+            self._context.term()
 
     def _connected(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # what cannot leave now is not kept for later
         socket.setsockopt(zmq.IPV6, "[" in self.address)
         if self._keys is not None and self._server_key is not None:
             socket.curve_publickey, socket.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()

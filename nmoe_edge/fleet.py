@@ -48,6 +48,25 @@ def _require(holds: bool, text: str) -> None:
         raise ValueError(text)
 
 
+_LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this very machine is behind it."""
+    return _LOOPBACK.fullmatch(address) is not None
+
+
+_Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+
+
+def _is_key(text: str) -> bool:
+    """Whether it is 32 bytes in Z85: five characters may say more than four bytes hold."""
+    if not _Z85_KEY.fullmatch(text):
+        return False
+    fives = (text[at : at + 5] for at in range(0, 40, 5))
+    return all(sum(_Z85.index(c) * 85 ** (4 - i) for i, c in enumerate(five)) < 2**32 for five in fives)
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One device of the fleet."""
@@ -74,7 +93,7 @@ class Device:
         _require(sound, f"address is {self.address[:80]!r}, not tcp://HOST:PORT with a port in 1..65535")
         _require(bool(_DIGEST.fullmatch(self.bundle)), "bundle is not 64 hexadecimal digits")
         key = self.public_key
-        _require(key is None or bool(_Z85_KEY.fullmatch(key)), "public_key is not 40 characters of Z85")
+        _require(key is None or _is_key(key), "public_key is not 40 characters of Z85")
 
 
 @dataclass(frozen=True, slots=True)

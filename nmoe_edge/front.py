@@ -63,7 +63,8 @@ class Front:
         rows = len(job.inputs)
         with self._changed:
             full = len(self._queue) >= MOST_REQUESTS or (self._queue and self._rows + rows > MOST_ROWS)
-            if full or now + (self._rows + rows) * self._row_s > job.deadline:
+            # What a row takes is learnt by running some: with nothing to wait for, a job is run whatever was learnt.
+            if full or now >= job.deadline or (self._rows and now + (self._rows + rows) * self._row_s > job.deadline):
                 return False
             self._queue.append(job)
             self._rows += rows
@@ -126,14 +127,14 @@ class Front:
 
 def _compute(jobs: list[Job]) -> None:
     models = jobs[0].models
-    inputs = np.concatenate([job.inputs for job in jobs]) if len(jobs) > 1 else jobs[0].inputs
     try:
+        inputs = np.concatenate([job.inputs for job in jobs]) if len(jobs) > 1 else jobs[0].inputs
         latents = models.extractor(inputs)
         scores = models.gate(latents)
         own = models.expert(latents) if any(job.own_too for job in jobs) else None
-    except ModelError as error:
+    except Exception as error:  # noqa: BLE001  # no memory, say: this thread must outlive whatever inputs do
         for job in jobs:
-            job.error = str(error)
+            job.error = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
         return
     start = 0
     for job in jobs:

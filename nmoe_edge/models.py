@@ -1,18 +1,20 @@
 """A bundle's three graphs, ready to run: the only importer of onnxruntime.
 
-Nothing of the disk is looked at here: a session is made of bytes that bundle.py has verified.
+A session is made of bytes that bundle.py has verified, never of a file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from nmoe_edge.bundle import Bundle
+from nmoe_edge.bundle import Bundle, read_bundle
 from nmoe_edge.errors import ModelError
 from nmoe_edge.protocol.routing import route
 
@@ -169,3 +171,22 @@ def run_selftest(models: Models, bundle: Bundle) -> SelfTestResult:
     return SelfTestResult(
         len(test.inputs), latent_difference, output_difference, other_choices, bool(passed) and other_choices == 0
     )
+
+
+def open_bundle(folder: Path, threads: int, provider: str, force: bool, say: Callable[[str], None]) -> Models:
+    """Verify a bundle, open its sessions and replay its self-test; ModelError where this machine answers otherwise.
+
+    With `force` that is said, and no error.
+    """
+    bundle = read_bundle(folder)
+    models = Models(bundle, threads, provider)
+    result = run_selftest(models, bundle)
+    if not result.passed:
+        what = (
+            f"{folder}: FAILED its self-test on this machine: latents differ by {result.latent_difference:.2g},"
+            f" outputs by {result.output_difference:.2g}, {result.other_choices} other choices of the gate"
+        )
+        if not force:
+            raise ModelError(f"{what}; export it again for this machine, or --force it to serve wrong answers")
+        say(f"{what}; SERVING ALL THE SAME, as --force says")
+    return models

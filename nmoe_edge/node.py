@@ -8,6 +8,7 @@ other threads want is put in an inbox. So nothing here is locked.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import secrets
@@ -24,14 +25,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nmoe_edge import __version__
-from nmoe_edge.bundle import MANIFEST, read_bundle
+from nmoe_edge.bundle import MANIFEST
 from nmoe_edge.client import Answers, answers_of
 from nmoe_edge.counts import Counts
-from nmoe_edge.errors import BundleError, CallError, EdgeError, ModelError
+from nmoe_edge.errors import BundleError, CallError, EdgeError
 from nmoe_edge.front import Front
 from nmoe_edge.log import Log
 from nmoe_edge.memory import trim
-from nmoe_edge.models import Models, run_selftest
+from nmoe_edge.models import Models, open_bundle
 from nmoe_edge.origin import Origin, Rules
 from nmoe_edge.peers import Peers
 from nmoe_edge.place import Place, find_place
@@ -57,7 +58,7 @@ from nmoe_edge.state import forget_mix, keep_mix, kept_mix
 _TURN_S = 1.0
 """The longest that the loop sleeps."""
 _LOOK_S = 2.0
-"""Between two looks at the manifest."""
+"""Between two looks at the files."""
 _JOBS_A_TURN = 8
 """Requests begun to be routed before the sockets are looked at again: what waits there unseen cannot be refused."""
 _WEIGHED = 64
@@ -66,24 +67,9 @@ _MOST_BUGS = 100
 """In a row, before the device ends, for whoever watches over it to start it anew."""
 _KEEP_S = 30.0
 """Between two times that the class mix is kept, and memory given back."""
+_GOODBYE_S = 0.1
 DRAIN_S = 5.0
 """The longest that a leaving device finishes what it has begun."""
-
-
-def open_bundle(folder: Path, threads: int, provider: str, force: bool, log: Log) -> Models:
-    """Verify a bundle, open its sessions and replay its self-test; ModelError where this machine answers otherwise."""
-    bundle = read_bundle(folder)
-    models = Models(bundle, threads, provider)
-    result = run_selftest(models, bundle)
-    if not result.passed:
-        what = (
-            f"{folder}: FAILED its self-test on this machine: latents differ by {result.latent_difference:.2g},"
-            f" outputs by {result.output_difference:.2g}, {result.other_choices} other choices of the gate"
-        )
-        if not force:
-            raise ModelError(f"{what}; export it again for this machine, or --force it to serve wrong answers")
-        log("self-test", f"{what}; SERVING ALL THE SAME, as --force says")
-    return models
 
 
 class Node:
@@ -125,7 +111,11 @@ class Node:
         where = place.listen if listen is None else listen
         self._sockets = Sockets(where, place.keys, dict(place.allowed), self.counts, self._log)
         self._peers = Peers(self._hello, self._sockets, self._numbers, self.counts, self._log)
-        self._peers.become(place.others)
+        try:
+            self._peers.become(place.others)
+        except BaseException:
+            self._sockets.close()
+            raise
         self._service = Service(self._models, self._sockets.reply, self.counts)
         self._front = Front(self._sockets.wake)
         self._origin = Origin(self._models, self._rules, self._front, self._peers, self._numbers, self.counts)
@@ -135,8 +125,9 @@ class Node:
             kept_mix(state, manifest, self._origin.mix, self._log)
         self._inbox: deque[Callable[[float], None]] = deque()
         self._began, self._looked_at, self._kept_at = time.monotonic(), time.monotonic(), time.monotonic()
-        self._stamp = self._manifest_stamp()
+        self._stamp = self._file_stamps()
         self._reloading: threading.Thread | None = None
+        self._reload_wanted = threading.Event()
         self._leaving_at: float | None = None
         self._busy_s = 0.0
         self.broke = False
@@ -177,6 +168,7 @@ class Node:
 
     def reload(self) -> None:
         """Read bundle and fleet again, beside the serving, and serve them when they pass; else go on with the old."""
+        self._reload_wanted.set()
         if self._reloading is None or not self._reloading.is_alive():
             self._reloading = threading.Thread(target=self._reload, name="reload", daemon=True)
             self._reloading.start()
@@ -227,6 +219,9 @@ class Node:
                         return
         finally:
             self.ended.set()
+            self._leaving_at = self._leaving_at or time.monotonic()
+            while self._inbox:  # whoever waits for it is told
+                self._inbox.popleft()(time.monotonic())
             self._origin.abandon()
             self._keep()
             self._front.close()
@@ -254,8 +249,9 @@ class Node:
         self._weigh(time.monotonic() - began)
 
     def _weigh(self, busy_s: float) -> None:
-        """Learn what a request takes of this thread, whatever else it did meanwhile."""
-        self._busy_s += busy_s
+        """Learn what a request takes of this thread, whatever else it did meanwhile; idling costs no request."""
+        if self._origin:
+            self._busy_s += busy_s
         if self._origin.finished >= _WEIGHED:
             self._origin.cost_s = self._busy_s / self._origin.finished
             self._origin.finished, self._busy_s = 0, 0.0
@@ -267,7 +263,7 @@ class Node:
         elif sender is None:
             reply = self._peers.heard(heard.expert, message, heard.request, now)
             if reply is not None:
-                self._origin.answered(reply, now)
+                self._origin.answered(reply, heard.expert, now)
         elif isinstance(message, Ask | Ping):
             if self._leaving_at is not None:
                 self._sockets.reply(sender, Refuse(message.request, Reason.SHUTTING_DOWN))
@@ -276,7 +272,9 @@ class Node:
         elif isinstance(message, Infer):
             self._begin(message, lambda reply: self._sockets.reply(sender, reply), now)
         elif isinstance(message, Hello):
-            self._sockets.reply(sender, self._peers.greeted(message, sender, now))
+            leaving = self._leaving_at is not None
+            welcome = Refuse(0, Reason.SHUTTING_DOWN) if leaving else self._peers.greeted(message, sender, now)
+            self._sockets.reply(sender, welcome)
         elif isinstance(message, Leave):
             expert = self._peers.left(message, sender, now)
             if expert is not None:
@@ -304,13 +302,16 @@ class Node:
         """Whether the last thing is done that was begun before leaving."""
         if self._leaving_at is None:
             return False
-        return (not self._origin and not self._service) or time.monotonic() > self._leaving_at + DRAIN_S
+        left_s = time.monotonic() - self._leaving_at
+        # What peers asked before they heard of it is still on its way.
+        return (left_s > _GOODBYE_S and not self._origin and not self._service) or left_s > DRAIN_S
 
     def _look(self, now: float) -> None:
         """What needs a look now and then."""
         self._looked_at = now
-        stamp = self._manifest_stamp()
-        if stamp != self._stamp and stamp is not None:
+        self._origin.sweep(now)
+        stamp = self._file_stamps()
+        if stamp != self._stamp:
             self._stamp = stamp
             self.reload()
         if now - self._kept_at > _KEEP_S:
@@ -322,15 +323,21 @@ class Node:
         if self._state is not None and self._origin.rules.adapt:
             keep_mix(self._state, self._models.manifest, self._origin.mix, self._log)
 
-    def _manifest_stamp(self) -> tuple[int, ...] | None:
-        try:
-            found = (self._folder / MANIFEST).stat()
-        except OSError:  # being replaced, or gone: what is served was read long ago
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+    def _file_stamps(self) -> list[tuple[int, int, int]]:
+        stamps = []
+        for path in (self._folder / MANIFEST, *([] if self._fleet_file is None else [self._fleet_file])):
+            with contextlib.suppress(OSError):  # being replaced, or gone: what is served was read long ago
+                found = path.stat()
+                stamps.append((found.st_ino, found.st_mtime_ns, found.st_size))
+        return stamps
 
     def _reload(self) -> None:
-        """In a thread of its own."""
+        """In a thread of its own, and again for what changed meanwhile."""
+        while self._reload_wanted.is_set() and not self.ended.is_set():
+            self._reload_wanted.clear()
+            self._read_again()
+
+    def _read_again(self) -> None:
         try:
             models = open_bundle(self._folder, self._threads, self._provider, self._force, self._log)
             self._rules.of(models.manifest)
@@ -346,7 +353,7 @@ class Node:
     def _swap(self, models: Models, place: Place) -> None:
         self._models = self._service.models = models
         self._origin.serve(models, self._rules)
-        self._sockets.allowed = dict(place.allowed)
+        self._sockets.allow(dict(place.allowed))
         self._peers.become(place.others)
         self.counts.events["reloads"] += 1
         self._log("reload", f"serves {models.manifest.digest[:12]} now", bundle=models.manifest.digest)
@@ -368,7 +375,7 @@ class Node:
             "provider": self._models.provider,
             "threads": self._threads,
             "extractor": manifest.precision.extractor,
-            "known_keys": len(self._sockets.allowed) if self._sockets.guarded else None,
+            "known_keys": self._sockets.known_keys if self._sockets.guarded else None,
             "uptime_s": round(time.monotonic() - self._began, 1),
             "under_way": len(self._origin),
             "version": __version__,

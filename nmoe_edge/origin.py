@@ -26,7 +26,7 @@ from nmoe_edge.peers import Peers
 from nmoe_edge.protocol.classmix import ClassMix
 from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.exchange import Action, Call, Exchange, Fault
-from nmoe_edge.protocol.messages import MAX_DETAIL, Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer
+from nmoe_edge.protocol.messages import MAX_ANSWERED, MAX_DETAIL, Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer
 from nmoe_edge.protocol.routing import route
 from nmoe_edge.protocol.tensor import Tensor
 
@@ -34,6 +34,7 @@ LatentType = Literal["int8", "float16", "float32"]
 _HEDGES = 0.05
 """Extra asks at most, of all."""
 _SAVED_HEDGES = 5.0
+_SWEPT_S = 2.0
 _MOST_RESERVE_S = 0.02
 """Of a budget a tenth, but no more, is kept for combining and for the own expert as last resort."""
 
@@ -65,8 +66,9 @@ class Rules:
         """With what the bundle says filled in; ModelError where the two do not fit."""
         routing = manifest.routing
         top_k = routing.top_k if self.top_k is None else self.top_k
-        if not 1 <= top_k <= manifest.experts:
-            raise ModelError(f"top-k {top_k} is not in 1..{manifest.experts}, the experts of this bundle")
+        most = min(manifest.experts, MAX_ANSWERED)
+        if not 1 <= top_k <= most:
+            raise ModelError(f"top-k {top_k} is not in 1..{most}, what this bundle's {manifest.experts} experts allow")
         if self.adapt and manifest.answers_carry_prior:
             raise ModelError("adapt needs experts whose answers carry no prior, and these do")
         return replace(
@@ -85,7 +87,9 @@ Reply = Callable[[Result | Refuse], object]
 class _Request:
     """One that is under way."""
 
-    infer: Infer
+    number: int
+    """The client's."""
+    trace: int
     reply: Reply
     models: Models
     rules: Rules
@@ -97,6 +101,8 @@ class _Request:
     """From then on."""
     latents: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     own: NDArray[np.float32] | None = None
+    mix: ClassMix | None = None
+    """Of the bundle that it began with, where that adapts."""
     asks: list[int] = field(default_factory=list)
     wake_at: float = 0.0
     closed: bool = False
@@ -111,7 +117,8 @@ class Origin:
         """Ready for the first."""
         self._front, self._peers, self._numbers, self._counts = front, peers, numbers, counts
         self._by_job: dict[int, _Request] = {}
-        self._by_ask: dict[int, _Request] = {}
+        self._by_ask: dict[int, tuple[_Request, int]] = {}
+        """Ask -> whose it is, and which expert it went to."""
         self._alarms: list[tuple[float, int, _Request]] = []
         self._ties = itertools.count()
         self._open: set[_Request] = set()
@@ -119,7 +126,7 @@ class Origin:
         self.cost_s = 0.0
         """What a request takes of the node's own thread: who would wait for longer than he has is refused."""
         self.finished = 0
-        self.mix = ClassMix(models.manifest.outputs)
+        self.mix, self._trunk = ClassMix(models.manifest.outputs), models.manifest.trunk
         """What this device sees; learnt from only when the rules say so."""
         self.serve(models, rules)
 
@@ -130,8 +137,8 @@ class Origin:
     def serve(self, models: Models, rules: Rules) -> None:
         """Requests that come from now on are answered with these; those under way keep theirs."""
         self._models, self.rules = models, rules.of(models.manifest)
-        if models.manifest.outputs != self.mix.outputs:
-            self.mix = ClassMix(models.manifest.outputs)
+        if models.manifest.trunk != self._trunk:
+            self.mix, self._trunk = ClassMix(models.manifest.outputs), models.manifest.trunk
 
     def begin(self, infer: Infer, reply: Reply, now: float) -> None:
         """A request has come."""
@@ -149,7 +156,8 @@ class Origin:
         if not self._front.offer(job, now):
             self._refuse(infer, reply, Reason.BUSY, "")
             return
-        request = _Request(infer, reply, models, rules, now, deadline, job)
+        request = _Request(infer.request, infer.trace, reply, models, rules, now, deadline, job)
+        request.mix = self.mix if rules.adapt else None
         self._by_job[id(job)] = request
         self._open.add(request)
         self._alarm(request, deadline)
@@ -161,22 +169,27 @@ class Origin:
             return
         request.job = None
         if job.error is not None:
-            self._close(request, Refuse(request.infer.request, Reason.FAILED, _printable(job.error)))
+            self._close(request, Refuse(request.number, Reason.FAILED, _printable(job.error)))
         elif job.latents is None or job.scores is None or now >= request.deadline:
-            self._close(request, Refuse(request.infer.request, Reason.EXPIRED))
+            self._close(request, Refuse(request.number, Reason.EXPIRED))
         else:
             self._counts.took("extractor and gate", now - request.began)
             self._start(request, job.latents, job.scores, job.own, now)
 
-    def answered(self, reply: Answer | Refuse, now: float) -> None:
-        """A peer replied to an Ask."""
-        request = self._by_ask.get(reply.request)
+    def answered(self, reply: Answer | Refuse, by: int, now: float) -> None:
+        """A peer, the one with expert `by`, replied to an Ask."""
+        request, asked = self._by_ask.get(reply.request, (None, -1))
         if request is None or request.exchange is None or request.closed:
             self._counts.events["late or unknown answers"] += 1
-            return
-        if isinstance(reply, Answer):
+        elif by != asked:
+            self._counts.events["answers in another's name"] += 1
+            self._peers.fail(by, "wrong", now)
+        elif isinstance(reply, Answer):
             outputs = reply.outputs.unpack()
-            self._act(request, request.exchange.answered(reply.request, reply.expert, outputs, now), now)
+            actions = request.exchange.answered(reply.request, reply.expert, outputs, now)
+            if not any(isinstance(action, Fault) and action.expert == by for action in actions):
+                self._peers.made_sense(by)
+            self._act(request, actions, now)
         else:
             self._counts.events[f"peers refused {reply.reason.name.lower()}"] += 1
             self._act(request, request.exchange.refused(reply.request, now), now)
@@ -205,17 +218,23 @@ class Origin:
                 if request.job is not None:
                     request.job.dropped = True
                     self._by_job.pop(id(request.job), None)
-                self._close(request, Refuse(request.infer.request, Reason.EXPIRED))
+                self._close(request, Refuse(request.number, Reason.EXPIRED))
 
     @property
     def wake_at(self) -> float:
         """When `tick` is due again."""
         return self._alarms[0][0] if self._alarms else float("inf")
 
+    def sweep(self, now: float) -> None:
+        """Refuse what is open though its deadline is long over: only a bug can have left it so."""
+        for request in [r for r in self._open if now > r.deadline + _SWEPT_S]:
+            self._counts.events["bugs"] += 1
+            self._close(request, Refuse(request.number, Reason.FAILED))
+
     def abandon(self) -> None:
         """Refuse what is under way: nobody will finish it."""
         for request in list(self._open):
-            self._close(request, Refuse(request.infer.request, Reason.SHUTTING_DOWN))
+            self._close(request, Refuse(request.number, Reason.SHUTTING_DOWN))
 
     def _start(
         self,
@@ -233,10 +252,11 @@ class Origin:
         at_home: set[int] = set()
         if own is not None and rules.local_first is not None:
             at_home = set(np.flatnonzero(softmax(own).max(axis=1) > rules.local_first).tolist())
+        losses = None
         if rules.prefer_near:
-            away_ms = [1000 * self._peers.expected_s(e) * (e != manifest.expert) for e in range(manifest.experts)]
-            scores = scores - np.float32(rules.prefer_near) * np.asarray(away_ms, np.float32)
-        found = route(scores, manifest.expert, self._peers.trusted(now), rules.top_k or 1, at_home)
+            away_s = [self._peers.expected_s(e) * (e != manifest.expert) for e in range(manifest.experts)]
+            losses = rules.prefer_near * 1000 * np.asarray(away_s, np.float32)
+        found = route(scores, manifest.expert, self._peers.trusted(now), rules.top_k or 1, at_home, losses)
         reserve = min(_MOST_RESERVE_S, (request.deadline - request.began) / 10)
         request.exchange = Exchange(
             found,
@@ -267,7 +287,7 @@ class Origin:
             elif action.expert == request.models.manifest.expert:
                 todo.extend(self._at_home(request, exchange, action, now))
             elif self._ask(request, action, now):
-                self._by_ask[action.request] = request
+                self._by_ask[action.request] = request, action.expert
                 request.asks.append(action.request)
             else:
                 todo.extend(exchange.refused(action.request, now))
@@ -295,7 +315,7 @@ class Origin:
         trunk = request.models.manifest.trunk_bytes
         self._hedges = min(self._hedges + _HEDGES, _SAVED_HEDGES)
         self._counts.events["asks"] += 1
-        return self._peers.ask(Ask(call.request, request.infer.trace, budget_ms, call.expert, trunk, packed), now)
+        return self._peers.ask(Ask(call.request, request.trace, budget_ms, call.expert, trunk, packed), now)
 
     def _may_hedge(self) -> bool:
         if self._hedges < 1:
@@ -307,26 +327,15 @@ class Origin:
     def _finish(self, request: _Request, exchange: Exchange, now: float) -> None:
         """Every row has its answers: make one of them."""
         outputs, rows = exchange.result()
-        if request.rules.adapt:
-            outputs = self._adapted(request.models.manifest, outputs, rows)
+        if request.mix is not None:
+            outputs = _adapted(request.mix, request.models.manifest, outputs, rows)
         own = request.models.manifest.expert
         self._counts.events["rows degraded"] += sum(row.degraded for row in rows)
         self._counts.events["rows nobody answered"] += sum(not row.experts for row in rows)
         remote = any(row.experts != (own,) for row in rows)
         self._counts.took("requests with peers" if remote else "requests at home", now - request.began)
         elapsed_us = min(int((now - request.began) * 1e6), 2**32 - 1)
-        self._close(request, Result(request.infer.request, elapsed_us, Tensor.pack(outputs, "float32"), rows))
-
-    def _adapted(
-        self, manifest: Manifest, outputs: NDArray[np.float32], rows: tuple[RowAnswer, ...]
-    ) -> NDArray[np.float32]:
-        """Probabilities, weighed with the device's own class mix. outputs: (rows, outputs)"""
-        p = outputs if manifest.routing.combination == "probabilities" else softmax(outputs)
-        known = [i for i, row in enumerate(rows) if row.experts]
-        weighed = np.zeros_like(outputs)
-        if known:
-            weighed[known] = self.mix.weighed(p[known])
-        return weighed
+        self._close(request, Result(request.number, elapsed_us, Tensor.pack(outputs, "float32"), rows))
 
     def _alarm(self, request: _Request, at: float) -> None:
         if at != request.wake_at and at < float("inf"):
@@ -338,7 +347,8 @@ class Origin:
         reply(Refuse(infer.request, reason, _printable(detail)))
 
     def _close(self, request: _Request, reply: Result | Refuse) -> None:
-        request.closed = True
+        request.closed, request.job, request.exchange, request.own = True, None, None, None
+        request.latents = np.zeros((0, 0), np.float32)  # its alarm may lie in the heap for long
         self._open.discard(request)
         for number in request.asks:
             self._by_ask.pop(number, None)
@@ -346,6 +356,18 @@ class Origin:
         if isinstance(reply, Refuse):
             self._counts.events[f"requests refused {reply.reason.name.lower()}"] += 1
         request.reply(reply)
+
+
+def _adapted(
+    mix: ClassMix, manifest: Manifest, outputs: NDArray[np.float32], rows: tuple[RowAnswer, ...]
+) -> NDArray[np.float32]:
+    """Probabilities, weighed with the device's own class mix. outputs: (rows, outputs)"""
+    p = outputs if manifest.routing.combination == "probabilities" else softmax(outputs)
+    known = [i for i, row in enumerate(rows) if row.experts]
+    weighed = np.zeros_like(outputs)
+    if known:
+        weighed[known] = mix.weighed(p[known])
+    return weighed
 
 
 def _objection(infer: Infer, manifest: Manifest) -> str | None:

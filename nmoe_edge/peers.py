@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nmoe_edge.counts import Counts
-from nmoe_edge.fleet import Device
+from nmoe_edge.fleet import Device, is_loopback
 from nmoe_edge.log import Log
 from nmoe_edge.protocol.health import Failure, Health
 from nmoe_edge.protocol.messages import (
@@ -28,7 +28,7 @@ from nmoe_edge.protocol.messages import (
     Refuse,
     Welcome,
 )
-from nmoe_edge.sockets import Sender, Sockets, is_loopback
+from nmoe_edge.sockets import Sender, Sockets
 
 _PING_S, _PING_A_PEER_S = 0.5, 0.05
 """A quiet peer is pinged so often; in a large fleet more rarely, so that pings stay a small work."""
@@ -38,6 +38,8 @@ _PING_S, _PING_A_PEER_S = 0.5, 0.05
 class _Peer:
     device: Device
     health: Health
+    reached_at: str
+    """Where the fleet says, or where it was found."""
     bundle: str = ""
     """Digest of what it said it serves."""
     asked: int = 0
@@ -56,6 +58,8 @@ class Peers:
         self._counts, self._log = counts, log
         self._peers: dict[int, _Peer] = {}
         self._lost: list[int] = []
+        self._gone_at: dict[int, float] = {}
+        """When nothing more is hoped for from those who took their leave."""
         self.wake_at = 0.0
         """When `tick` is due again: now and then too early, never too late."""
 
@@ -75,7 +79,7 @@ class Peers:
                 continue
             if known is not None:
                 self._lost.append(expert)
-            self._peers[expert] = _Peer(device, Health(random.random, ping_s))  # to spread probes
+            self._peers[expert] = _Peer(device, Health(random.random, ping_s), device.address)  # to spread probes
             self._sockets.connect(expert, device)
 
     def moved(self, name: str, address: str) -> None:
@@ -84,14 +88,14 @@ class Peers:
         Without keys anybody could say so, and only loopback is listened to.
         """
         for expert, peer in self._peers.items():
-            if peer.device.name != name or peer.device.address == address or peer.health.alive:
+            if peer.device.name != name or peer.reached_at == address or peer.health.alive:
                 continue
             if not self._sockets.guarded and not is_loopback(address):
                 continue
-            peer.device = replace(peer.device, address=address)
+            peer.reached_at = address
             peer.health.returns(0.0)
             self.wake_at = 0.0
-            self._sockets.connect(expert, peer.device)
+            self._sockets.connect(expert, replace(peer.device, address=address))
             self._log.rarely(f"{name} found", address, peer=name)
 
     def trusted(self, now: float) -> frozenset[int]:
@@ -105,8 +109,13 @@ class Peers:
 
     def patience(self, expert: int) -> float:
         """After how many seconds another is worth asking as well."""
-        health = self._peers[expert].health
-        return min(health.p95_s, health.doubt_s)
+        peer = self._peers.get(expert)
+        return float("inf") if peer is None else min(peer.health.p95_s, peer.health.doubt_s)
+
+    def made_sense(self, expert: int) -> None:
+        """An answer of this peer was of use."""
+        if expert in self._peers:
+            self._peers[expert].health.made_sense()
 
     def ask(self, ask: Ask, now: float) -> bool:
         """Send an Ask; False when there is no way to the peer, which is lost then."""
@@ -144,13 +153,13 @@ class Peers:
         if isinstance(message, Welcome):
             self._welcomed(expert, peer, message, now)
         elif isinstance(message, Pong):
-            peer.health.heard(message.request, now)
+            peer.health.answered_ping(message.request, now)
         elif isinstance(message, Answer):
             peer.health.heard(message.request, now)
             peer.answered += 1
             return message
         elif isinstance(message, Refuse) and message.request == 0:
-            self.fail(expert, "foreign", now)
+            self.fail(expert, "left" if message.reason == Reason.SHUTTING_DOWN else "foreign", now)
             self._log.rarely(f"{peer.device.name} refuses us", message.detail, peer=peer.device.name)
         elif isinstance(message, Refuse):
             peer.health.heard(message.request, now, sound=False)
@@ -171,7 +180,11 @@ class Peers:
         peer = self._peers.get(hello.expert)
         if hello.trunk != mine.trunk:
             return Refuse(0, Reason.WRONG_TRUNK, f"the trunk here is {mine.trunk.hex()}, yours {hello.trunk.hex()}")
-        if peer is None or peer.device.name != hello.device or sender.name not in (None, hello.device):
+        if (
+            peer is None
+            or peer.device.name != hello.device
+            or self._sockets.name_of(sender) not in (None, hello.device)
+        ):
             return Refuse(0, Reason.BAD_REQUEST, "no device of this fleet: compare fleet.toml there and here")
         if PROTOCOL not in hello.protocols:
             return Refuse(0, Reason.BAD_REQUEST, f"this device speaks protocol {PROTOCOL} alone")
@@ -182,8 +195,9 @@ class Peers:
     def left(self, leave: Leave, sender: Sender, now: float) -> int | None:
         """A peer takes its leave; its expert, where it is one and it speaks for itself."""
         for expert, peer in self._peers.items():
-            if peer.device.name == leave.device and sender.name in (None, leave.device):
+            if peer.device.name == leave.device and self._sockets.name_of(sender) in (None, leave.device):
                 if peer.health.alive:
+                    self._gone_at[expert] = now + peer.health.silence_s
                     peer.health.failed("left", now)
                     self.wake_at = 0.0
                     self._counts.events["peers left"] += 1
@@ -205,7 +219,11 @@ class Peers:
                     health.sent(number, now, timed=False)
                 else:
                     self.fail(expert, "lost", now)
-        self.wake_at = min((peer.health.wake_at for peer in self._peers.values()), default=float("inf"))
+        for expert in [expert for expert, at in self._gone_at.items() if now >= at]:
+            del self._gone_at[expert]
+            self._lost.append(expert)
+        due_at = [peer.health.wake_at for peer in self._peers.values()]
+        self.wake_at = min([*due_at, *self._gone_at.values()], default=float("inf"))
         lost, self._lost = self._lost, []
         return lost
 
@@ -220,7 +238,7 @@ class Peers:
             {
                 "name": peer.device.name,
                 "expert": expert,
-                "address": peer.device.address,
+                "address": peer.reached_at,
                 "state": peer.health.state,
                 "rtt_ms": _ms(peer.health.rtt_s),
                 "p95_ms": _ms(peer.health.p95_s),
@@ -239,10 +257,11 @@ class Peers:
             self.fail(expert, "foreign", now)
             self._log.rarely(f"{peer.device.name} is somebody else", f"{welcome.device}, trunk {welcome.trunk.hex()}")
             return
-        if not peer.health.alive:
-            self._log.rarely(f"{peer.device.name} alive", peer=peer.device.name)
-        peer.bundle = welcome.bundle
+        was = peer.health.alive
         peer.health.welcomed(now)
+        if peer.health.alive and not was:
+            peer.bundle = welcome.bundle
+            self._log.rarely(f"{peer.device.name} alive", peer=peer.device.name)
 
 
 def _reached(device: Device) -> tuple[Any, ...]:

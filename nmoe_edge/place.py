@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nmoe_edge.errors import FleetError
-from nmoe_edge.fleet import Device, read_fleet
+from nmoe_edge.fleet import Device, is_loopback, read_fleet
 from nmoe_edge.keys import KeyPair, key_path, read_key
 from nmoe_edge.manifest import Manifest
-
-_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +39,16 @@ def find_place(fleet_file: Path | None, manifest: Manifest, key: Path | None = N
         keys = read_key(key if key is not None else key_path(fleet_file, me.name))
         if keys.public != me.public_key:
             raise FleetError(f"{fleet_file}: the public key of {me.name} there is not that of its key file")
-    host, _, port = me.address.removeprefix("tcp://").rpartition(":")
+    for device in fleet.device:
+        if not is_loopback(device.address) and (keys is None or device.public_key is None):
+            raise FleetError(
+                f"{fleet_file}: {device.name} at {device.address} is not loopback, and there are not keys at both ends;"
+                " nmoe-edge keygen makes them"
+            )
+    port = me.address.rpartition(":")[2]
     return Place(
         others=tuple(device for device in fleet.device if device is not me),
         keys=keys,
         allowed=tuple((d.public_key, d.name) for d in fleet.device if d.public_key is not None),
-        listen=me.address if keys is None or host in _LOOPBACK_HOSTS else f"tcp://*:{port}",
+        listen=me.address if keys is None or is_loopback(me.address) else f"tcp://*:{port}",
     )

@@ -7,7 +7,6 @@ socket is bound, and without keys nothing but loopback is bound.
 
 from __future__ import annotations
 
-import re
 import socket
 import struct
 import time
@@ -20,27 +19,21 @@ from zmq.utils import z85
 
 from nmoe_edge.counts import Counts
 from nmoe_edge.errors import NetworkError, RemoteProtocolError
-from nmoe_edge.fleet import Device
+from nmoe_edge.fleet import Device, is_loopback
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.log import Log
 from nmoe_edge.protocol.messages import Message, Reason, Refuse
 from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode
 
-_LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+")
-_MOST_QUEUED = 256
+_MOST_QUEUED = 64
 """Messages that libzmq keeps for one connection, either way; beyond them TCP slows the sender down."""
-_MOST_A_TURN = 1024
-"""Messages taken off one socket before others are looked at."""
+_TURN_S = 0.02
+"""How long messages are taken off one socket before others are looked at."""
 _HANDSHAKE_MS = 5000
 _HEARTBEAT_MS, _HEARTBEAT_LOST_MS = 5000, 15000
 """So that a host that lost its power frees what it held here."""
 _RECONNECT_MS, _RECONNECT_MOST_MS = 50, 500
 _REJECTED = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this very machine is behind it."""
-    return _LOOPBACK.fullmatch(address) is not None
 
 
 class Sender(NamedTuple):
@@ -50,12 +43,12 @@ class Sender(NamedTuple):
     frame: zmq.Frame
 
     @property
-    def name(self) -> str | None:
-        """The device whose key it has; None without keys."""
+    def key(self) -> str:
+        """The public key that it came in with; empty without keys."""
         try:
-            return str(self.frame.get("User-Id")) or None
+            return str(self.frame.get("User-Id"))
         except zmq.ZMQError:
-            return None
+            return ""
 
 
 class Heard(NamedTuple):
@@ -86,7 +79,7 @@ class Sockets:
             raise NetworkError(
                 f"{listen} is not loopback, and without keys nothing else will do; nmoe-edge keygen makes keys"
             )
-        self.allowed = dict(allowed)
+        self._allowed, self._revoked = dict(allowed), False
         self._keys, self._counts, self._log, self._caps = keys, counts, log, caps
         self._context = zmq.Context()
         self._poller = zmq.Poller()
@@ -104,6 +97,20 @@ class Sockets:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def known_keys(self) -> int:
+        """How many may come in."""
+        return len(self._allowed)
+
+    def allow(self, allowed: Mapping[str, str]) -> None:
+        """Let in these keys from now on, and listen no more to others that are in already."""
+        self._revoked |= bool(self._allowed.keys() - allowed.keys())
+        self._allowed = dict(allowed)
+
+    def name_of(self, sender: Sender) -> str | None:
+        """The device whose key a sender has; None without keys."""
+        return self._allowed.get(sender.key, "") if self.guarded else None
 
     @property
     def guarded(self) -> bool:
@@ -127,7 +134,11 @@ class Sockets:
             peer.curve_publickey, peer.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()
             peer.curve_serverkey = device.public_key.encode()
         peer.setsockopt(zmq.IPV6, "[" in device.address)
-        peer.connect(device.address)
+        try:
+            peer.connect(device.address)
+        except zmq.ZMQError as error:
+            peer.close(0)
+            raise NetworkError(f"{device.name}: {device.address}: {error.strerror or error}") from error
         self._peers[expert] = peer
         self._poller.register(peer, zmq.POLLIN)
 
@@ -170,7 +181,7 @@ class Sockets:
 
     def wake(self) -> None:
         """End `wait`; any thread may."""
-        with suppress(BlockingIOError):  # it is being woken already
+        with suppress(OSError):  # it is being woken already, or is closed
             self._waker.send(b"!")
 
     def close(self) -> None:
@@ -211,11 +222,17 @@ class Sockets:
 
     def _asked(self) -> Iterator[Heard]:
         """From our own socket: its first frame says who sent it."""
-        server = self._server
-        for _ in range(_MOST_A_TURN):
+        server, until = self._server, time.monotonic() + _TURN_S
+        while time.monotonic() < until:
             first = server.recv(copy=False)
             sender = Sender(first.bytes, first)
-            message, request = self._decoded(server.recv_multipart() if first.more else [])
+            frames = server.recv_multipart() if first.more else []
+            if self._revoked and self.guarded and sender.key not in self._allowed:
+                self._counts.events["unknown keys"] += 1
+                if not int(server.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                    return
+                continue
+            message, request = self._decoded(frames)
             if message is None and request is not None:
                 self.reply(sender, Refuse(request, Reason.BAD_REQUEST, "not understood"))
             yield Heard(message, -1, sender, request)
@@ -224,7 +241,8 @@ class Sockets:
 
     def _answered(self, peer: zmq.Socket[bytes]) -> Iterator[Heard]:
         expert = next((number for number, known in self._peers.items() if known is peer), -1)
-        for _ in range(_MOST_A_TURN):
+        until = time.monotonic() + _TURN_S
+        while time.monotonic() < until:
             try:
                 frames = peer.recv_multipart(zmq.NOBLOCK)
             except zmq.ZMQError:  # nothing more, or disconnected for what came just now
@@ -244,11 +262,11 @@ class Sockets:
         """Answer libzmq's question whether a key may come in (RFC 27)."""
         version, number, _domain, address, _identity, mechanism, *keys = self._guard.recv_multipart()
         key = z85.encode(keys[0]).decode() if mechanism == b"CURVE" and keys else ""
-        name = self.allowed.get(key)
+        name = self._allowed.get(key)
         if name is None:
             self._counts.events["unknown keys"] += 1
             self._log.rarely("rejected", f"a key that is not in the fleet, from {address.decode(errors='replace')}")
-        status = (b"200", b"OK", (name or "").encode()) if name else (b"400", b"unknown key", b"")
+        status = (b"200", b"OK", key.encode()) if name else (b"400", b"unknown key", b"")
         self._guard.send_multipart([version, number, *status, b""])
 
     def _rejected(self) -> None:

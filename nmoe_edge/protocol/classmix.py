@@ -18,7 +18,10 @@ MOST_ROWS = 2000
 """Older rows are forgotten: a camera is moved."""
 _EVERY = 20
 """Rows between two estimates."""
-_STEPS = 30
+_STEPS, _MORE_STEPS = 30, 5
+"""Of the first estimate, and of one that goes on from the last."""
+_MOST_NUMBERS = 400_000
+"""Remembered: with a thousand classes an estimate must not hold up a device."""
 
 
 class ClassMix:
@@ -27,9 +30,10 @@ class ClassMix:
     def __init__(self, outputs: int) -> None:
         """Knows nothing yet."""
         self.outputs = outputs
-        self._rows: deque[NDArray[np.float32]] = deque(maxlen=MOST_ROWS)
+        most = max(LEAST_ROWS, min(MOST_ROWS, _MOST_NUMBERS // outputs))
+        self._rows: deque[NDArray[np.float32]] = deque(maxlen=most)
         self._mix = np.full(outputs, 1 / outputs)
-        self._fresh = 0
+        self._fresh = self._estimates = 0
 
     @property
     def rows(self) -> int:
@@ -49,7 +53,9 @@ class ClassMix:
         self._rows.extend(np.array(p, np.float32))
         self._fresh += len(p)
         if self._fresh >= _EVERY and self.rows >= LEAST_ROWS:
-            self._fresh, self._mix = 0, class_mix(np.stack(self._rows))
+            first = self._estimates == 0
+            self._mix = class_mix(np.stack(self._rows), self._mix, _STEPS if first else _MORE_STEPS)
+            self._fresh, self._estimates = 0, self._estimates + 1
         return np.asarray(weighed, np.float32)
 
     def remembered(self) -> NDArray[np.float32]:
@@ -69,12 +75,12 @@ class ClassMix:
             self._mix = class_mix(np.stack(self._rows))
 
 
-def class_mix(p: NDArray[Any]) -> NDArray[np.float64]:
+def class_mix(p: NDArray[Any], start: NDArray[np.float64] | None = None, steps: int = _STEPS) -> NDArray[np.float64]:
     """The class mix that explains these answers best. (rows, outputs) -> (outputs,)"""
     p = np.asarray(p, np.float64)
-    mix = np.full(p.shape[1], 1 / p.shape[1])
-    for _ in range(_STEPS):
+    mix = np.full(p.shape[1], 1 / p.shape[1]) if start is None else start
+    for _ in range(steps):
         posterior = p * mix
         mix = (posterior / posterior.sum(1, keepdims=True)).sum(0) + 0.5
-        mix /= mix.sum()
+        mix = mix / mix.sum()
     return mix

@@ -165,14 +165,13 @@ class Exchange:
         if now >= self.deadline:
             return self._fail(awaited, "silent", now) + self._advance(range(self.route.rows), now)
         late = [ask for ask in awaited if now >= ask.late_at]
-        hedges = {}
+        hedges: dict[int, tuple[int, ...]] = {}
         for ask in late:
             ask.late_at = math.inf
-            if not self._may_hedge():
-                continue
-            for row in self._open_rows.intersection(ask.rows):
-                if row not in hedges and ask.expert in self._waiting[row]:
-                    hedges[row] = self._substitute(row, now)
+            waiting = [r for r in self._open_rows.intersection(ask.rows) if ask.expert in self._waiting[r]]
+            others = {row: self._substitute(row, now) for row in waiting if row not in hedges}
+            if any(others.values()) and self._may_hedge():
+                hedges |= others
         return self._call(hedges, now)
 
     def result(self) -> tuple[NDArray[np.float32], tuple[RowAnswer, ...]]:

@@ -39,6 +39,7 @@ class Health:
         self._varies_s = 0.0
         self._trips: deque[float] = deque(maxlen=SAMPLES)
         self._owed: dict[int, tuple[float, bool]] = {}
+        self._probing = False
         self._doubted = -1
         """The request that was asked after."""
         self._chance, self._ping_s = chance, ping_s
@@ -97,6 +98,7 @@ class Health:
             if now < self._probe_at:
                 return None
             self.failures += 1  # until it is answered
+            self._probing = True
             self._pause(now)
             return "probe"
         if now < self.wake_at:
@@ -122,7 +124,6 @@ class Health:
         self._quiet_since = now
         if not (timed and sound):
             return
-        self.failures = 0
         took = now - sent_at
         self._trips.append(took)
         if self.rtt_s is None:
@@ -131,13 +132,23 @@ class Health:
             self._varies_s += (abs(took - self.rtt_s) - self._varies_s) / 4
             self.rtt_s += (took - self.rtt_s) / 8
 
+    def answered_ping(self, request: int, now: float) -> None:
+        """It replied to a Ping; a Pong settles nothing else that it owes."""
+        if not self._owed.get(request, (now, True))[1]:
+            self.heard(request, now)
+
+    def made_sense(self) -> None:
+        """An answer of its was of use."""
+        self.failures = 0
+
     def welcomed(self, now: float) -> None:
-        """A probe came back well."""
-        self.state, self._quiet_since = "alive", now
+        """A probe came back well; a welcome that nobody asked for is none."""
+        if self._probing:
+            self.state, self._quiet_since, self._probing = "alive", now, False
 
     def failed(self, why: Failure, now: float) -> None:
         """It is asked nothing more until a probe is welcome."""
-        self.state = why
+        self.state, self._probing = why, False
         self.failures += 1
         self._owed.clear()
         self._pause(now)

@@ -25,7 +25,9 @@ class Route:
     alive: frozenset[int]
     """The experts that can be asked, the own one among them."""
     scores: NDArray[np.float32]
-    """(rows, experts): the gate's, before any softmax"""
+    """(rows, experts): the gate's, before any softmax; answers are weighed with them"""
+    preferred: NDArray[np.float32]
+    """(rows, experts): what ranks the experts: the gate's scores, or those less what a far peer loses"""
     wanted: tuple[tuple[int, ...], ...]
     """For each row the experts that the gate picks, the best first."""
     chosen: tuple[tuple[int, ...], ...]
@@ -38,14 +40,21 @@ class Route:
 
     def ranking(self, row: int) -> list[int]:
         """All experts from the gate's favourite down; of equals, the lower number first."""
-        ranked: list[int] = np.argsort(-self.scores[row], kind="stable").tolist()
+        ranked: list[int] = np.argsort(-self.preferred[row], kind="stable").tolist()
         return ranked
 
 
-def route(scores: NDArray[Any], own: int, alive: Collection[int], top_k: int, at_home: Collection[int] = ()) -> Route:
+def route(
+    scores: NDArray[Any],
+    own: int,
+    alive: Collection[int],
+    top_k: int,
+    at_home: Collection[int] = (),
+    losses: NDArray[Any] | None = None,
+) -> Route:
     """Pick every row's top-k experts; a row that stands in `at_home` wants the own expert alone.
 
-    scores: (rows, experts)
+    scores: (rows, experts); losses: (experts,), what each loses of its score when they are ranked
     """
     scores = np.asarray(scores, np.float32)
     if scores.ndim != 2 or not np.isfinite(scores).all():
@@ -57,8 +66,9 @@ def route(scores: NDArray[Any], own: int, alive: Collection[int], top_k: int, at
         raise LocalProtocolError(f"top-k {top_k} is not in 1..{min(experts, MAX_ANSWERED)}")
     reachable = (frozenset(alive) | {own}) & frozenset(range(experts))
     wanted, chosen = [], []
-    for row, ranked in enumerate(np.argsort(-scores, axis=1, kind="stable").tolist()):
+    preferred = scores if losses is None else scores - np.asarray(losses, np.float32)
+    for row, ranked in enumerate(np.argsort(-preferred, axis=1, kind="stable").tolist()):
         home = row in at_home
         wanted.append((own,) if home else tuple(ranked[:top_k]))
         chosen.append((own,) if home else tuple([e for e in ranked if e in reachable][:top_k]))
-    return Route(own, reachable, scores, tuple(wanted), tuple(chosen))
+    return Route(own, reachable, scores, preferred, tuple(wanted), tuple(chosen))

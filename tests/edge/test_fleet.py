@@ -12,6 +12,7 @@ from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, parse_fleet, read_fleet, 
 from nmoe_edge.manifest import RoutingSpec, trunk_digest
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+OTHER_KEY = "JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6"
 DIGEST = "0123456789abcdef" * 4
 ATTIC = Device("attic", 0, "tcp://192.0.2.1:7101", DIGEST, KEY)
 
@@ -58,7 +59,7 @@ def test_a_device_that_cannot_be_is_refused(change, text):
 
 @pytest.mark.parametrize("same", ["name", "expert", "address", "public_key"])
 def test_two_devices_share_nothing_that_tells_them_apart(same):
-    other = Device("barn", 1, "tcp://192.0.2.1:7102", DIGEST, KEY[::-1])
+    other = Device("barn", 1, "tcp://192.0.2.1:7102", DIGEST, OTHER_KEY)
     with pytest.raises(ValueError, match=f"the same {same}"):
         Fleet(1, (ATTIC, replace(other, **{same: getattr(ATTIC, same)})))
 

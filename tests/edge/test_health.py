@@ -23,8 +23,14 @@ MIDDLE = 0.5
 def peer(chance=MIDDLE, alive_at=None):
     health = Health(lambda: chance)
     if alive_at is not None:
-        health.welcomed(alive_at)
+        probed(health, alive_at)
     return health
+
+
+def probed(health, now):
+    """Probe it when that is due, and be welcome."""
+    assert health.due(max(now, health.wake_at)) == "probe"
+    health.welcomed(now)
 
 
 def asked(health, trips, start=0.0):
@@ -101,20 +107,37 @@ def test_a_welcome_alone_forgets_no_failure():
     health = peer()
     for _ in range(3):
         health.failed("silent", 0.0)
-    health.welcomed(10.0)
-    assert health.failures == 3
+    probed(health, 10.0)
+    assert health.failures >= 3
 
 
 def test_failures_are_forgotten_with_an_answer_that_makes_sense():
     health = peer()
     health.failed("wrong", 0.0)
-    health.welcomed(10.0)
+    probed(health, 10.0)
+    before = health.failures
     health.sent(1, 10.0)
-    health.heard(1, 10.1, sound=False)
-    assert health.failures == 1
-    health.sent(2, 10.2)
-    health.heard(2, 10.3)
+    health.heard(1, 10.1)
+    assert health.failures == before  # whether it makes sense is for others to say
+    health.made_sense()
     assert health.failures == 0
+
+
+def test_a_welcome_that_nobody_asked_for_is_none():
+    health = peer(alive_at=0.0)
+    health.failed("wrong", 1.0)
+    health.welcomed(1.0)
+    assert health.state == "wrong"
+
+
+def test_a_pong_settles_nothing_but_a_ping():
+    health = peer(alive_at=0.0)
+    health.sent(1, 0.0)
+    health.sent(2, 0.0, timed=False)
+    health.answered_ping(1, 0.1)
+    assert health.owed == 2
+    health.answered_ping(2, 0.1)
+    assert health.owed == 1
 
 
 @pytest.mark.parametrize("why", ["silent", "lost", "foreign", "left"])
@@ -210,14 +233,14 @@ def test_nothing_owed_is_never_overdue():
 
 def test_a_quiet_peer_is_pinged_after_its_time():
     health = Health(lambda: MIDDLE, ping_s=0.5)
-    health.welcomed(1.0)
+    probed(health, 1.0)
     assert health.due(1.49) is None
     assert health.due(1.5) == "ping"
 
 
 def test_a_peer_that_speaks_is_not_pinged():
     health = Health(lambda: MIDDLE, ping_s=0.5)
-    health.welcomed(0.0)
+    probed(health, 0.0)
     health.sent(1, 0.3)
     health.heard(1, 0.35)
     assert health.due(0.84) is None
@@ -226,7 +249,7 @@ def test_a_peer_that_speaks_is_not_pinged():
 
 def test_while_an_answer_is_owed_quiet_alone_is_no_reason_to_ping():
     health = Health(lambda: MIDDLE, ping_s=0.5)
-    health.welcomed(0.0)
+    probed(health, 0.0)
     health.sent(1, 0.49)
     assert health.due(0.55) is None
 
@@ -254,7 +277,7 @@ def test_a_peer_that_owes_an_answer_for_longer_than_usual_is_not_trusted_until_i
 def test_a_peer_that_is_not_alive_is_not_trusted():
     health = peer()
     assert not health.trusted(0.0)
-    health.welcomed(0.0)
+    probed(health, 0.0)
     assert health.trusted(0.0)
     health.failed("left", 0.0)
     assert not health.trusted(0.0)
@@ -312,8 +335,9 @@ def test_before_wake_at_nothing_is_due_and_at_it_something_is(steps, chance):
             open_.append(number)
         elif what in ("hear", "late", "refuse") and open_:
             health.heard(open_.pop(0 if what != "late" else -1), now, sound=what != "refuse")
-        elif what == "welcome":
-            health.welcomed(now)
+        elif what == "welcome" and not health.alive:
+            now = max(now, health.wake_at)
+            probed(health, now)
         elif what in ("fail", "nonsense"):
             health.failed("wrong" if what == "nonsense" else "silent", now)
         elif what == "return":

@@ -121,5 +121,11 @@ def test_with_keys_a_device_listens_on_every_interface_unless_it_is_loopback(key
 
 
 def test_without_keys_it_never_listens_on_every_interface(fleet_file, barn):
-    changed(fleet_file, "barn", address="tcp://192.0.2.7:7999")
-    assert find_place(fleet_file, barn).listen == "tcp://192.0.2.7:7999"
+    assert find_place(fleet_file, barn).listen.startswith("tcp://127.0.0.1:")
+
+
+def test_a_device_without_keys_has_no_peer_on_the_network(fleet_file, barn):
+    """Latents in clear, and answers from anybody at that address."""
+    changed(fleet_file, "attic", address="tcp://192.0.2.7:7999")
+    with pytest.raises(FleetError, match="attic at tcp://192.0.2.7:7999 is not loopback, and there are not keys"):
+        find_place(fleet_file, barn)
