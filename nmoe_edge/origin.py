@@ -34,6 +34,8 @@ LatentType = Literal["int8", "float16", "float32"]
 _HEDGES = 0.05
 """Extra asks at most, of all."""
 _SAVED_HEDGES = 5.0
+_LOADED = 0.8
+"""How much of its budget a request may have to wait for others: what one takes is an estimate."""
 _SWEPT_S = 2.0
 _MOST_RESERVE_S = 0.02
 """Of a budget a tenth, but no more, is kept for combining and for the own expert as last resort."""
@@ -148,7 +150,7 @@ class Origin:
             self._refuse(infer, reply, Reason.BAD_REQUEST, refusal)
             return
         budget_s = min(infer.budget_ms / 1000, rules.deadline_s)
-        if len(self._open) * self.cost_s > budget_s:
+        if len(self._open) * self.cost_s > _LOADED * budget_s:
             self._refuse(infer, reply, Reason.BUSY, "")
             return
         deadline = now + budget_s

@@ -212,7 +212,8 @@ class Peers:
                 self.fail(expert, "silent", now)
             due = health.due(now)
             if due == "probe":
-                self._sockets.send(expert, self._hello())
+                if not self._sockets.send(expert, self._hello()):
+                    health.unreachable(now)
             elif due == "ping":
                 number = next(self._numbers)
                 if self._sockets.send(expert, Ping(number)):

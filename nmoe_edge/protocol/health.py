@@ -153,6 +153,11 @@ class Health:
         self._owed.clear()
         self._pause(now)
 
+    def unreachable(self, now: float) -> None:
+        """There was no way to send the probe that was due: that costs nobody anything, and is tried again soon."""
+        self.failures -= 1
+        self._probing, self._probe_at = False, now + FIRST_PAUSE_S
+
     def returns(self, now: float) -> None:
         """It spoke up by itself: probe it at once. A peer that talked nonsense waits for its pause all the same."""
         if not self.alive and self.state != "wrong":

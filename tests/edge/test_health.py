@@ -348,3 +348,12 @@ def test_before_wake_at_nothing_is_due_and_at_it_something_is(steps, chance):
         assert not health.overdue(before)
         assert copy.deepcopy(health).due(before) is None
         assert health.overdue(at) or copy.deepcopy(health).due(at) is not None
+
+
+def test_a_probe_that_could_not_be_sent_counts_as_none():
+    health = peer()
+    for now in (0.0, 0.2, 0.4):
+        assert health.due(now) == "probe"
+        health.unreachable(now)
+    assert health.failures == 0
+    assert health.wake_at == pytest.approx(0.6)
