@@ -139,6 +139,7 @@ def serve(
     import signal
     import time
 
+    from nmoe_edge.errors import FleetError
     from nmoe_edge.fleet import FLEET_FILE
     from nmoe_edge.log import Log
     from nmoe_edge.memory import trim
@@ -147,6 +148,8 @@ def serve(
     from nmoe_edge.state import default_state
 
     began = time.monotonic()
+    if os.path.isfile(bundle / FLEET_FILE):
+        raise FleetError(f"{bundle} is a whole fleet; serve one of its devices: {bundle}/NAME")
     beside = bundle.resolve().parent / FLEET_FILE
     fleet = fleet if fleet is not None else beside if os.path.isfile(beside) else None
     log = Log(bundle.resolve().name, log_json)

@@ -102,7 +102,7 @@ def test_when_all_peers_leave_every_row_is_answered_at_home_and_marked(fleet):
     with nodes(fleet) as (attic, barn, cellar):
         barn.close()
         cellar.close()
-        until(lambda: set(states(attic.status()).values()) == {"left"}, 2)
+        until(lambda: set(states(attic.status()).values()) == {"left"})
         answers = attic.infer(bright(0, 1, 2))
         assert [row.experts for row in answers.rows] == [(0,)] * 3
         assert [row.degraded for row in answers.rows] == [False, True, True]
@@ -113,7 +113,7 @@ def test_a_peer_that_comes_back_is_the_same_peer(fleet):
         barn.close()
         assert attic.infer(bright(1)).rows[0].degraded
         with Node(fleet / "barn", fleet / FLEET_FILE, rules=ALONE, log=Log("barn")):
-            until(lambda: states(attic.status())["barn"] == "alive", 3)
+            until(lambda: states(attic.status())["barn"] == "alive")
             assert attic.infer(bright(1)).rows[0].experts == (1,)
             assert len(attic.status()["peers"]) == 2
 
@@ -211,7 +211,7 @@ def test_a_request_that_cannot_be_done_in_time_is_refused_and_more_than_the_queu
             thread.start()
         for thread in threads:
             thread.join()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         assert len(found) == 8
         assert all("the deadline was over" in line for line in found)
         busy.set()
