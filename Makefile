@@ -18,6 +18,7 @@ demo: .venv/ready  ## train ten devices on digits, export them, let them answer:
 	$(BIN)/nmoe-edge inspect bundles/demo
 	$(BIN)/nmoe-edge selftest bundles/demo
 	$(BIN)/python examples/one_process_fleet.py bundles/demo
+	$(BIN)/python examples/three_devices.py bundles/demo
 
 test: .venv/ready  ## every test
 	$(BIN)/python -m pytest

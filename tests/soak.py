@@ -13,7 +13,6 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +23,9 @@ import zmq
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from edge.fleets import NAMES, Processes, address_of, bright, pinned, settled, states, until  # noqa: E402
+from edge.fleets import NAMES, Load, Processes, address_of, bright, pinned, settled, states, until  # noqa: E402
 
 from nmoe_edge.bundle import read_bundle, write_bundle  # noqa: E402
-from nmoe_edge.errors import CallError  # noqa: E402
 from nmoe_edge.protocol.messages import Ask, Hello, Infer, Ping, Pong, Status  # noqa: E402
 from nmoe_edge.protocol.tensor import Tensor  # noqa: E402
 from nmoe_edge.protocol.wire import decode, encode  # noqa: E402
@@ -46,48 +44,6 @@ def must(holds, what):
     if not holds:
         bad.append(what)
         print(f"  BROKEN: {what}", flush=True)
-
-
-class Load:
-    """Closed-loop clients of one device; what became of their rows, and when."""
-
-    def __init__(self, fleet, name, clients=4, deadline_s=1.0):
-        self.done, self.unanswered, self.wrong, self.degraded, self.refused = [], 0, 0, 0, []
-        self._over, self._fleet, self._name, self._deadline_s = threading.Event(), fleet, name, deadline_s
-        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
-
-    def _run(self, seed):
-        rng = np.random.default_rng(seed)
-        with self._fleet.client(self._name) as client:
-            while not self._over.is_set():
-                thirds = rng.integers(0, 3, 2)
-                try:
-                    answers = client.infer(bright(*thirds), self._deadline_s)
-                except CallError as error:
-                    self.refused.append(str(error))
-                    continue
-                self.done.append(time.monotonic())
-                self.unanswered += sum(not row.experts for row in answers.rows)
-                self.degraded += sum(row.degraded for row in answers.rows)
-                self.wrong += int((answers.outputs.argmax(1) != thirds).sum())
-
-    def rate(self, start, end):
-        """Requests a second between two moments."""
-        return sum(start <= at < end for at in self.done) / (end - start)
-
-    def summary(self):
-        """What must not be."""
-        return f"{self.unanswered} unanswered, {self.wrong} wrong, {len(self.refused)} refused {self.refused[:2]}"
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def memory_kb(process, what="VmRSS"):
@@ -131,7 +87,7 @@ def frozen(folder, seconds=10):
     show("SIGSTOP of a peer: breaker open after", f"{opened:.2f} s", "1.5 s", opened <= 1.5)
     share = stopped / statistics.mean(absent)
     show("  rate of the ten seconds from then on", f"{share:.0%} of that with the peer absent", "90 %", share >= 0.9)
-    must(not (load.unanswered or load.wrong or load.refused), f"frozen: {load.summary()}")
+    must(load.sound, f"frozen: {load.summary()}")
 
 
 def killed(folder, times=20):
@@ -154,7 +110,7 @@ def killed(folder, times=20):
     text = f"back in use after {statistics.median(back):.2f} s, {max(back):.2f} s at most"
     show(f"SIGKILL and restart, {times} times", text, "2 s", max(back) <= 2)
     show("  rows", f"{2 * len(load.done)}, {load.unanswered} unanswered, {load.wrong} wrong", "0 and 0", True)
-    must(not (load.unanswered or load.wrong or load.refused), f"killed: {load.summary()}")
+    must(load.sound, f"killed: {load.summary()}")
 
 
 def alone(folder):

@@ -18,6 +18,7 @@ import numpy as np
 import zmq
 
 from nmoe_edge.client import Client
+from nmoe_edge.errors import CallError
 from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.keys import key_path, keys_folder, read_key, with_keys
 from nmoe_edge.log import Log
@@ -183,6 +184,53 @@ class Processes:
 
     def __exit__(self, *_):
         self.end()
+
+
+class Load:
+    """Closed-loop clients of one device; what became of their rows, and when."""
+
+    def __init__(self, fleet, name, clients=4, deadline_s=1.0):
+        self.done, self.unanswered, self.wrong, self.degraded, self.refused = [], 0, 0, 0, []
+        self._over, self._fleet, self._name, self._deadline_s = threading.Event(), fleet, name, deadline_s
+        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
+
+    def _run(self, seed):
+        rng = np.random.default_rng(seed)
+        with self._fleet.client(self._name) as client:
+            while not self._over.is_set():
+                thirds = rng.integers(0, 3, 2)
+                try:
+                    answers = client.infer(bright(*thirds), self._deadline_s)
+                except CallError as error:
+                    self.refused.append(str(error))
+                    continue
+                self.done.append(time.monotonic())
+                self.unanswered += sum(not row.experts for row in answers.rows)
+                self.degraded += sum(row.degraded for row in answers.rows)
+                self.wrong += int((answers.outputs.argmax(1) != thirds).sum())
+
+    def rate(self, start, end):
+        """Requests a second between two moments."""
+        return sum(start <= at < end for at in self.done) / (end - start)
+
+    @property
+    def sound(self):
+        """Whether every row was answered, and rightly."""
+        return not (self.unanswered or self.wrong or self.refused)
+
+    def summary(self):
+        """What must not be."""
+        return f"{self.unanswered} unanswered, {self.wrong} wrong, {len(self.refused)} refused {self.refused[:2]}"
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
 
 
 class Impostor:

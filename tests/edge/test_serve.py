@@ -7,69 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from edge.fleets import Processes, bright, free_ports, pinned, serve_command, settled, states, until
+from edge.fleets import Load, Processes, bright, free_ports, pinned, serve_command, settled, states, until
 
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.cli import main
-from nmoe_edge.errors import CallError
 from nmoe_edge.fleet import FLEET_FILE, read_fleet
 
 pytestmark = pytest.mark.socket
 
 
 @pytest.fixture
-def fleet(tiny_fleet, tmp_path):
-    return settled(tiny_fleet, tmp_path / "fleet")
-
-
-@pytest.fixture
-def keyed(tiny_fleet, tmp_path):
-    return settled(tiny_fleet, tmp_path / "fleet", keyed=True)
-
-
-@pytest.fixture
 def nmoe_edge(run_main):
     return lambda *arguments: run_main(main, *arguments)
-
-
-class Load:
-    """Clients that ask without a pause, and what became of every row."""
-
-    def __init__(self, fleet, name, clients=2):
-        self.answered, self.failed, self.wrong = 0, [], 0
-        self._over, self._fleet, self._name = threading.Event(), fleet, name
-        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
-
-    def _run(self, seed):
-        rng = np.random.default_rng(seed)
-        with self._fleet.client(self._name) as client:
-            while not self._over.is_set():
-                thirds = rng.integers(0, 3, 4)
-                try:
-                    answers = client.infer(bright(*thirds), 2.0)
-                except CallError as error:
-                    self.failed.append(str(error))
-                    continue
-                self.answered += sum(bool(row.experts) for row in answers.rows)
-                self.failed += ["a row nobody answered"] * sum(not row.experts for row in answers.rows)
-                # Every expert of the tiny fleet says which third is bright.
-                self.wrong += int((answers.outputs.argmax(1) != thirds).sum())
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def test_a_fleet_of_processes_with_keys_answers_and_leaves_in_peace(keyed, nmoe_edge, tmp_path):
@@ -100,16 +54,16 @@ def test_a_frozen_peer_is_cut_off_within_a_second_and_a_half_and_is_back_when_it
     with Processes(fleet) as running:
         running.acquainted("attic")
         with Load(running, "attic") as load, running.client("attic") as client:
-            until(lambda: load.answered > 100)
+            until(lambda: len(load.done) > 100)
             running.signal("cellar", signal.SIGSTOP)
             frozen_at = time.monotonic()
             until(lambda: states(client.status())["cellar"] == "silent")
             assert time.monotonic() - frozen_at < 9  # the figure itself is a benchmark's
-            before = load.answered
-            until(lambda: load.answered > before + 100)
+            before = len(load.done)
+            until(lambda: len(load.done) > before + 100)
             running.signal("cellar", signal.SIGCONT)
             until(lambda: states(client.status())["cellar"] == "alive")
-        assert (load.failed, load.wrong) == ([], 0)
+        assert load.sound, load.summary()
 
 
 def test_peers_that_are_killed_and_come_back_cost_no_row(keyed):
@@ -117,14 +71,14 @@ def test_peers_that_are_killed_and_come_back_cost_no_row(keyed):
         running.acquainted("attic")
         with Load(running, "attic") as load, running.client("attic") as client:
             for name in ("barn", "cellar", "barn"):
-                before = load.answered
-                until(lambda before=before: load.answered > before + 50)
+                before = len(load.done)
+                until(lambda before=before: len(load.done) > before + 50)
                 running.kill(name)
                 until(lambda name=name: states(client.status())[name] != "alive")
                 running.start(name)
                 running.ready(name)
                 until(lambda name=name: states(client.status())[name] == "alive")
-        assert (load.failed, load.wrong) == ([], 0)
+        assert load.sound, load.summary()
 
 
 def test_a_hangup_takes_up_a_new_bundle_and_no_request_fails(fleet):
@@ -136,13 +90,13 @@ def test_a_hangup_takes_up_a_new_bundle_and_no_request_fails(fleet):
             pinned(fleet, changed)
             running.signal("attic", signal.SIGHUP)
             until(lambda: client.status()["bundle"] == changed.manifest.digest)
-            before = load.answered
-            until(lambda: load.answered > before + 50)
+            before = len(load.done)
+            until(lambda: len(load.done) > before + 50)
             # Without any signal a changed manifest is seen as well.
             again = write_bundle(fleet / "attic", bundle.manifest, bundle.contents)
             pinned(fleet, again)
             until(lambda: client.status()["bundle"] == again.manifest.digest)
-        assert (load.failed, load.wrong) == ([], 0)
+        assert load.sound, load.summary()
 
 
 def multicast_works():
