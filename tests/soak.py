@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import random
 import signal
+import socket
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +227,34 @@ def hostile(folder, count=100_000):
     show(f"{count:,} random and mutated messages", text, "10 MB, no crash", grown < 10 * 1024)
 
 
+def trickle(folder):
+    """Somebody connects and sends a byte a second: when is he cut off, and does anybody else notice?"""
+    host, port = address_of(folder, "attic").removeprefix("tcp://").split(":")
+    with Processes(folder) as fleet:
+        fleet.acquainted("attic")
+        with Load(fleet, "attic") as load:
+            time.sleep(5)
+            at = time.monotonic()
+            before = load.rate(at - 4, at)
+            with socket.create_connection((host, int(port))) as slow:
+                slow.settimeout(1)
+                with suppress(OSError):
+                    for _ in range(64):
+                        slow.sendall(b"\xff")
+                        with suppress(TimeoutError):
+                            if not slow.recv(4096):
+                                break
+                cut = time.monotonic() - at
+            share = load.rate(at, at + cut) / before
+    show(
+        "a byte a second: cut off after",
+        f"{cut:.0f} s; others at {share:.0%} of their rate",
+        "others at 90 %",
+        share > 0.9,
+    )
+    must(load.sound and cut < 30, f"trickle: {load.summary()}, {cut:.0f} s")
+
+
 def reloads(folder, times=100):
     """A new bundle again and again, under load."""
     with Processes(folder) as fleet:
@@ -265,6 +295,7 @@ FAULTS = {
     "alone": alone,
     "overload": overload,
     "hostile": hostile,
+    "trickle": trickle,
     "reloads": reloads,
     "requests": requests,
 }
