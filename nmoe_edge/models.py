@@ -133,7 +133,12 @@ def _opened(
     for short in wanted:
         full = PROVIDERS[short]
         if full in installed:
-            graph = Graph(name, data, row_in, row_out, threads, full)
+            try:
+                graph = Graph(name, data, row_in, row_out, threads, full)
+            except ModelError:
+                if short == wanted[-1]:
+                    raise
+                continue  # what a GPU cannot do, or has no driver for, the next may
             if graph.provider == full:
                 return graph
     why = "is installed, but not to be had on this machine" if PROVIDERS[provider] in installed else "is not installed"

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from nmoe_edge import models
 from nmoe_edge.bundle import read_bundle
 from nmoe_edge.errors import ModelError
 from nmoe_edge.models import Graph, Models, run_selftest
@@ -81,3 +82,25 @@ def test_an_extractor_of_another_input_than_the_manifest_says_is_refused(bundle)
 def test_a_graph_of_other_shapes_than_the_manifest_says_is_refused(bundle, row_in, row_out):
     with pytest.raises(ModelError, match="the manifest says"):
         Graph("gate.onnx", bundle.contents["gate.onnx"], row_in, row_out)
+
+
+def test_auto_takes_the_next_provider_when_one_cannot_be_had(tiny_fleet, monkeypatch):
+    """A wheel for GPUs on a machine without one."""
+    bundle, tried = read_bundle(tiny_fleet / "attic"), []
+
+    class Picky(models.Graph):
+        def __init__(self, name, data, row_in, row_out, threads=1, provider=models.CPU):
+            tried.append(provider)
+            if provider == models.PROVIDERS["cuda"]:
+                raise ModelError("no driver")
+            super().__init__(name, data, row_in, row_out, threads, models.CPU)
+
+    monkeypatch.setattr(models, "Graph", Picky)
+    every = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(models.onnxruntime, "get_available_providers", lambda: every)
+    assert Models(bundle, provider="auto").provider == "CPUExecutionProvider"
+    assert tried[:2] == every
+    with pytest.raises(ModelError, match="no driver"):
+        Models(bundle, provider="cuda")
+    with pytest.raises(ModelError, match=r"tensorrt is not installed; pip install 'nmoe\[edge-gpu\]'"):
+        Models(bundle, provider="tensorrt")
