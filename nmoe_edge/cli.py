@@ -96,7 +96,7 @@ Examples: nmoe-edge serve bundles/digits/device-00
 )
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads a graph.")
 @click.option("--top-k", type=int, help="Experts a row is sent to.  [default: as the bundle says]")
-@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="At most.")
+@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="Of a request.")
 @click.option("--latents", type=click.Choice(("int8", "fp16", "fp32")), help="On the wire.  [default: the bundle's]")
 @click.option("--local-first", type=click.FloatRange(0, 1), help="Sureness that keeps a row here; 1: none stays.")
 @click.option("--adapt/--no-adapt", default=None, help="Learn this device's class mix.  [default: the bundle's]")
@@ -245,7 +245,7 @@ Examples: nmoe-edge infer photo.jpg --at tcp://127.0.0.1:7101
 @click.option("--at", "address", metavar="tcp://HOST:PORT", help="The device to ask.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Or a bundle, to answer here and alone.")
 @_access
-@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="At most.")
+@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="To wait.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a row.")
 def infer(
     files: tuple[Path, ...],

@@ -3,7 +3,7 @@
     inputs -> latents -> route -> peers -> combine
 
 One thread has the sockets, the expert and every decision; a second one runs the extractor beside it (front.py). What
-other threads want is put in an inbox. So nothing here is locked.
+other threads want is put in an inbox. So nothing that serves is locked.
 """
 
 from __future__ import annotations
@@ -126,8 +126,7 @@ class Node:
         self._inbox: deque[Callable[[float], None]] = deque()
         self._began, self._looked_at, self._kept_at = time.monotonic(), time.monotonic(), time.monotonic()
         self._stamp = self._file_stamps()
-        self._reloading: threading.Thread | None = None
-        self._reload_wanted = threading.Event()
+        self._reload_wanted, self._reload_lock = threading.Event(), threading.Lock()
         self._leaving_at: float | None = None
         self._busy_s = 0.0
         self.broke = False
@@ -169,9 +168,7 @@ class Node:
     def reload(self) -> None:
         """Read bundle and fleet again, beside the serving, and serve them when they pass; else go on with the old."""
         self._reload_wanted.set()
-        if self._reloading is None or not self._reloading.is_alive():
-            self._reloading = threading.Thread(target=self._reload, name="reload", daemon=True)
-            self._reloading.start()
+        threading.Thread(target=self._reload, name="reload", daemon=True).start()
 
     def found(self, name: str, address: str) -> None:
         """A device of the fleet may be at this address; any thread may say so."""
@@ -332,10 +329,11 @@ class Node:
         return stamps
 
     def _reload(self) -> None:
-        """In a thread of its own, and again for what changed meanwhile."""
-        while self._reload_wanted.is_set() and not self.ended.is_set():
-            self._reload_wanted.clear()
-            self._read_again()
+        """In a thread of its own, one at a time; one that has begun takes up whatever was wanted until then."""
+        with self._reload_lock:
+            if self._reload_wanted.is_set() and not self.ended.is_set():
+                self._reload_wanted.clear()
+                self._read_again()
 
     def _read_again(self) -> None:
         try:
@@ -348,7 +346,8 @@ class Node:
             self.counts.events["reloads refused"] += 1
             self._log("reload", f"goes on with the old bundle: {error}")
             return
-        self._do(lambda _now: self._swap(models, place))
+        with contextlib.suppress(CallError):  # it has ended meanwhile
+            self._do(lambda _now: self._swap(models, place))
 
     def _swap(self, models: Models, place: Place) -> None:
         self._models = self._service.models = models

@@ -79,7 +79,7 @@ class Peers:
                 continue
             if known is not None:
                 self._lost.append(expert)
-            self._peers[expert] = _Peer(device, Health(random.random, ping_s), device.address)  # to spread probes
+            self._peers[expert] = _Peer(device, Health(random.random, ping_s), device.address)
             self._sockets.connect(expert, device)
 
     def moved(self, name: str, address: str) -> None:

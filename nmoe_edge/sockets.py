@@ -1,4 +1,5 @@
-"""Every socket of a device: one that others connect to, one to each peer. The only importer of zmq beside the client.
+"""Every socket of a device: one that others connect to, one to each peer. Beside the client, and keys for
+making a pair, nobody else imports zmq.
 
 One thread calls everything here but `wake`. Messages go in and come out; what is no message is counted, refused where
 it can be, and goes no further. Nobody is trusted before CURVE has told who it is: the list of keys is set before the
