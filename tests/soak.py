@@ -25,10 +25,22 @@ import zmq
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from edge.fleets import NAMES, Load, Processes, address_of, bright, pinned, settled, states, until  # noqa: E402
+from edge.fleets import (  # noqa: E402
+    NAMES,
+    Load,
+    Processes,
+    address_of,
+    bright,
+    mangled,
+    pinned,
+    settled,
+    sound_frames,
+    states,
+    until,
+)
 
 from nmoe_edge.bundle import read_bundle, write_bundle  # noqa: E402
-from nmoe_edge.protocol.messages import Ask, Hello, Infer, Ping, Pong, Status  # noqa: E402
+from nmoe_edge.protocol.messages import Infer, Ping, Pong  # noqa: E402
 from nmoe_edge.protocol.tensor import Tensor  # noqa: E402
 from nmoe_edge.protocol.wire import decode, encode  # noqa: E402
 
@@ -180,28 +192,13 @@ def hostile(folder, count=100_000):
     with Processes(folder) as fleet:
         fleet.acquainted("attic")
         process = fleet.running["attic"]
-        bundle = read_bundle(folder / "attic")
-        trunk = bundle.manifest.trunk_bytes
-        sound = [
-            encode(Ask(5, 0, 1000, 0, trunk, Tensor.pack(np.ones((2, 4), "f4"), "float32"))),
-            encode(Infer(6, 0, 1000, Tensor.pack(bright(0, 1), "uint8"))),
-            encode(Ping(7)),
-            encode(Hello("barn", 1, trunk)),
-            encode(Status(8)),
-        ]
+        sound = sound_frames(read_bundle(folder / "attic").manifest)
         with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
             dealer.setsockopt(zmq.LINGER, 0)
             dealer.connect(address_of(folder, "attic"))
             before = 0
             for i in range(count):
-                frames = [bytearray(frame) for frame in sound[rng.integers(len(sound))]]
-                for _ in range(rng.integers(0, 4)):
-                    frame = frames[rng.integers(len(frames))]
-                    if len(frame):
-                        frame[rng.integers(len(frame))] = rng.integers(256)
-                if rng.random() < 0.2:
-                    frames = [bytes(rng.bytes(rng.integers(0, 300))) for _ in range(rng.integers(1, 6))]
-                dealer.send_multipart(frames)
+                dealer.send_multipart(mangled(rng, sound))
                 while dealer.poll(0):
                     dealer.recv_multipart()
                 if i == count // 10:

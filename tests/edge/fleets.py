@@ -24,7 +24,8 @@ from nmoe_edge.keys import key_path, keys_folder, read_key, with_keys
 from nmoe_edge.log import Log
 from nmoe_edge.node import Node
 from nmoe_edge.origin import Rules
-from nmoe_edge.protocol.messages import Ask, Hello, Ping, Pong, Welcome
+from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Ping, Pong, Status, Welcome
+from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import decode, encode
 
 NAMES = ("attic", "barn", "cellar")
@@ -85,6 +86,42 @@ def states(facts):
 def address_of(folder, name):
     """Of a device of the fleet."""
     return read_fleet(folder / FLEET_FILE).named(name).address
+
+
+def answered_by(device, image):
+    """Who answers it; nobody while what was given up is still in the device's queue."""
+    with contextlib.suppress(CallError):
+        return device.infer(image).rows[0].experts
+
+
+def answering(ask, number=0, expert=2, shape=None):
+    """An Answer as frames; by default the right one."""
+    outputs = np.ones(shape or (ask.latents.rows, 3), np.float32)
+    return encode(Answer(ask.request + number, expert, 1, Tensor.pack(outputs, "float32")))
+
+
+def sound_frames(manifest):
+    """A message of every kind that a device takes from others, as frames."""
+    trunk = manifest.trunk_bytes
+    return [
+        encode(Ask(5, 0, 1000, manifest.expert, trunk, Tensor.pack(np.ones((2, 4), "f4"), "float32"))),
+        encode(Infer(6, 0, 1000, Tensor.pack(bright(0, 1), "uint8"))),
+        encode(Ping(7)),
+        encode(Hello("barn", 1, trunk)),
+        encode(Status(8)),
+    ]
+
+
+def mangled(rng, sound, least=0):
+    """One of these with a few bytes changed, or now and then frames of nothing but noise."""
+    if rng.random() < 0.2:
+        return [bytes(rng.bytes(rng.integers(0, 300))) for _ in range(rng.integers(1, 6))]
+    frames = [bytearray(frame) for frame in sound[rng.integers(len(sound))]]
+    for _ in range(rng.integers(least, 4)):
+        frame = frames[rng.integers(len(frames))]
+        if len(frame):
+            frame[rng.integers(len(frame))] = rng.integers(256)
+    return frames
 
 
 @contextlib.contextmanager
