@@ -17,6 +17,7 @@ import zmq
 from numpy.typing import NDArray
 
 from nmoe_edge.errors import CallError, RemoteProtocolError
+from nmoe_edge.frames import receive_frames, send_frames, waiting, writable
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.messages import Infer, Message, Reason, Refuse, Report, Result, RowAnswer, Status
@@ -124,12 +125,14 @@ class Client:
         message = question(number)
         until = time.monotonic() + wait_s
         with self._borrowed() as socket:
-            socket.setsockopt(zmq.SNDTIMEO, max(1, int(wait_s * 1000)))
-            with contextlib.suppress(zmq.Again):  # no way there in all that time: said below
-                socket.send_multipart(encode(message))
-            while (left := until - time.monotonic()) > 0 and socket.poll(max(1, int(left * 1000))):
+            frames = encode(message)
+            sent = send_frames(socket, frames)
+            if not sent and writable(socket, max(1, int(wait_s * 1000))):
+                sent = send_frames(socket, frames)
+            while sent and (left := until - time.monotonic()) > 0 and waiting((socket,), max(1, int(left * 1000))):
+                first, rest = receive_frames(socket)
                 try:
-                    reply = decode(socket.recv_multipart(), _CAPS)
+                    reply = decode([first.bytes, *rest], _CAPS)
                 except RemoteProtocolError as error:
                     raise CallError(f"{self.address} does not speak as we do: {error}") from error
                 if getattr(reply, "request", None) == number:

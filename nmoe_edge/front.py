@@ -50,7 +50,8 @@ class Front:
         """wake: called when something is done; `done` then has it."""
         self._wake = wake
         self._queue: deque[Job] = deque()
-        self._done: deque[Job] = deque()
+        self.finished: deque[Job] = deque()
+        """What `done` takes from."""
         self._changed = threading.Condition()
         self._rows, self._stopped = 0, False
         self._row_s = 0.0
@@ -71,16 +72,11 @@ class Front:
             self._changed.notify()
         return True
 
-    @property
-    def ready(self) -> bool:
-        """Whether `done` has something."""
-        return bool(self._done)
-
     def done(self, most: int) -> list[Job]:
         """What is finished and still waited for; no more than so many."""
         found: list[Job] = []
-        while self._done and len(found) < most:
-            job = self._done.popleft()
+        while self.finished and len(found) < most:
+            job = self.finished.popleft()
             if not job.dropped:
                 found.append(job)
         return found
@@ -110,7 +106,7 @@ class Front:
                 self._rows -= sum(len(job.inputs) for job in batch)
                 if rows:
                     self._row_s += (took / rows - self._row_s) / (8 if self._row_s else 1)
-            self._done.extend(batch)
+            self.finished.extend(batch)
             self._wake()
 
     def _batch(self) -> list[Job]:

@@ -42,6 +42,7 @@ from nmoe_edge.protocol.messages import (
     Hello,
     Infer,
     Leave,
+    Message,
     Ping,
     Reason,
     Refuse,
@@ -52,7 +53,7 @@ from nmoe_edge.protocol.messages import (
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.schema import to_plain
 from nmoe_edge.service import Service
-from nmoe_edge.sockets import Heard, Sockets
+from nmoe_edge.sockets import Sender, Sockets
 from nmoe_edge.state import forget_mix, keep_mix, kept_mix
 
 _TURN_S = 1.0
@@ -203,7 +204,7 @@ class Node:
     def _run(self) -> None:
         bugs = 0
         try:
-            while not self._over():
+            while self._leaving_at is None or not self._over(self._leaving_at):
                 try:
                     self._turn()
                     bugs = 0
@@ -226,14 +227,15 @@ class Node:
 
     def _turn(self) -> None:
         """Hear what has come, do what is due."""
-        wake_at = 0.0 if self._front.ready else min(self._peers.wake_at, self._origin.wake_at)
+        wake_at = 0.0 if self._front.finished else min(self._peers.wake_at, self._origin.wake_at)
         began = self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S))
         for heard in self._sockets.heard():
-            self._hear(heard, time.monotonic())
+            self._hear(*heard, time.monotonic())
         self._service.run()
         now = time.monotonic()
-        for job in self._front.done(_JOBS_A_TURN):
-            self._origin.extracted(job, now)
+        if self._front.finished:
+            for job in self._front.done(_JOBS_A_TURN):
+                self._origin.extracted(job, now)
         while self._inbox:
             self._inbox.popleft()(now)
         if now >= self._peers.wake_at:
@@ -243,24 +245,25 @@ class Node:
             self._origin.tick(now)
         if now - self._looked_at > _LOOK_S:
             self._look(now)
-        self._weigh(time.monotonic() - began)
+        if self._origin.open:
+            self._weigh(time.monotonic() - began)
 
     def _weigh(self, busy_s: float) -> None:
         """Learn what a request takes of this thread, whatever else it did meanwhile; idling costs no request."""
-        if self._origin:
-            self._busy_s += busy_s
+        self._busy_s += busy_s
         if self._origin.finished >= _WEIGHED:
             self._origin.cost_s = self._busy_s / self._origin.finished
             self._origin.finished, self._busy_s = 0, 0.0
 
-    def _hear(self, heard: Heard, now: float) -> None:
-        message, _, sender, _ = heard
+    def _hear(
+        self, message: Message | None, request: int | None, sender: Sender | None, expert: int, now: float
+    ) -> None:
         if sender is not None and type(message) is Ask and self._leaving_at is None:  # most of what comes
             self._service.offer(sender, message, now)
         elif sender is None:
-            reply = self._peers.heard(heard.expert, message, heard.request, now)
+            reply = self._peers.heard(expert, message, request, now)
             if reply is not None:
-                self._origin.answered(reply, heard.expert, now)
+                self._origin.answered(reply, expert, now)
         elif isinstance(message, Ask | Ping):
             if self._leaving_at is not None:
                 self._sockets.reply(sender, Refuse(message.request, Reason.SHUTTING_DOWN))
@@ -273,9 +276,9 @@ class Node:
             welcome = Refuse(0, Reason.SHUTTING_DOWN) if leaving else self._peers.greeted(message, sender, now)
             self._sockets.reply(sender, welcome)
         elif isinstance(message, Leave):
-            expert = self._peers.left(message, sender, now)
-            if expert is not None:
-                self._origin.left(expert)
+            gone = self._peers.left(message, sender, now)
+            if gone is not None:
+                self._origin.left(gone)
         elif isinstance(message, Status):
             facts = json.dumps(self._facts(), allow_nan=False)
             self._sockets.reply(sender, Report(message.request, facts))
@@ -292,16 +295,14 @@ class Node:
         if self._leaving_at is None:
             self._leaving_at = now
             if self.address:
-                self._log("leaving", f"{len(self._origin)} requests to finish")
+                self._log("leaving", f"{len(self._origin.open)} requests to finish")
             self._peers.say_goodbye(Leave(self._models.manifest.device))
 
-    def _over(self) -> bool:
+    def _over(self, leaving_at: float) -> bool:
         """Whether the last thing is done that was begun before leaving."""
-        if self._leaving_at is None:
-            return False
-        left_s = time.monotonic() - self._leaving_at
+        left_s = time.monotonic() - leaving_at
         # What peers asked before they heard of it is still on its way.
-        return (left_s > _GOODBYE_S and not self._origin and not self._service) or left_s > DRAIN_S
+        return (left_s > _GOODBYE_S and not self._origin.open and not self._service) or left_s > DRAIN_S
 
     def _look(self, now: float) -> None:
         """What needs a look now and then."""
@@ -376,7 +377,7 @@ class Node:
             "extractor": manifest.precision.extractor,
             "known_keys": self._sockets.known_keys if self._sockets.guarded else None,
             "uptime_s": round(time.monotonic() - self._began, 1),
-            "under_way": len(self._origin),
+            "under_way": len(self._origin.open),
             "version": __version__,
             "input": to_plain(manifest.input),
             "combination": manifest.routing.combination,

@@ -118,12 +118,15 @@ class Origin:
     ) -> None:
         """Ready for the first."""
         self._front, self._peers, self._numbers, self._counts = front, peers, numbers, counts
+        self.wake_at = float("inf")
+        """When `tick` is due again."""
         self._by_job: dict[int, _Request] = {}
         self._by_ask: dict[int, tuple[_Request, int]] = {}
         """Ask -> whose it is, and which expert it went to."""
         self._alarms: list[tuple[float, int, _Request]] = []
         self._ties = itertools.count()
-        self._open: set[_Request] = set()
+        self.open: set[_Request] = set()
+        """Requests under way."""
         self._hedges = _SAVED_HEDGES
         self.cost_s = 0.0
         """What a request takes of the node's own thread: who would wait for longer than he has is refused."""
@@ -131,10 +134,6 @@ class Origin:
         self.mix, self._trunk = ClassMix(models.manifest.outputs), models.manifest.trunk
         """What this device sees; learnt from only when the rules say so."""
         self.serve(models, rules)
-
-    def __len__(self) -> int:
-        """Requests under way."""
-        return len(self._open)
 
     def serve(self, models: Models, rules: Rules) -> None:
         """Requests that come from now on are answered with these; those under way keep theirs."""
@@ -150,7 +149,7 @@ class Origin:
             self._refuse(infer, reply, Reason.BAD_REQUEST, refusal)
             return
         budget_s = min(infer.budget_ms / 1000, rules.deadline_s)
-        if len(self._open) * self.cost_s > _LOADED * budget_s:
+        if len(self.open) * self.cost_s > _LOADED * budget_s:
             self._refuse(infer, reply, Reason.BUSY, "")
             return
         deadline = now + budget_s
@@ -161,7 +160,7 @@ class Origin:
         request = _Request(infer.request, infer.trace, reply, models, rules, now, deadline, job)
         request.mix = self.mix if rules.adapt else None
         self._by_job[id(job)] = request
-        self._open.add(request)
+        self.open.add(request)
         self._alarm(request, deadline)
 
     def extracted(self, job: Job, now: float) -> None:
@@ -198,13 +197,13 @@ class Origin:
 
     def lost(self, expert: int, now: float) -> None:
         """Nothing more comes from this expert."""
-        for request in list(self._open):
+        for request in list(self.open):
             if request.exchange is not None:
                 self._act(request, request.exchange.lost(expert, now), now)
 
     def left(self, expert: int) -> None:
         """Ask this expert nothing more; what it was asked it may still answer."""
-        for request in self._open:
+        for request in self.open:
             if request.exchange is not None:
                 request.exchange.leaving(expert)
 
@@ -221,21 +220,17 @@ class Origin:
                     request.job.dropped = True
                     self._by_job.pop(id(request.job), None)
                 self._close(request, Refuse(request.number, Reason.EXPIRED))
-
-    @property
-    def wake_at(self) -> float:
-        """When `tick` is due again."""
-        return self._alarms[0][0] if self._alarms else float("inf")
+        self.wake_at = self._alarms[0][0] if self._alarms else float("inf")
 
     def sweep(self, now: float) -> None:
         """Refuse what is open though its deadline is long over: only a bug can have left it so."""
-        for request in [r for r in self._open if now > r.deadline + _SWEPT_S]:
+        for request in [r for r in self.open if now > r.deadline + _SWEPT_S]:
             self._counts.events["bugs"] += 1
             self._close(request, Refuse(request.number, Reason.FAILED))
 
     def abandon(self) -> None:
         """Refuse what is under way: nobody will finish it."""
-        for request in list(self._open):
+        for request in list(self.open):
             self._close(request, Refuse(request.number, Reason.SHUTTING_DOWN))
 
     def _start(
@@ -342,6 +337,7 @@ class Origin:
     def _alarm(self, request: _Request, at: float) -> None:
         if at != request.wake_at and at < float("inf"):
             heapq.heappush(self._alarms, (at, next(self._ties), request))
+            self.wake_at = self._alarms[0][0]
         request.wake_at = at
 
     def _refuse(self, infer: Infer, reply: Reply, reason: Reason, detail: str) -> None:
@@ -351,7 +347,7 @@ class Origin:
     def _close(self, request: _Request, reply: Result | Refuse) -> None:
         request.closed, request.job, request.exchange, request.own = True, None, None, None
         request.latents = np.zeros((0, 0), np.float32)  # its alarm may lie in the heap for long
-        self._open.discard(request)
+        self.open.discard(request)
         for number in request.asks:
             self._by_ask.pop(number, None)
         self.finished += 1

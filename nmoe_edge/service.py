@@ -32,21 +32,33 @@ class Service:
 
     def __init__(self, models: Models, reply: Reply, counts: Counts) -> None:
         """models: may be replaced at any time between two runs."""
-        self.models, self._reply, self._counts = models, reply, counts
+        self._reply, self._counts = reply, counts
+        self.models = models
         self._queue: deque[tuple[Sender, Ask | Ping, float]] = deque()
         self._rows = 0
+
+    @property
+    def models(self) -> Models:
+        """Whose expert answers."""
+        return self._models
+
+    @models.setter
+    def models(self, models: Models) -> None:
+        manifest = models.manifest
+        self._models = models
+        self._trunk, self._expert, self._dim = manifest.trunk_bytes, manifest.expert, manifest.latent.dim
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def offer(self, sender: Sender, message: Ask | Ping, now: float) -> None:
         """Take it on, or refuse it at once."""
-        if isinstance(message, Ask):
+        if type(message) is Ask:
             reason = self._objection(message)
             if reason is not None:
                 self._refuse(sender, message.request, *reason)
                 return
-            self._rows += message.latents.rows
+            self._rows += message.latents.shape[0]
         elif len(self._queue) >= MOST_ASKS:
             self._refuse(sender, message.request, Reason.BUSY, "")
             return
@@ -60,14 +72,14 @@ class Service:
                 self._answer(batch)
 
     def _objection(self, ask: Ask) -> tuple[Reason, str] | None:
-        manifest = self.models.manifest
-        if ask.trunk != manifest.trunk_bytes:
+        rows, dim = ask.latents.shape
+        if ask.trunk != self._trunk:
             return Reason.WRONG_TRUNK, "these latents come from another extractor"
-        if ask.expert != manifest.expert:
-            return Reason.BAD_REQUEST, f"expert {manifest.expert} lives here, not {ask.expert}"
-        if ask.latents.shape[1] != manifest.latent.dim:
-            return Reason.BAD_REQUEST, f"latents have {manifest.latent.dim} numbers, not {ask.latents.shape[1]}"
-        if len(self._queue) >= MOST_ASKS or (self._queue and self._rows + ask.latents.rows > MOST_ROWS):
+        if ask.expert != self._expert:
+            return Reason.BAD_REQUEST, f"expert {self._expert} lives here, not {ask.expert}"
+        if dim != self._dim:
+            return Reason.BAD_REQUEST, f"latents have {self._dim} numbers, not {dim}"
+        if len(self._queue) >= MOST_ASKS or (self._queue and self._rows + rows > MOST_ROWS):
             return Reason.BUSY, ""
         return None
 
@@ -77,17 +89,17 @@ class Service:
         rows = 0
         while self._queue:
             sender, message, came_at = self._queue[0]
-            if isinstance(message, Ping):
+            if type(message) is not Ask:
                 if batch:
                     break
                 self._queue.popleft()
                 self._reply(sender, Pong(message.request))
                 continue
-            rows += message.latents.rows
+            rows += message.latents.shape[0]
             if batch and rows > BATCH_ROWS:
                 break
             self._queue.popleft()
-            self._rows -= message.latents.rows
+            self._rows -= message.latents.shape[0]
             batch.append((sender, message, came_at))
         return batch
 
@@ -97,7 +109,7 @@ class Service:
         for sender, ask, came_at in batch:
             if began - came_at >= ask.budget_ms / 1000:
                 self._refuse(sender, ask.request, Reason.EXPIRED, "")
-            elif (ask.trunk, ask.expert) != (self.models.manifest.trunk_bytes, self.models.manifest.expert):
+            elif (ask.trunk, ask.expert) != (self._trunk, self._expert):
                 self._refuse(sender, ask.request, Reason.WRONG_TRUNK, "the bundle was swapped since this came")
             else:
                 ready.append((sender, ask))
@@ -105,23 +117,23 @@ class Service:
             return
         latents = [ask.latents.unpack() for _, ask in ready]
         try:
-            outputs = self.models.expert(np.concatenate(latents) if len(latents) > 1 else latents[0])
+            outputs = self._models.expert(np.concatenate(latents) if len(latents) > 1 else latents[0])
         except ModelError as error:
             for sender, ask in ready:
                 self._refuse(sender, ask.request, Reason.FAILED, str(error)[:100])
             return
         compute_us = min(int((time.monotonic() - began) * 1e6), 2**32 - 1)
-        start, expert = 0, self.models.manifest.expert
+        start = 0
         for sender, ask in ready:
-            rows = slice(start, start + ask.latents.rows)
+            rows = slice(start, start + ask.latents.shape[0])
             start = rows.stop
             try:
-                answer = Answer(ask.request, expert, compute_us, Tensor.pack(outputs[rows], "float32"))
+                answer = Answer(ask.request, self._expert, compute_us, Tensor.pack(outputs[rows], "float32"))
             except LocalProtocolError as error:  # NaN of latents that no extractor makes
                 self._refuse(sender, ask.request, Reason.FAILED, str(error)[:100])
                 continue
             self._reply(sender, answer)
-            self._counts.events["rows answered for others"] += ask.latents.rows
+        self._counts.events["rows answered for others"] += start
         self._counts.events["runs for others"] += 1
 
     def _refuse(self, sender: Sender, request: int, reason: Reason, detail: str) -> None:

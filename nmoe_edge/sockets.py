@@ -8,12 +8,13 @@ socket is bound, and without keys nothing but loopback is bound.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import zmq
 from zmq.utils import z85
@@ -21,6 +22,7 @@ from zmq.utils import z85
 from nmoe_edge.counts import Counts
 from nmoe_edge.errors import NetworkError, RemoteProtocolError
 from nmoe_edge.fleet import Device, is_loopback
+from nmoe_edge.frames import receive_frames, send_frames, waiting
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.log import Log
 from nmoe_edge.protocol.messages import Message, Reason, Refuse
@@ -37,30 +39,11 @@ _RECONNECT_MS, _RECONNECT_MOST_MS = 50, 500
 _REJECTED = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
 
 
-class Sender(NamedTuple):
-    """Who sent a message to our own socket, and so where a reply goes."""
-
-    route: bytes
-    frame: zmq.Frame
-
-    @property
-    def key(self) -> str:
-        """The public key that it came in with; empty without keys."""
-        try:
-            return str(self.frame.get("User-Id"))
-        except zmq.ZMQError:
-            return ""
-
-
-class Heard(NamedTuple):
-    """A message, and from where: a peer's expert that we asked, or somebody who asks us."""
-
-    message: Message | None
-    """None: what came was no message."""
-    expert: int = -1
-    sender: Sender | None = None
-    request: int | None = None
-    """Of what was no message, where so much could be read."""
+Sender = zmq.Frame
+"""Who sent a message to our own socket, and so where a reply goes: the frame that libzmq put before it."""
+Heard = tuple[Message | None, int | None, Sender | None, int]
+"""A message, or None and the request's number of what was none, where so much could be read; and from where: somebody
+who asks us, or else the peer with this expert, whom we asked."""
 
 
 class Sockets:
@@ -83,18 +66,21 @@ class Sockets:
         self._allowed, self._revoked = dict(allowed), False
         self._keys, self._counts, self._log, self._caps = keys, counts, log, caps
         self._context = zmq.Context()
-        self._poller = zmq.Poller()
         self._peers: dict[int, zmq.Socket[bytes]] = {}
+        self._experts: dict[zmq.Socket[bytes], int] = {}
+        self._descriptors, self._by_descriptor = select.poll(), dict[int, zmq.Socket[bytes]]()
+        self._touched: set[zmq.Socket[bytes]] = set()
+        """Whose descriptors need not show that something waits, since something was done with them."""
         self._ready: list[tuple[Any, int]] = []
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
-        self._poller.register(self._woken, zmq.POLLIN)
+        self._descriptors.register(self._woken, select.POLLIN)
         try:
             self._guard = self._listening(zmq.REP, "inproc://zeromq.zap.01")  # before anything that it guards
             self._server = self._listening(zmq.ROUTER, listen or "inproc://nowhere")
             self._watch = self._server.get_monitor_socket(_REJECTED)
-            self._poller.register(self._watch, zmq.POLLIN)
+            self._regard(self._watch)
         except BaseException:
             self.close()
             raise
@@ -111,7 +97,7 @@ class Sockets:
 
     def name_of(self, sender: Sender) -> str | None:
         """The device whose key a sender has; None without keys."""
-        return self._allowed.get(sender.key, "") if self.guarded else None
+        return self._allowed.get(_key_of(sender), "") if self.guarded else None
 
     @property
     def guarded(self) -> bool:
@@ -140,45 +126,59 @@ class Sockets:
         except zmq.ZMQError as error:
             peer.close(0)
             raise NetworkError(f"{device.name}: {device.address}: {error.strerror or error}") from error
-        self._peers[expert] = peer
-        self._poller.register(peer, zmq.POLLIN)
+        self._peers[expert], self._experts[peer] = peer, expert
+        self._regard(peer)
 
     def disconnect(self, expert: int) -> None:
         """Let go of a peer."""
         peer = self._peers.pop(expert, None)
         if peer is not None:
-            self._poller.unregister(peer)
+            descriptor = int(peer.getsockopt(zmq.FD))
+            self._descriptors.unregister(descriptor)
+            del self._by_descriptor[descriptor], self._experts[peer]
+            self._touched.discard(peer)
             peer.close(0)
 
     def send(self, expert: int, message: Message) -> bool:
         """Say something to a peer; False when there is no way to it at present."""
         peer = self._peers.get(expert)
-        return peer is not None and self._sent(peer, encode(message))
+        if peer is None:
+            return False
+        self._touched.add(peer)
+        return send_frames(peer, encode(message))
 
     def reply(self, sender: Sender, message: Message) -> bool:
         """Say something to whoever asked; False when nobody is there any more."""
-        gone = not self._sent(self._server, (sender.route, *encode(message)))
-        self._counts.events["replies that nobody took"] += gone
-        return not gone
+        self._touched.add(self._server)
+        if send_frames(self._server, (sender.bytes, *encode(message))):
+            return True
+        self._counts.events["replies that nobody took"] += 1
+        return False
 
     def wait(self, seconds: float) -> float:
         """Until something has come, somebody wakes us, or so many seconds are over; the moment at which it ended."""
-        self._ready = self._poller.poll(max(0, int(seconds * 1000 + 0.999)))
+        self._ready = self._waiting()
+        if not self._ready:
+            for descriptor, _ in self._descriptors.poll(max(0, int(seconds * 1000 + 0.999))):
+                source = self._by_descriptor.get(descriptor)
+                if source is None:
+                    self._woken.recv(4096)
+                else:
+                    self._touched.add(source)
+            self._ready = self._waiting()
         return time.monotonic()
 
-    def heard(self) -> Iterator[Heard]:
+    def heard(self) -> list[Heard]:
         """What had come when `wait` ended, and what came meanwhile."""
+        heard: list[Heard] = []
         for source, _ in self._ready:
-            if source is self._server:
-                yield from self._asked()
-            elif source is self._guard:
+            if source is self._guard:
                 self._admit()
             elif source is self._watch:
                 self._rejected()
-            elif isinstance(source, zmq.Socket):
-                yield from self._answered(source)
-            else:
-                self._woken.recv(4096)
+            elif not source.closed:  # disconnected for what came just now
+                self._take(source, heard)
+        return heard
 
     def wake(self) -> None:
         """End `wait`; any thread may."""
@@ -218,49 +218,55 @@ class Sockets:
         except zmq.ZMQError as error:
             made.close(0)
             raise NetworkError(f"{address}: {error.strerror or error}") from error
-        self._poller.register(made, zmq.POLLIN)
+        self._regard(made)
         return made
 
-    def _asked(self) -> Iterator[Heard]:
-        """From our own socket: its first frame says who sent it."""
-        server, until = self._server, time.monotonic() + _TURN_S
-        while time.monotonic() < until:
-            first = server.recv(copy=False)
-            sender = Sender(first.bytes, first)
-            frames = server.recv_multipart() if first.more else []
-            if self._revoked and self.guarded and sender.key not in self._allowed:
-                self._counts.events["unknown keys"] += 1
-                if not int(server.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                    return
-                continue
-            message, request = self._decoded(frames)
-            if message is None and request is not None:
-                self.reply(sender, Refuse(request, Reason.BAD_REQUEST, "not understood"))
-            yield Heard(message, -1, sender, request)
-            if not int(server.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                return
+    def _regard(self, source: zmq.Socket[bytes]) -> None:
+        """Have `wait` look at it from now on."""
+        descriptor = int(source.getsockopt(zmq.FD))
+        self._descriptors.register(descriptor, select.POLLIN)
+        self._by_descriptor[descriptor] = source
+        self._touched.add(source)
 
-    def _answered(self, peer: zmq.Socket[bytes]) -> Iterator[Heard]:
-        expert = next((number for number, known in self._peers.items() if known is peer), -1)
+    def _waiting(self) -> list[tuple[Any, int]]:
+        """Those touched sockets that have messages; the descriptors of the others can be trusted again."""
+        if not self._touched:
+            return []
+        touched, self._touched = self._touched, set()
+        return waiting(touched)
+
+    def _take(self, source: zmq.Socket[bytes], heard: list[Heard]) -> None:
+        """The messages of one socket; of our own the first frame says who sent it."""
+        ours, expert = source is self._server, self._experts.get(source, -1)
         until = time.monotonic() + _TURN_S
-        while time.monotonic() < until:
-            try:
-                frames = peer.recv_multipart(zmq.NOBLOCK)
-            except zmq.ZMQError:  # nothing more, or disconnected for what came just now
+        more: Sequence[Any] = (source,)
+        while more:
+            first, frames = receive_frames(source)
+            sender = first if ours else None
+            if not ours:
+                frames.insert(0, first.bytes)
+            if sender is not None and self._revoked and self.guarded and _key_of(sender) not in self._allowed:
+                self._counts.events["unknown keys"] += 1
+            else:
+                heard.append(self._decoded(frames, sender, expert))
+            more = waiting((source,))
+            if more and time.monotonic() > until:
+                self._touched.add(source)
                 return
-            message, request = self._decoded(frames)
-            yield Heard(message, expert=expert, request=request)
 
-    def _decoded(self, frames: list[bytes]) -> tuple[Message | None, int | None]:
+    def _decoded(self, frames: list[bytes], sender: Sender | None, expert: int) -> Heard:
         try:
-            return decode(frames, self._caps), None
+            return decode(frames, self._caps), None, sender, expert
         except RemoteProtocolError as error:
             self._counts.events["malformed messages"] += 1
             self._log.rarely("malformed", str(error)[:200])
-            return None, error.request
+            if sender is not None and error.request is not None:
+                self.reply(sender, Refuse(error.request, Reason.BAD_REQUEST, "not understood"))
+            return None, error.request, sender, expert
 
     def _admit(self) -> None:
         """Answer libzmq's question whether a key may come in (RFC 27)."""
+        self._touched.add(self._guard)
         version, number, _domain, address, _identity, mechanism, *keys = self._guard.recv_multipart()
         key = z85.encode(keys[0]).decode() if mechanism == b"CURVE" and keys else ""
         name = self._allowed.get(key)
@@ -271,14 +277,16 @@ class Sockets:
         self._guard.send_multipart([version, number, *status, b""])
 
     def _rejected(self) -> None:
+        self._touched.add(self._watch)
         (event,) = struct.unpack_from("=H", self._watch.recv_multipart()[0])  # zmq.utils.monitor brings asyncio along
         if event != zmq.Event.HANDSHAKE_FAILED_AUTH:  # an unknown key was counted by name
             self._counts.events["failed handshakes"] += 1
             self._log.rarely("rejected", "a connection that does not speak CURVE as we do")
 
-    def _sent(self, by: zmq.Socket[bytes], frames: tuple[bytes, ...]) -> bool:
-        try:
-            by.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.ZMQError:  # nobody is there, or too much waits for them already
-            return False
-        return True
+
+def _key_of(sender: Sender) -> str:
+    """The public key that it came in with; empty without keys."""
+    try:
+        return str(sender.get("User-Id"))
+    except zmq.ZMQError:
+        return ""

@@ -29,8 +29,6 @@ MAX_DETAIL = 200
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _CAPABILITY = re.compile(r"[a-z0-9][a-z0-9_.:/+-]{0,47}")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
-_U32 = 2**32
-_U64 = 2**64
 
 
 class Reason(IntEnum):
@@ -61,15 +59,15 @@ def check_device_name(name: str) -> None:
         raise LocalProtocolError(f"{name!r} is no device name: letters, digits, '_', '.', '-', at most 63")
 
 
-def _check_identity(device: str, expert: int, trunk: bytes, capabilities: tuple[str, ...], bundle: str) -> None:
-    check_device_name(device)
-    _check_expert(expert)
-    _check_trunk(trunk)
-    sound = isinstance(bundle, str) and _DIGEST.fullmatch(bundle)
-    _require(bool(sound), "{!r} is no bundle's digest", bundle)
-    _require(isinstance(capabilities, tuple), "capabilities are a list")
-    _require(len(capabilities) <= 32, "more than 32 capabilities")
-    for capability in capabilities:
+def _check_identity(of: Hello | Welcome) -> None:
+    check_device_name(of.device)
+    _check_numbers(of, "expert")
+    _check_trunk(of.trunk)
+    sound = isinstance(of.bundle, str) and _DIGEST.fullmatch(of.bundle)
+    _require(bool(sound), "{!r} is no bundle's digest", of.bundle)
+    _require(isinstance(of.capabilities, tuple), "capabilities are a list")
+    _require(len(of.capabilities) <= 32, "more than 32 capabilities")
+    for capability in of.capabilities:
         sound = isinstance(capability, str) and _CAPABILITY.fullmatch(capability)
         _require(bool(sound), "{!r} is no capability", capability)
 
@@ -78,22 +76,33 @@ def _check_protocol(protocol: int) -> None:
     _require(type(protocol) is int and 0 < protocol < 256, "{!r} is no protocol version", protocol)
 
 
-def _check_number(what: str, number: int, limit: int) -> None:
-    if not (isinstance(number, int) and 0 <= number < limit):
-        raise LocalProtocolError(f"{what} {number} is not in 0..{limit - 1}")
+_LIMITS = {
+    "request": 2**64,
+    "trace": 2**64,
+    "budget_ms": 2**32,
+    "compute_us": 2**32,
+    "elapsed_us": 2**32,
+    "expert": MAX_EXPERTS,
+}
 
 
-def _check_expert(expert: int) -> None:
-    _check_number("expert", expert, MAX_EXPERTS)
+def _check_numbers(message: object, *names: str) -> None:
+    for name in names:
+        number = getattr(message, name)
+        if not (isinstance(number, int) and 0 <= number < _LIMITS[name]):
+            raise LocalProtocolError(f"{name} {number} is not in 0..{_LIMITS[name] - 1}")
+
+
+def _check_rows(what: str, tensor: Tensor, dtypes: tuple[str, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        raise LocalProtocolError(f"{what} do not travel as {tensor.dtype}")
+    if len(tensor.shape) != 2:
+        raise LocalProtocolError(f"{what} are (rows, {what}), not {tensor.shape}")
 
 
 def _check_trunk(trunk: bytes) -> None:
     if not (isinstance(trunk, bytes) and len(trunk) == TRUNK_BYTES):
         raise LocalProtocolError(f"a trunk digest has {TRUNK_BYTES} bytes, not {trunk!r}")
-
-
-def _check_request(request: int) -> None:
-    _check_number("request", request, _U64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,7 @@ class Hello:
     """Digest of the bundle that it serves, so that a peer can tell which; empty when it does not say."""
 
     def __post_init__(self) -> None:
-        _check_identity(self.device, self.expert, self.trunk, self.capabilities, self.bundle)
+        _check_identity(self)
         _require(isinstance(self.protocols, tuple), "protocol versions are a list")
         _require(0 < len(self.protocols) <= 16, "a device speaks one to sixteen protocol versions")
         for protocol in self.protocols:
@@ -132,7 +141,7 @@ class Welcome:
     """As in a Hello."""
 
     def __post_init__(self) -> None:
-        _check_identity(self.device, self.expert, self.trunk, self.capabilities, self.bundle)
+        _check_identity(self)
         _check_protocol(self.protocol)
 
 
@@ -153,14 +162,9 @@ class Ask:
     """(rows, latent)"""
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
-        _check_number("trace", self.trace, _U64)
-        _check_number("budget_ms", self.budget_ms, _U32)
-        _check_expert(self.expert)
+        _check_numbers(self, "request", "trace", "budget_ms", "expert")
         _check_trunk(self.trunk)
-        latents = self.latents
-        _require(latents.dtype in LATENT_DTYPES, "latents do not travel as {}", latents.dtype)
-        _require(len(latents.shape) == 2, "latents are (rows, latent), not {}", latents.shape)
+        _check_rows("latents", self.latents, LATENT_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +179,8 @@ class Answer:
     """(rows, outputs), float32 or float16"""
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
-        _check_expert(self.expert)
-        _check_number("compute_us", self.compute_us, _U32)
-        outputs = self.outputs
-        _require(outputs.dtype in ("float32", "float16"), "outputs do not travel as {}", outputs.dtype)
-        _require(len(outputs.shape) == 2, "outputs are (rows, outputs), not {}", outputs.shape)
+        _check_numbers(self, "request", "expert", "compute_us")
+        _check_rows("outputs", self.outputs, ("float32", "float16"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ class Refuse:
     """One line for a person; nothing is decided by it."""
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
+        _check_numbers(self, "request")
         _require(self.reason in set(Reason), "{!r} is no reason", self.reason)
         object.__setattr__(self, "reason", Reason(self.reason))  # the wire brings a number
         _require(len(self.detail) <= MAX_DETAIL, "a detail has at most {} characters", MAX_DETAIL)
@@ -208,7 +208,7 @@ class Ping:
     request: int
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
+        _check_numbers(self, "request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +219,7 @@ class Pong:
     """The Ping's."""
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
+        _check_numbers(self, "request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +239,7 @@ class Status:
     request: int
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
+        _check_numbers(self, "request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ class Report:
     """A JSON object. Its keys are the device's to choose; nothing but a screen depends on them."""
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
+        _check_numbers(self, "request")
         _require(self.facts.isascii(), "a report's facts are ASCII: JSON escapes the rest")
         try:
             facts = parse_json(self.facts)
@@ -272,9 +272,7 @@ class Infer:
     """(rows, …) as the bundle's manifest describes them"""
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
-        _check_number("trace", self.trace, _U64)
-        _check_number("budget_ms", self.budget_ms, _U32)
+        _check_numbers(self, "request", "trace", "budget_ms")
         _require(self.inputs.dtype != "int8", "inputs do not travel as int8, which has scales")
 
 
@@ -295,8 +293,7 @@ class RowAnswer:
         _require(len(self.missing) <= MAX_ANSWERED, "more than {} experts miss in a row", MAX_ANSWERED)
         named = self.experts + self.missing
         _require(len(set(named)) == len(named), "an expert is named twice in a row")
-        for expert in named:
-            _check_expert(expert)
+        _require(all(isinstance(e, int) and 0 <= e < MAX_EXPERTS for e in named), "experts {} are no experts", named)
         _require(all(0 <= w <= 1 for w in self.weights), "a weight is in 0..1")
         total = math.fsum(self.weights)
         _require(not self.weights or abs(total - 1) < 1e-3, "a row's weights sum to {}, not to 1", total)
@@ -319,12 +316,9 @@ class Result:
     rows: tuple[RowAnswer, ...]
 
     def __post_init__(self) -> None:
-        _check_request(self.request)
-        _check_number("elapsed_us", self.elapsed_us, _U32)
-        outputs = self.outputs
-        _require(outputs.dtype == "float32", "a result's outputs are float32, not {}", outputs.dtype)
-        _require(len(outputs.shape) == 2, "outputs are (rows, outputs), not {}", outputs.shape)
-        _require(len(self.rows) == outputs.rows, "{} outputs, but {} rows", outputs.rows, len(self.rows))
+        _check_numbers(self, "request", "elapsed_us")
+        _check_rows("outputs", self.outputs, ("float32",))
+        _require(len(self.rows) == self.outputs.rows, "{} outputs, but {} rows", self.outputs.rows, len(self.rows))
 
 
 Message = Hello | Welcome | Ask | Answer | Refuse | Ping | Pong | Leave | Status | Report | Infer | Result

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +40,8 @@ from nmoe_edge.protocol.tensor import MAX_DIMS, Tensor
 from nmoe_edge.schema import parse_json
 
 Frames = tuple[bytes, ...]
-Fields = dict[str, Any]
-"""Fields of a message, or places of the header, by name."""
+Written = tuple[int, int, Sequence[int], bytes | None]
+"""A dtype's code, rows, dims, the payload: what a kind's body puts into a message."""
 
 MAGIC = b"nM"
 HEADER = struct.Struct("<2s 4B H 2Q 2I 16s 4I")
@@ -88,24 +89,19 @@ class Header(NamedTuple):
     dims: tuple[int, ...] = (0,) * MAX_DIMS
     """Of one row, zeros after the last. In a Result: outputs, experts and missing experts a row."""
 
-    def pack(self) -> bytes:
-        """The 64 bytes."""
-        return HEADER.pack(*self[:-1], *(*self.dims, 0, 0, 0)[:MAX_DIMS])
 
-    @classmethod
-    def unpack(cls, frame: bytes) -> Header:
-        """What 64 bytes say."""
-        places = HEADER.unpack(frame)
-        return cls._make((*places[:-MAX_DIMS], places[-MAX_DIMS:]))
+_DTYPE, _ROWS, _DIMS = (Header._fields.index(place) for place in ("dtype", "rows", "dims"))
 
 
 def encode(message: Message) -> Frames:
     """A message as frames: its header and, when its kind has one, its payload."""
-    layout = LAYOUTS[type(message)]
-    places, payload = layout.body.write(message, layout.carried)
-    for field, place in layout.header.items():
+    codec = _BY_CLASS[type(message)]
+    dtype, rows, dims, payload = codec.layout.body.write(message, codec.layout.carried)
+    places = codec.blank.copy()
+    for place, field in codec.fills:
         places[place] = getattr(message, field)
-    header = Header(kind=layout.kind, **places).pack()
+    places[_DTYPE], places[_ROWS], places[_DIMS : _DIMS + len(dims)] = dtype, rows, dims
+    header = HEADER.pack(*places)
     return (header,) if payload is None else (header, payload)
 
 
@@ -115,25 +111,24 @@ def decode(frames: Sequence[bytes], caps: Caps = DEFAULT_CAPS) -> Message:
         raise RemoteProtocolError(f"a message has one frame or two, not {len(frames)}")
     if len(frames[0]) != HEADER.size:
         raise RemoteProtocolError(f"a header has {HEADER.size} bytes, not {len(frames[0])}")
-    header = Header.unpack(frames[0])
+    places = HEADER.unpack(frames[0])
+    header = Header._make((*places[:_DIMS], places[_DIMS:]))
     if header.magic != MAGIC:
         raise RemoteProtocolError("no magic: the other side does not speak this protocol")
     if header.version != PROTOCOL:
         raise RemoteProtocolError(f"the other side speaks version {header.version}, this device {PROTOCOL}")
-    if header.kind not in _BY_KIND:
+    codec = _BY_KIND.get(header.kind)
+    if codec is None:
         raise RemoteProtocolError(f"kind {header.kind} is none of {sorted(_BY_KIND)}")
     payload = frames[1] if len(frames) == 2 else b""
-    kind, layout = _BY_KIND[header.kind]
-    request = header.request if "request" in layout.header else None
-    if len(payload) > caps.payload_bytes:
-        raise RemoteProtocolError(f"{len(payload)} bytes are over the cap of {caps.payload_bytes}", request)
     try:
-        fields = layout.body.read(header, payload, caps, layout.carried)
-        for field, place in layout.header.items():
-            fields[field] = getattr(header, place)
-        return kind(**fields)
+        if len(payload) > caps.payload_bytes:
+            raise RemoteProtocolError(f"{len(payload)} bytes are over the cap of {caps.payload_bytes}")
+        carried = codec.layout.body.read(header, payload, caps, codec.layout.carried)
+        return codec.make(*codec.arrange((*header, *carried)))
     except (RemoteProtocolError, LocalProtocolError) as error:
         # A message checks itself; this one was made of their bytes, so the fault is theirs.
+        request = header.request if "request" in codec.layout.header else None
         raise RemoteProtocolError(str(error), request) from error
 
 
@@ -141,28 +136,29 @@ class Body(NamedTuple):
     """How a kind's payload is written and read."""
 
     name: str
-    write: Callable[[Any, tuple[str, ...]], tuple[Fields, bytes | None]]
-    """(message, the fields it carries) -> places of the header, payload"""
-    read: Callable[[Header, bytes, Caps, tuple[str, ...]], Fields]
+    write: Callable[[Any, tuple[str, ...]], Written]
+    """(message, the fields it carries) -> what is written"""
+    read: Callable[[Header, bytes, Caps, tuple[str, ...]], tuple[Any, ...]]
+    """-> the fields it carries"""
 
 
-def _write_nothing(_message: Any, _carried: tuple[str, ...]) -> tuple[Fields, None]:
-    return {}, None
+def _write_nothing(_message: Any, _carried: tuple[str, ...]) -> Written:
+    return 0, 0, (), None
 
 
-def _read_nothing(_header: Header, payload: bytes, _caps: Caps, _carried: tuple[str, ...]) -> Fields:
+def _read_nothing(_header: Header, payload: bytes, _caps: Caps, _carried: tuple[str, ...]) -> tuple[()]:
     if payload:
         raise RemoteProtocolError(f"{len(payload)} bytes where nothing was due")
-    return {}
+    return ()
 
 
-def _write_tensor(message: Any, carried: tuple[str, ...]) -> tuple[Fields, bytes]:
+def _write_tensor(message: Any, carried: tuple[str, ...]) -> Written:
     tensor: Tensor = getattr(message, carried[0])
-    places = {"dtype": _DTYPE_CODES[tensor.dtype], "rows": tensor.rows, "dims": tensor.shape[1:]}
-    return places, tensor.data
+    rows, *dims = tensor.shape
+    return _DTYPE_CODES[tensor.dtype], rows, dims, tensor.data
 
 
-def _read_tensor(header: Header, payload: bytes, caps: Caps, carried: tuple[str, ...]) -> Fields:
+def _read_tensor(header: Header, payload: bytes, caps: Caps, _carried: tuple[str, ...]) -> tuple[Tensor]:
     dtype = _DTYPE_NAMES.get(header.dtype)
     if dtype is None:
         raise RemoteProtocolError(f"dtype {header.dtype} is none of {sorted(_DTYPE_NAMES)}")
@@ -171,7 +167,7 @@ def _read_tensor(header: Header, payload: bytes, caps: Caps, carried: tuple[str,
         raise RemoteProtocolError(f"dims {header.dims} are no shape")
     _check_counts(header.rows, math.prod(dims), caps)
     # That the length fits the shape, Tensor checks itself before it looks at a byte.
-    return {carried[0]: Tensor(dtype, (header.rows, *dims), payload)}
+    return (Tensor(dtype, (header.rows, *dims), payload),)
 
 
 def _check_counts(rows: int, row_values: int, caps: Caps) -> None:
@@ -181,36 +177,36 @@ def _check_counts(rows: int, row_values: int, caps: Caps) -> None:
         raise RemoteProtocolError(f"{row_values} values in a row are not in 1..{caps.row_values}")
 
 
-def _write_text(message: Any, carried: tuple[str, ...]) -> tuple[Fields, bytes]:
-    return {}, getattr(message, carried[0]).encode()
+def _write_text(message: Any, carried: tuple[str, ...]) -> Written:
+    return 0, 0, (), getattr(message, carried[0]).encode()
 
 
-def _read_text(_header: Header, payload: bytes, caps: Caps, carried: tuple[str, ...]) -> Fields:
+def _read_text(_header: Header, payload: bytes, caps: Caps, _carried: tuple[str, ...]) -> tuple[str]:
     if len(payload) > caps.text_bytes:
         raise RemoteProtocolError(f"{len(payload)} bytes of text are over the cap of {caps.text_bytes}")
     try:
-        return {carried[0]: payload.decode()}
+        return (payload.decode(),)
     except UnicodeDecodeError as error:
         raise RemoteProtocolError("text that is not UTF-8") from error
 
 
-def _write_json(message: Any, carried: tuple[str, ...]) -> tuple[Fields, bytes]:
-    fields = {field: getattr(message, field) for field in carried}
-    return {}, json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+def _write_json(message: Any, carried: tuple[str, ...]) -> Written:
+    said = {field: getattr(message, field) for field in carried}
+    return 0, 0, (), json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _read_json(header: Header, payload: bytes, caps: Caps, carried: tuple[str, ...]) -> Fields:
+def _read_json(header: Header, payload: bytes, caps: Caps, carried: tuple[str, ...]) -> tuple[Any, ...]:
     try:
-        fields = parse_json(_read_text(header, payload, caps, ("json",))["json"])
+        said = parse_json(*_read_text(header, payload, caps, carried))
     except ValueError as error:
         raise RemoteProtocolError(str(error)) from error
-    if not isinstance(fields, dict) or not fields.keys() >= set(carried):
+    if not isinstance(said, dict) or not said.keys() >= set(carried):
         raise RemoteProtocolError(f"the payload is no JSON object of {', '.join(carried)}")
     # Keys that this version does not know are passed over: a greeting is what versions are agreed on with.
-    return {key: tuple(fields[key]) if isinstance(fields[key], list) else fields[key] for key in carried}
+    return tuple(tuple(said[key]) if isinstance(said[key], list) else said[key] for key in carried)
 
 
-def _write_result(message: Result, _carried: tuple[str, ...]) -> tuple[Fields, bytes]:
+def _write_result(message: Result, _carried: tuple[str, ...]) -> Written:
     outputs, rows = message.outputs, message.rows
     answered = max(len(row.experts) for row in rows)
     missing = max(len(row.missing) for row in rows)
@@ -221,7 +217,7 @@ def _write_result(message: Result, _carried: tuple[str, ...]) -> tuple[Fields, b
         _pad([row.missing for row in rows], missing, _NOBODY, "<u2"),  # (rows, missing)
     )
     dims = (outputs.shape[1], answered, missing)
-    return {"dtype": _DTYPE_CODES["float32"], "rows": outputs.rows, "dims": dims}, b"".join(parts)
+    return _DTYPE_CODES["float32"], outputs.rows, dims, b"".join(parts)
 
 
 def _pad(rows: list[tuple[Any, ...]], width: int, fill: int, dtype: str) -> bytes:
@@ -229,7 +225,9 @@ def _pad(rows: list[tuple[Any, ...]], width: int, fill: int, dtype: str) -> byte
     return np.array([(*row, *[fill] * (width - len(row))) for row in rows], dtype).tobytes()
 
 
-def _read_result(header: Header, payload: bytes, caps: Caps, _carried: tuple[str, ...]) -> Fields:
+def _read_result(
+    header: Header, payload: bytes, caps: Caps, _carried: tuple[str, ...]
+) -> tuple[Tensor, tuple[RowAnswer, ...]]:
     n, (outputs, answered, missing, rest) = header.rows, header.dims
     if header.dtype != _DTYPE_CODES["float32"] or rest or max(answered, missing) > MAX_ANSWERED:
         raise RemoteProtocolError(f"a result has not dtype {header.dtype} and dims {header.dims}")
@@ -242,7 +240,7 @@ def _read_result(header: Header, payload: bytes, caps: Caps, _carried: tuple[str
     experts = np.frombuffer(payload, "<u2", n * answered, end + weights.nbytes).reshape(n, answered)
     absent = np.frombuffer(payload, "<u2", n * missing, end + weights.nbytes + experts.nbytes).reshape(n, missing)
     rows = tuple(map(_read_row, experts.tolist(), weights.tolist(), absent.tolist()))
-    return {"outputs": Tensor("float32", (n, outputs), payload[:end]), "rows": rows}
+    return Tensor("float32", (n, outputs), payload[:end]), rows
 
 
 def _read_row(experts: list[int], weights: list[float], missing: list[int]) -> RowAnswer:
@@ -295,6 +293,31 @@ LAYOUTS: dict[type[Message], Layout] = {
     Infer: Layout(11, _BUDGET, _TENSOR, ("inputs",)),
     Result: Layout(12, _REQUEST | {"elapsed_us": "time"}, _RESULT, ("outputs", "rows")),
 }
-_BY_KIND: dict[int, tuple[Callable[..., Message], Layout]] = {
-    layout.kind: (kind, layout) for kind, layout in LAYOUTS.items()
-}
+
+
+class _Codec(NamedTuple):
+    """A layout made ready: nothing about a kind is found out anew for each of its messages."""
+
+    layout: Layout
+    make: Callable[..., Message]
+    blank: list[Any]
+    """The 15 numbers and names of a header, the kind's own filled in."""
+    fills: tuple[tuple[int, str], ...]
+    """Which of them is which field of the message."""
+    arrange: Callable[[tuple[Any, ...]], Iterable[Any]]
+    """The places of Header and what the body carries -> the message's fields in their order."""
+
+
+def _codec(made: type[Message], layout: Layout) -> _Codec:
+    blank = [*Header(kind=layout.kind)[:_DIMS], *(0,) * MAX_DIMS]
+    fills = tuple((Header._fields.index(place), field) for field, place in layout.header.items())
+    sources = {field: place for place, field in fills}
+    sources |= {field: len(Header._fields) + i for i, field in enumerate(layout.carried)}
+    order = [sources[field.name] for field in fields(made)]
+    # Of one index itemgetter makes no tuple.
+    arrange = itemgetter(*order) if len(order) > 1 else lambda places: (places[order[0]],)
+    return _Codec(layout, made, blank, fills, arrange)
+
+
+_BY_CLASS = {made: _codec(made, layout) for made, layout in LAYOUTS.items()}
+_BY_KIND = {codec.layout.kind: codec for codec in _BY_CLASS.values()}

@@ -25,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nmoe_edge.bundle import SelfTest, read_bundle, write_bundle
 from nmoe_edge.client import Client
 from nmoe_edge.fleet import FLEET_FILE, SCHEMA, Device, Fleet, write_fleet
+from nmoe_edge.frames import receive_frames, send_frames
 from nmoe_edge.keys import key_path, keys_folder, read_key, with_keys
 from nmoe_edge.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
 from nmoe_edge.models import Graph
@@ -164,12 +165,12 @@ class Caller:
 
     def send(self, socket):
         """One call."""
-        socket.send_multipart(self.ask(next(self.numbers), self.row) if self.ask else [self.row.tobytes()])
+        send_frames(socket, self.ask(next(self.numbers), self.row) if self.ask else [self.row.tobytes()])
 
     def receive(self, socket):
         """Its answer."""
-        frames = socket.recv_multipart()
-        return decode(frames).outputs.unpack() if self.ask else np.frombuffer(frames[-1], "f4")
+        first, rest = receive_frames(socket)
+        return decode([first.bytes, *rest]).outputs.unpack() if self.ask else np.frombuffer(first.bytes, "f4")
 
     def one_by_one(self, seconds):
         """Seconds of each call."""

@@ -102,14 +102,14 @@ def test_no_more_is_taken_at_once_than_is_wanted(room):
     held, first = room.held()
     models = Fake()
     second, third = room.offer(models), room.offer(models)
-    assert not room.front.ready
+    assert not room.front.finished
     held.may_go.set()
     for _ in range(2):  # two batches: two calls
         assert room.woken.acquire(timeout=PATIENCE_S), "it did not come"
-    assert room.front.ready
+    assert room.front.finished
     assert room.front.done(2) == [first, second]
     assert room.front.done(2) == [third]
-    assert not room.front.ready
+    assert not room.front.finished
 
 
 def test_what_is_queued_is_run_together_and_split_rightly(room):
