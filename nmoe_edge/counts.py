@@ -44,7 +44,9 @@ class Counts:
 
     def took(self, what: str, seconds: float) -> None:
         """Something took so long."""
-        self._took.setdefault(what, Histogram()).add(seconds)
+        if what not in self._took:
+            self._took[what] = Histogram()
+        self._took[what].add(seconds)
 
     def facts(self) -> dict[str, Any]:
         """For a status report: counts, and milliseconds."""

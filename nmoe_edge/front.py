@@ -1,7 +1,8 @@
 """Inputs -> latents and scores, in a thread of its own: the slow part of a device, beside which it goes on answering.
 
-What is queued is run together; a batch is never waited for. Bounded in rows and in time: what could not be done before
-its deadline is refused when it comes.
+What is queued is run together; a batch is never waited for. A request that is alone and quicker done than handed over
+and fetched is done on the spot. Bounded in rows and in time: what could not be done before its deadline is refused when
+it comes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ MOST_REQUESTS = 256
 MOST_ROWS = 4096
 BATCH_ROWS = 32
 """Run together at most; a request of more is run as it came."""
+_QUICK_S = 0.0005
+"""To hand a request to the thread and back takes half as long, and peers that ask meanwhile wait no longer than this."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,21 +49,23 @@ class Job:
 class Front:
     """The thread and its queue."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        """wake: called when something is done; `done` then has it."""
-        self._wake = wake
+    def __init__(self, wake: Callable[[], None], quick_s: float = _QUICK_S) -> None:
+        """wake: called when the thread has done something; quick_s: what takes no longer is done without it."""
+        self._wake, self._quick_s = wake, quick_s
         self._queue: deque[Job] = deque()
         self.finished: deque[Job] = deque()
         """What `done` takes from."""
         self._changed = threading.Condition()
         self._rows, self._stopped = 0, False
+        self.offered = False
+        """Whether `start` has something to do."""
         self._row_s = 0.0
         """What a row takes, smoothed."""
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
         self._thread.start()
 
     def offer(self, job: Job, now: float) -> bool:
-        """Take a job on; False when it could not be done in time, or the queue is full."""
+        """Take a job on, for when `start` is called; False when it could not be done in time, or the queue is full."""
         rows = len(job.inputs)
         with self._changed:
             full = len(self._queue) >= MOST_REQUESTS or (self._queue and self._rows + rows > MOST_ROWS)
@@ -69,8 +74,19 @@ class Front:
                 return False
             self._queue.append(job)
             self._rows += rows
-            self._changed.notify()
+        self.offered = True
         return True
+
+    def start(self) -> None:
+        """Have done what was offered: here where that is quicker, else by the thread."""
+        self.offered = False
+        with self._changed:
+            alone = len(self._queue) == 1 and self._rows == len(self._queue[0].inputs)
+            if not (alone and 0 < self._rows * self._row_s < self._quick_s):
+                self._changed.notify()
+                return
+            batch = self._batch()
+        self._do(batch)
 
     def done(self, most: int) -> list[Job]:
         """What is finished and still waited for; no more than so many."""
@@ -96,18 +112,21 @@ class Front:
                 if self._stopped:
                     return
                 batch = self._batch()
-            began = time.monotonic()
-            ready = [job for job in batch if not job.dropped and began < job.deadline]
-            if ready:
-                _compute(ready)
-            took = time.monotonic() - began
-            rows = sum(len(job.inputs) for job in ready)
-            with self._changed:
-                self._rows -= sum(len(job.inputs) for job in batch)
-                if rows:
-                    self._row_s += (took / rows - self._row_s) / (8 if self._row_s else 1)
-            self.finished.extend(batch)
+            self._do(batch)
             self._wake()
+
+    def _do(self, batch: list[Job]) -> None:
+        began = time.monotonic()
+        ready = [job for job in batch if not job.dropped and began < job.deadline]
+        if ready:
+            _compute(ready)
+        took = time.monotonic() - began
+        rows = sum([len(job.inputs) for job in ready])
+        with self._changed:
+            self._rows -= sum([len(job.inputs) for job in batch])
+            if rows:
+                self._row_s += (took / rows - self._row_s) / (8 if self._row_s else 1)
+        self.finished.extend(batch)
 
     def _batch(self) -> list[Job]:
         """The first in the queue, and those behind it that can be run with it."""

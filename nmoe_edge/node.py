@@ -233,11 +233,14 @@ class Node:
             self._hear(*heard, time.monotonic())
         self._service.run()
         now = time.monotonic()
+        while self._inbox:
+            self._inbox.popleft()(now)
+        if self._front.offered:
+            self._front.start()
+            now = time.monotonic()
         if self._front.finished:
             for job in self._front.done(_JOBS_A_TURN):
                 self._origin.extracted(job, now)
-        while self._inbox:
-            self._inbox.popleft()(now)
         if now >= self._peers.wake_at:
             for expert in self._peers.tick(now):
                 self._origin.lost(expert, now)
@@ -245,7 +248,7 @@ class Node:
             self._origin.tick(now)
         if now - self._looked_at > _LOOK_S:
             self._look(now)
-        if self._origin.open:
+        if self._origin.open or self._origin.finished:
             self._weigh(time.monotonic() - began)
 
     def _weigh(self, busy_s: float) -> None:

@@ -153,7 +153,8 @@ class Origin:
             self._refuse(infer, reply, Reason.BUSY, "")
             return
         deadline = now + budget_s
-        job = Job(models, infer.inputs.unpack(), deadline, own_too=rules.local_first is not None)
+        own_too = rules.local_first is not None and rules.local_first < 1  # nothing is surer than 1
+        job = Job(models, infer.inputs.unpack(), deadline, own_too)
         if not self._front.offer(job, now):
             self._refuse(infer, reply, Reason.BUSY, "")
             return

@@ -28,6 +28,8 @@ def softmax(scores: NDArray[Any]) -> NDArray[np.float64]:
 
 def expert_weights(scores: NDArray[Any], experts: Sequence[int]) -> dict[int, float]:
     """What each of `experts` weighs in a row, the heaviest first. scores: (experts,)"""
+    if len(experts) == 1:
+        return {experts[0]: 1.0}
     ranked = sorted(experts, key=lambda expert: (-scores[expert], expert))
     # As float32, which is how a Result carries them.
     return dict(zip(ranked, softmax(scores[ranked]).astype(np.float32).tolist(), strict=True))
@@ -39,6 +41,8 @@ def combine(
     """The weighted sum of one row's answers, each (outputs,)."""
     if combination not in COMBINATIONS:
         raise LocalProtocolError(f"combination {combination!r} is none of {', '.join(COMBINATIONS)}")
+    if len(weights) == 1 and combination == "outputs":  # the softmax of one score is 1
+        return np.asarray(answers[next(iter(weights))], np.float32)
     chosen = np.stack([answers[expert] for expert in weights]).astype(np.float64)  # (experts, outputs)
     if combination == "probabilities":
         chosen = softmax(chosen)

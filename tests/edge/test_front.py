@@ -44,14 +44,19 @@ class Fake:
 class Room:
     """A front whose finished jobs are waited for."""
 
-    def __init__(self):
+    def __init__(self, quick_s=0.0):
         self.woken = threading.Semaphore(0)
-        self.front = Front(self.woken.release)
+        self.front = Front(self.woken.release, quick_s)
         self.finished = []
 
     def offer(self, models, rows=1, value=0.0, own_too=False, seconds=NEVER_S):
         job = Job(models, np.full((rows, 3), value, np.float64), time.monotonic() + seconds, own_too)
-        return job if self.front.offer(job, time.monotonic()) else None
+        return job if self.offered(job, time.monotonic()) else None
+
+    def offered(self, job, now):
+        taken = self.front.offer(job, now)
+        self.front.start()
+        return taken
 
     def wait(self, *jobs):
         while not all(any(job is one for one in self.finished) for job in jobs):
@@ -85,7 +90,7 @@ def test_a_job_comes_back_with_latents_and_scores(room):
 def test_the_tiny_fleets_models_are_run_as_they_are(room, tiny_fleet):
     models = Models(read_bundle(tiny_fleet / "barn"))
     job = Job(models, np.full((1, 1, 6, 6), 255, np.uint8), time.monotonic() + NEVER_S, True)
-    assert room.front.offer(job, time.monotonic())
+    assert room.offered(job, time.monotonic())
     room.wait(job)
     assert job.latents == pytest.approx(np.ones((1, 4)), abs=1e-5)
     assert job.own == pytest.approx(np.array([[4.0, 4.25, 4.0]]), abs=1e-5)
@@ -193,7 +198,7 @@ def test_a_job_that_could_not_be_done_in_time_is_refused(room, monkeypatch):
     models, inputs = Fake(), np.zeros((100, 3))
     models.may_go.clear()
     first = Job(models, inputs[:1], NEVER_S, False)
-    assert room.front.offer(first, 0.0)
+    assert room.offered(first, 0.0)
     assert models.began.acquire(timeout=PATIENCE_S)
     now[0] = 0.05  # which is what a row takes, from here on
     models.may_go.set()
@@ -201,10 +206,10 @@ def test_a_job_that_could_not_be_done_in_time_is_refused(room, monkeypatch):
     # With nothing to wait for a job is run whatever was learnt: else one slow run would end them all.
     models.may_go.clear()
     second = Job(models, inputs[:1], 0.06, False)
-    assert room.front.offer(second, 0.05)
+    assert room.offered(second, 0.05)
     assert models.began.acquire(timeout=PATIENCE_S)
-    assert not room.front.offer(Job(models, inputs, 0.05 + 4.95, False), 0.05)
-    assert room.front.offer(Job(models, inputs, 0.05 + 5.15, False), 0.05)
+    assert not room.offered(Job(models, inputs, 0.05 + 4.95, False), 0.05)
+    assert room.offered(Job(models, inputs, 0.05 + 5.15, False), 0.05)
     models.may_go.set()
 
 
@@ -275,3 +280,52 @@ def test_closing_an_idle_front_ends_it_too():
     room = Room()
     room.front.close()
     assert not room.front._thread.is_alive()
+
+
+@pytest.fixture
+def quick():
+    made = Room(quick_s=float("inf"))
+    yield made
+    made.front.close()
+
+
+class Traced(Fake):
+    """Models that remember which thread ran them."""
+
+    def __init__(self):
+        super().__init__()
+        self.threads = []
+
+    def gate(self, latents):
+        self.threads.append(threading.current_thread().name)
+        return super().gate(latents)
+
+
+def test_a_quick_request_that_is_alone_is_done_on_the_spot(quick):
+    models = Traced()
+    quick.wait(quick.offer(models))  # by the thread: what a row takes is not known yet
+    job = quick.offer(models, value=2.0)
+    assert quick.front.done(1) == [job]
+    assert job.latents.tolist() == [[2.0] * 3]
+    assert models.threads == ["front", threading.current_thread().name]
+
+
+def test_requests_that_come_together_go_to_the_thread_and_are_run_together(quick):
+    models = Traced()
+    quick.wait(quick.offer(models))
+    jobs = [Job(models, np.ones((1, 3)), time.monotonic() + NEVER_S, False) for _ in range(2)]
+    for job in jobs:
+        assert quick.front.offer(job, time.monotonic())
+    assert quick.front.offered
+    quick.front.start()
+    assert not quick.front.offered
+    quick.wait(*jobs)
+    assert models.threads == ["front"] * 2
+    assert models.runs == [1, 2]
+
+
+def test_what_takes_long_goes_to_the_thread(room):
+    models = Traced()
+    room.wait(room.offer(models))
+    room.wait(room.offer(models))
+    assert models.threads == ["front"] * 2
