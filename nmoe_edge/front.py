@@ -25,7 +25,7 @@ MOST_ROWS = 4096
 BATCH_ROWS = 32
 """Run together at most; a request of more is run as it came."""
 _QUICK_S = 0.0005
-"""To hand a request to the thread and back takes half as long, and peers that ask meanwhile wait no longer than this."""
+"""Handing a request to the thread and back takes half as long; peers that ask meanwhile wait no longer than this."""
 
 
 @dataclass(slots=True, eq=False)
