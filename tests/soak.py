@@ -25,6 +25,7 @@ import zmq
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+from bench.serving import fleet as bench_fleet  # noqa: E402
 from edge.fleets import (  # noqa: E402
     NAMES,
     Load,
@@ -40,6 +41,7 @@ from edge.fleets import (  # noqa: E402
 )
 
 from nmoe_edge.bundle import read_bundle, write_bundle  # noqa: E402
+from nmoe_edge.models import Models  # noqa: E402
 from nmoe_edge.protocol.messages import Infer, Ping, Pong  # noqa: E402
 from nmoe_edge.protocol.tensor import Tensor  # noqa: E402
 from nmoe_edge.protocol.wire import decode, encode  # noqa: E402
@@ -71,37 +73,55 @@ def descriptors(process):
     return len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
 
 
+def five(folder):
+    """A fleet of five devices, and rows of which each expert gets as many, with the classes that it says they are."""
+    made = settled(bench_fleet(folder.parent / "made", 1), folder.parent / "five")
+    rows = np.abs(np.random.default_rng(0).normal(size=(200, 512))).astype("f4")
+    wanted = np.arange(len(rows)) % 5
+    rows[:, :5] = 9 * np.eye(5, dtype="f4")[wanted]
+    said = np.stack([Models(read_bundle(made / f"device-{i}")).expert(rows).argmax(1) for i in range(5)])
+
+    def draw(rng):
+        chosen = rng.integers(0, len(rows), 2)
+        return rows[chosen], said[wanted[chosen], chosen]
+
+    return made, draw
+
+
 def frozen(folder, seconds=10):
-    """A peer is stopped under load; its rate is compared with that while the peer is absent, before and after."""
+    """One peer of four is stopped under load; the rate is compared with that in its absence, before and after."""
+    folder, draw = five(folder)
+    names = [f"device-{i}" for i in range(5)]
 
     def rate():
         at = time.monotonic()
         time.sleep(seconds)
         return load.rate(at, at + seconds)
 
-    with Processes(folder) as fleet:
-        fleet.acquainted("attic")
-        fleet.kill("cellar")
-        with Load(fleet, "attic") as load, fleet.client("attic") as client:
+    with Processes(folder, *names) as fleet:
+        fleet.acquainted(names[0])
+        fleet.kill(names[-1])
+        with Load(fleet, names[0], draw=draw) as load, fleet.client(names[0]) as client:
             time.sleep(2)
             absent = [rate()]
-            fleet.start("cellar")
-            fleet.ready("cellar")
-            until(lambda: states(client.status())["cellar"] == "alive")
+            fleet.start(names[-1])
+            fleet.ready(names[-1])
+            until(lambda: states(client.status())[names[-1]] == "alive")
             time.sleep(2)
             at = time.monotonic()
-            fleet.signal("cellar", signal.SIGSTOP)
-            until(lambda: states(client.status())["cellar"] == "silent")
+            fleet.signal(names[-1], signal.SIGSTOP)
+            until(lambda: states(client.status())[names[-1]] == "silent")
             opened = time.monotonic() - at
             time.sleep(seconds - opened)
             stopped = load.rate(at, at + seconds)
-            fleet.kill("cellar")
+            fleet.kill(names[-1])
             time.sleep(1)
             absent.append(rate())
-    show("SIGSTOP of a peer: breaker open after", f"{opened:.2f} s", "1.5 s", opened <= 1.5)
+    show("SIGSTOP of one peer of four: breaker open after", f"{opened:.2f} s", "1.5 s", opened <= 1.5)
     share = stopped / statistics.mean(absent)
     show("  rate of the ten seconds from then on", f"{share:.0%} of that with the peer absent", "90 %", share >= 0.9)
-    must(load.sound, f"frozen: {load.summary()}")
+    # Another expert of these may well name another class: that is not wrong.
+    must(not (load.unanswered or load.refused), f"frozen: {load.summary()}")
 
 
 def killed(folder, times=20):

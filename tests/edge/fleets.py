@@ -223,10 +223,18 @@ class Processes:
         self.end()
 
 
+def two_thirds(rng):
+    """Two images of the tiny fleet, and their classes."""
+    thirds = rng.integers(0, 3, 2)
+    return bright(*thirds), thirds
+
+
 class Load:
     """Closed-loop clients of one device; what became of their rows, and when."""
 
-    def __init__(self, fleet, name, clients=4, deadline_s=1.0):
+    def __init__(self, fleet, name, clients=4, deadline_s=1.0, draw=two_thirds):
+        """draw: a random generator -> inputs, and the classes that they should be answered with"""
+        self._draw = draw
         self.done, self.unanswered, self.wrong, self.degraded, self.refused = [], 0, 0, 0, []
         self._over, self._fleet, self._name, self._deadline_s = threading.Event(), fleet, name, deadline_s
         self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
@@ -235,16 +243,16 @@ class Load:
         rng = np.random.default_rng(seed)
         with self._fleet.client(self._name) as client:
             while not self._over.is_set():
-                thirds = rng.integers(0, 3, 2)
+                inputs, due = self._draw(rng)
                 try:
-                    answers = client.infer(bright(*thirds), self._deadline_s)
+                    answers = client.infer(inputs, self._deadline_s)
                 except CallError as error:
                     self.refused.append(str(error))
                     continue
                 self.done.append(time.monotonic())
                 self.unanswered += sum(not row.experts for row in answers.rows)
                 self.degraded += sum(row.degraded for row in answers.rows)
-                self.wrong += int((answers.outputs.argmax(1) != thirds).sum())
+                self.wrong += int((answers.outputs.argmax(1) != due).sum())
 
     def rate(self, start, end):
         """Requests a second between two moments."""
