@@ -249,7 +249,7 @@ class Origin:
         rules, manifest = request.rules, request.models.manifest
         at_home: set[int] = set()
         if own is not None and rules.local_first is not None:
-            at_home = set(np.flatnonzero(softmax(own).max(axis=1) > rules.local_first).tolist())
+            at_home = set((softmax(own).max(axis=1) > rules.local_first).nonzero()[0].tolist())
         losses = None
         if rules.prefer_near:
             away_s = [self._peers.expected_s(e) * (e != manifest.expert) for e in range(manifest.experts)]
@@ -266,7 +266,7 @@ class Origin:
             combination=manifest.routing.combination,
         )
         self._counts.events["rows"] += found.rows
-        self._counts.events["rows kept at home"] += sum(wanted == (manifest.expert,) for wanted in found.wanted)
+        self._counts.events["rows kept at home"] += found.wanted.count((manifest.expert,))
         request.latents, request.own = latents, own
         self._act(request, request.exchange.start(now), now)
 
@@ -328,8 +328,8 @@ class Origin:
         if request.mix is not None:
             outputs = _adapted(request.mix, request.models.manifest, outputs, rows)
         own = request.models.manifest.expert
-        self._counts.events["rows degraded"] += sum(row.degraded for row in rows)
-        self._counts.events["rows nobody answered"] += sum(not row.experts for row in rows)
+        self._counts.events["rows degraded"] += sum([row.degraded for row in rows])
+        self._counts.events["rows nobody answered"] += sum([not row.experts for row in rows])
         remote = any(row.experts != (own,) for row in rows)
         self._counts.took("requests with peers" if remote else "requests at home", now - request.began)
         elapsed_us = min(int((now - request.began) * 1e6), 2**32 - 1)

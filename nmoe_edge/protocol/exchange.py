@@ -99,11 +99,12 @@ class Exchange:
         self._requests = requests
         self._combination = combination
         self._asks: dict[int, _Ask] = {}
-        self._answers: list[dict[int, NDArray[Any]]] = [{} for _ in range(route.rows)]
-        self._waiting: list[set[int]] = [set() for _ in range(route.rows)]
-        self._tried: list[set[int]] = [set() for _ in range(route.rows)]
+        rows = range(route.rows)
+        self._answers: list[dict[int, NDArray[Any]]] = [{} for _ in rows]
+        self._waiting: list[set[int]] = [set() for _ in rows]
+        self._tried: list[set[int]] = [set() for _ in rows]
         self._gone: set[int] = set()
-        self._open_rows = set(range(route.rows))
+        self._open_rows = set(rows)
 
     @property
     def done(self) -> bool:
@@ -113,15 +114,19 @@ class Exchange:
     @property
     def wake_at(self) -> float:
         """When something happens by itself; infinity when nothing does but the own expert's answer."""
-        if all(self._waiting[row] <= {self.route.own} and not self._answers[row] for row in self._open_rows):
+        own = {self.route.own}
+        for row in self._open_rows:
+            if self._answers[row] or not self._waiting[row] <= own:
+                break
+        else:
             return math.inf
-        return min([self.deadline, *(ask.late_at for ask in self._asks.values() if self._awaited(ask))])
+        return min([self.deadline, *[ask.late_at for ask in self._asks.values() if self._awaited(ask)]])
 
     def start(self, now: float) -> list[Action]:
         """Ask every row's chosen experts: one call for each, whatever the number of its rows."""
         experts = {}
         for row, chosen in enumerate(self.route.chosen):
-            reachable = tuple(expert for expert in chosen if expert not in self._gone) if now < self.deadline else ()
+            reachable = tuple([expert for expert in chosen if expert not in self._gone]) if now < self.deadline else ()
             experts[row] = reachable or self._substitute(row, now)
         return self._call(experts, now)
 
@@ -184,7 +189,7 @@ class Exchange:
             weights = expert_weights(self.route.scores[row], list(answers)) if answers else {}
             if answers:
                 outputs[row] = combine(answers, weights, self._combination)
-            missing = tuple(expert for expert in self.route.wanted[row] if expert not in answers)
+            missing = tuple([expert for expert in self.route.wanted[row] if expert not in answers])
             rows.append(RowAnswer(tuple(weights), tuple(weights.values()), missing))
         return outputs, tuple(rows)
 

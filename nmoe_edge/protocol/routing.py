@@ -67,7 +67,7 @@ def route(
     reachable = (frozenset(alive) | {own}) & frozenset(range(experts))
     wanted, chosen = [], []
     preferred = scores if losses is None else scores - np.asarray(losses, np.float32)
-    for row, ranked in enumerate(np.argsort(-preferred, axis=1, kind="stable").tolist()):
+    for row, ranked in enumerate((-preferred).argsort(axis=1, kind="stable").tolist()):
         home = row in at_home
         wanted.append((own,) if home else tuple(ranked[:top_k]))
         chosen.append((own,) if home else tuple([e for e in ranked if e in reachable][:top_k]))
