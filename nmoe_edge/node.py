@@ -107,6 +107,8 @@ class Node:
         self._rules.of(manifest)  # what cannot be is known before a socket is open
         self._key = None if key is None else Path(key)
         place = find_place(self._fleet_file, manifest, self._key)
+        if state is not None and forget:
+            forget_mix(state, manifest.device)
         self.counts = Counts()
         self._numbers = itertools.count(secrets.randbits(60))
         where = place.listen if listen is None else listen
@@ -120,8 +122,6 @@ class Node:
         self._service = Service(self._models, self._sockets.reply, self.counts)
         self._front = Front(self._sockets.wake)
         self._origin = Origin(self._models, self._rules, self._front, self._peers, self._numbers, self.counts)
-        if state is not None and forget:
-            forget_mix(state, manifest.device)
         if state is not None:
             kept_mix(state, manifest, self._origin.mix, self._log)
         self._inbox: deque[Callable[[float], None]] = deque()

@@ -175,8 +175,9 @@ class Exchange:
             ask.late_at = math.inf
             waiting = [r for r in self._open_rows.intersection(ask.rows) if ask.expert in self._waiting[r]]
             others = {row: self._substitute(row, now) for row in waiting if row not in hedges}
-            if any(others.values()) and self._may_hedge():
-                hedges |= others
+            wanted = sorted({expert for found in others.values() for expert in found})
+            granted = {expert for expert in wanted if self._may_hedge()}  # each is a message more
+            hedges |= {row: found for row, found in others.items() if granted.issuperset(found)}
         return self._call(hedges, now)
 
     def result(self) -> tuple[NDArray[np.float32], tuple[RowAnswer, ...]]:

@@ -450,3 +450,14 @@ def test_nobody_is_missing_when_everybody_answers_in_time(behaviours, seed):
     it = exchange(scores, 0, range(len(behaviours)), min(3, len(behaviours)), deadline=1e6)
     run(it, behaviours, random.Random(seed))
     assert not any(how.degraded for how in it.result()[1])
+
+
+def test_each_message_more_is_a_hedge_of_its_own():
+    scores = np.array([[0, 9, 3, 2], [0, 9, 3, 2], [0, 9, 2, 3]], np.float32)  # all want 1; then 2, 2 and 3
+    left = [True]
+    it = exchange(scores, patience=2.0, may_hedge=lambda: bool(left and left.pop()))
+    (call,) = it.start(0.0)
+    (hedge,) = it.tick(2.0)
+    assert (hedge.expert, hedge.rows) == (2, (0, 1))
+    answer(it, call, 2.5)
+    assert it.done
