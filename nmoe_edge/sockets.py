@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -172,11 +172,12 @@ class Sockets:
         """What had come when `wait` ended, and what came meanwhile."""
         heard: list[Heard] = []
         for source, _ in self._ready:
+            self._touched.add(source)
             if source is self._guard:
                 self._admit()
             elif source is self._watch:
                 self._rejected()
-            elif not source.closed:  # disconnected for what came just now
+            else:
                 self._take(source, heard)
         return heard
 
@@ -239,8 +240,7 @@ class Sockets:
         """The messages of one socket; of our own the first frame says who sent it."""
         ours, expert = source is self._server, self._experts.get(source, -1)
         until = time.monotonic() + _TURN_S
-        more: Sequence[Any] = (source,)
-        while more:
+        while True:
             first, frames = receive_frames(source)
             sender = first if ours else None
             if not ours:
@@ -249,9 +249,7 @@ class Sockets:
                 self._counts.events["unknown keys"] += 1
             else:
                 heard.append(self._decoded(frames, sender, expert))
-            more = waiting((source,))
-            if more and time.monotonic() > until:
-                self._touched.add(source)
+            if not waiting((source,)) or time.monotonic() > until:
                 return
 
     def _decoded(self, frames: list[bytes], sender: Sender | None, expert: int) -> Heard:
@@ -266,7 +264,6 @@ class Sockets:
 
     def _admit(self) -> None:
         """Answer libzmq's question whether a key may come in (RFC 27)."""
-        self._touched.add(self._guard)
         version, number, _domain, address, _identity, mechanism, *keys = self._guard.recv_multipart()
         key = z85.encode(keys[0]).decode() if mechanism == b"CURVE" and keys else ""
         name = self._allowed.get(key)
@@ -277,7 +274,6 @@ class Sockets:
         self._guard.send_multipart([version, number, *status, b""])
 
     def _rejected(self) -> None:
-        self._touched.add(self._watch)
         (event,) = struct.unpack_from("=H", self._watch.recv_multipart()[0])  # zmq.utils.monitor brings asyncio along
         if event != zmq.Event.HANDSHAKE_FAILED_AUTH:  # an unknown key was counted by name
             self._counts.events["failed handshakes"] += 1
