@@ -1,0 +1,215 @@
+"""The whole way, from nothing to a fleet that loses two devices and answers all the same: `make demo`.
+
+    python examples/demo.py
+
+Trains ten clients on digits, compares them with what they are to be compared with, exports a bundle for each, serves
+each in a process of its own with CURVE keys, asks them their test sets, kills two with SIGKILL, brings them back, and
+draws a page of what happened: runs/demo-fleet/report.html. Every step is printed as the command that one would type.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from demo_figures import busiest, story, worth
+from demo_fleet import DemoError, Processes, Tests, Traffic, ask_everything, clients, wait_until_seen
+from demo_page import page
+
+from nmoe_edge.errors import EdgeError
+from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
+from nmoe_edge.program import SETTINGS, run_program
+from nmoe_train.errors import TrainError
+
+OURS = r"run.*|fleet|fleet-keys|logs|state|report\.html|measurements\.json"
+"""What a demo leaves in its folder, as a regular expression."""
+
+
+@click.command(context_settings=SETTINGS, epilog="Example: python examples/demo.py --recipe paper --seconds 30")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/demo-fleet", show_default=True, help="Results.")
+@click.option("--devices", type=click.IntRange(2, 50), default=10, show_default=True, help="Processes, and clients.")
+@click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, show_default=True, help="Of traffic, or more.")
+@click.option("--rate", type=click.FloatRange(1, 1000), default=30.0, show_default=True, help="Rows/s and device.")
+@click.option("--recipe", default="best", show_default=True, help="Of the training: best or paper.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the training; see nmoe-train settings.")
+def cli(out: Path, devices: int, seconds: float, rate: float, recipe: str, settings: tuple[str, ...]) -> None:
+    """Train, export and serve a fleet on this machine, kill a fifth of it, and draw a page of what happened."""
+    swept(out)
+    run, fleet = out / "run", out / "fleet"
+    steps: dict[str, float] = {}
+    with Processes(out / "logs") as processes:
+
+        def typed(*command: str) -> None:
+            with step(steps, " ".join(command)):
+                processes.run(*command)
+
+        chosen = [argument for setting in settings for argument in ("--set", setting)]
+        typed("nmoe-train", "run", "--recipe", recipe, "--clients", str(devices), "--out", str(run), *chosen)
+        typed("nmoe-train", "baselines", str(run))
+        typed("nmoe-export", str(run), "--int8", "--out", str(fleet))
+        typed("nmoe-edge", "keygen", str(fleet))
+        with step(steps, f"nmoe-edge serve {fleet}/device-…   # {devices} processes, ports that are free, --no-adapt"):
+            settle(fleet)
+            serve = serving(processes, out)
+            names = [device.name for device in read_fleet(fleet / FLEET_FILE).device]
+            for name in names:
+                serve(name)
+            tests = tests_of(run)  # while they start
+            for name in names:
+                processes.ready(name)
+        with clients(fleet) as asked:
+            everyone = list(asked.values())
+            with step(steps, "python: every test row is asked of its device, through nmoe_edge.client.Client"):
+                for name in names:
+                    wait_until_seen({n: c for n, c in asked.items() if n != name}, name, alive=True)
+                answered = ask_everything(everyone, tests)
+            victims = busiest(answered, max(1, devices // 5))
+            with (
+                step(steps, f"python: {seconds:g} s of traffic; kill -9 {' '.join(names[v] for v in victims)}; back"),
+                Traffic(everyone, tests, rate) as traffic,
+            ):
+                moments = deaths(traffic, processes, asked, serve, [names[v] for v in victims], seconds)
+        memory = processes.memory_mb()
+        failed = [f"{name} died although nobody killed it" for name in processes.died()]
+        failed += [f"{name} did not end well when it was asked to" for name in processes.leave()]
+    measured = {
+        "settings": {"devices": devices, "seconds": seconds, "rate": rate, "recipe": recipe, "set": list(settings)},
+        "machine": {"cores": os.cpu_count(), "cpu": platform.machine(), "python": platform.python_version()},
+        "steps": steps,
+        **worth(run, answered, devices),
+        "export": json.loads((fleet / "report.json").read_bytes()),
+        "memory_mb": memory,
+        **story(traffic.rows, moments, names, victims),
+    }
+    unanswered = measured["ways"]["unanswered"]
+    measured["failed"] = failed + ([f"{unanswered} rows went unanswered"] if unanswered else [])
+    (out / "measurements.json").write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    (out / "report.html").write_text(page(measured), encoding="utf-8")
+    for line in summary(measured):
+        click.echo(line)
+    click.echo(f"look at {out / 'report.html'}")
+    if measured["failed"]:
+        raise DemoError("; ".join(measured["failed"]))
+
+
+def swept(out: Path) -> None:
+    """An empty folder for the results: what an earlier demo left goes, and nobody else's files do."""
+    try:
+        for path in list(out.iterdir()) if out.exists() else []:
+            if not re.fullmatch(OURS, path.name):
+                raise DemoError(f"{out} holds {path.name}, which no demo wrote; choose another place with --out")
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (out / "logs").mkdir(parents=True)
+    except OSError as error:
+        raise DemoError(f"{out}: {error.strerror}; choose another place with --out") from error
+
+
+@contextmanager
+def step(steps: dict[str, float], command: str) -> Iterator[None]:
+    """Say what is done, and how long it took."""
+    click.echo(click.style(f"\n$ {command}" if command.startswith("nmoe") else f"\n# {command}", bold=True))
+    began = time.monotonic()
+    yield
+    steps[command] = time.monotonic() - began
+
+
+def settle(fleet: Path) -> None:
+    """Give each device a port that is free here; one edits fleet.toml for that."""
+    import socket
+    from contextlib import ExitStack
+
+    path = fleet / FLEET_FILE
+    described = read_fleet(path)
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in described.device]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in sockets]
+    devices = (replace(d, address=f"tcp://127.0.0.1:{p}") for d, p in zip(described.device, ports, strict=True))
+    write_fleet(path, replace(described, device=tuple(devices)))
+
+
+def serving(processes: Processes, out: Path) -> Callable[[str], None]:
+    """What serves a device by name. It is asked two kinds of traffic in one sitting: it had better learn neither."""
+
+    def serve(name: str) -> None:
+        state = ("--state", str(out / "state"))
+        processes.serve(name, "nmoe-edge", "serve", str(out / "fleet" / name), "--no-adapt", *state)
+
+    return serve
+
+
+def tests_of(run: Path) -> Tests:
+    """The test sets as the training dealt them out."""
+    from nmoe_train.pipeline import fleet_of
+    from nmoe_train.run import read_run
+
+    clients_ = fleet_of(read_run(run))[0].clients
+    own = [(x.numpy(), y.numpy()) for x, y in clients_.own_test]
+    return Tests(own, (clients_.test[0].numpy(), clients_.test[1].numpy()))
+
+
+def deaths(
+    traffic: Traffic,
+    processes: Processes,
+    asked: dict[str, Any],
+    serve: Callable[[str], None],
+    victims: list[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Kill, wait, bring back, wait; the moments at which it happened, in seconds of the traffic."""
+    others = {name: client for name, client in asked.items() if name not in victims}
+    moments: dict[str, Any] = {"noticed": {}, "ready": {}, "known": {}}
+    traffic.until(0.3 * seconds)
+    moments["killed"] = traffic.now_s
+    for name in victims:
+        processes.kill(name)
+    for name in victims:
+        wait_until_seen(others, name, alive=False)
+        moments["noticed"][name] = traffic.now_s
+    click.echo(f"{', '.join(victims)} killed after {moments['killed']:.1f} s")
+    traffic.until(0.6 * seconds)
+    moments["restarted"] = traffic.now_s
+    for name in victims:
+        serve(name)
+    for name in victims:
+        processes.ready(name)
+        moments["ready"][name] = traffic.now_s
+    for name in victims:
+        wait_until_seen(others, name, alive=True)
+        moments["known"][name] = traffic.now_s
+    click.echo(f"{', '.join(victims)} back after {traffic.now_s:.1f} s")
+    moments["back"] = traffic.now_s
+    traffic.until(max(seconds, traffic.now_s + 0.3 * seconds))
+    return moments
+
+
+def summary(measured: dict[str, Any]) -> Iterator[str]:
+    """The page in five lines."""
+    own, iid = (measured["accuracy"][part] for part in ("own", "iid"))
+    named = {"local": "trained alone", "own_expert": "own expert alone", "fleet": "as the fleet answered"}
+    yield f"\n{'':<24}{'own distribution':>18}{'balanced':>10}"
+    for key, name in (named | {"centralised": "centralised"}).items():
+        yield f"{name:<24}{own[key]:>18.1%}{iid[key]:>10.1%}"
+    ways, rows = measured["ways"], measured["rows"]
+    yield (
+        f"{rows:,} rows of traffic, {ways['unanswered']} unanswered; {len(measured['deaths'])} of"
+        f" {measured['settings']['devices']} devices killed: {ways['neighbour']} rows went to a neighbour,"
+        f" {ways['degraded']} were degraded"
+    )
+
+
+if __name__ == "__main__":
+    failures: Any = (DemoError, EdgeError, TrainError)
+    run_program(cli, "demo", failures, "all", ("onnxruntime", "zmq", "torch", "sklearn"))
