@@ -14,21 +14,19 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from demo_figures import busiest, story, worth
-from demo_fleet import DemoError, Processes, Tests, Traffic, ask_everything, clients, wait_until_seen
+from demo_figures import alone, busiest, story, worth
+from demo_fleet import DemoError, Processes, Tests, Traffic, ask_everything, clients, on_free_ports, wait_until_seen
 from demo_page import page
 
 from nmoe_edge.errors import EdgeError
-from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
+from nmoe_edge.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.program import SETTINGS, run_program
 from nmoe_train.errors import TrainError
 
@@ -39,7 +37,7 @@ OURS = r"run.*|fleet|fleet-keys|logs|state|report\.html|measurements\.json"
 @click.command(context_settings=SETTINGS, epilog="Example: python examples/demo.py --recipe paper --seconds 30")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/demo-fleet", show_default=True, help="Results.")
 @click.option("--devices", type=click.IntRange(2, 50), default=10, show_default=True, help="Processes, and clients.")
-@click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, show_default=True, help="Of traffic, or more.")
+@click.option("--seconds", type=click.FloatRange(1, 3600), default=15.0, show_default=True, help="Of traffic, or more.")
 @click.option("--rate", type=click.FloatRange(1, 1000), default=30.0, show_default=True, help="Rows/s and device.")
 @click.option("--recipe", default="best", show_default=True, help="Of the training: best or paper.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the training; see nmoe-train settings.")
@@ -60,7 +58,7 @@ def cli(out: Path, devices: int, seconds: float, rate: float, recipe: str, setti
         typed("nmoe-export", str(run), "--int8", "--out", str(fleet))
         typed("nmoe-edge", "keygen", str(fleet))
         with step(steps, f"nmoe-edge serve {fleet}/device-…   # {devices} processes, ports that are free, --no-adapt"):
-            settle(fleet)
+            on_free_ports(fleet)
             serve = serving(processes, out)
             names = [device.name for device in read_fleet(fleet / FLEET_FILE).device]
             for name in names:
@@ -87,7 +85,7 @@ def cli(out: Path, devices: int, seconds: float, rate: float, recipe: str, setti
         "settings": {"devices": devices, "seconds": seconds, "rate": rate, "recipe": recipe, "set": list(settings)},
         "machine": {"cores": os.cpu_count(), "cpu": platform.machine(), "python": platform.python_version()},
         "steps": steps,
-        **worth(run, answered, devices),
+        **worth(run, answered, alone(fleet, names, tests)),
         "export": json.loads((fleet / "report.json").read_bytes()),
         "memory_mb": memory,
         **story(traffic.rows, moments, names, victims),
@@ -122,22 +120,6 @@ def step(steps: dict[str, float], command: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     steps[command] = time.monotonic() - began
-
-
-def settle(fleet: Path) -> None:
-    """Give each device a port that is free here; one edits fleet.toml for that."""
-    import socket
-    from contextlib import ExitStack
-
-    path = fleet / FLEET_FILE
-    described = read_fleet(path)
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in described.device]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
-    devices = (replace(d, address=f"tcp://127.0.0.1:{p}") for d, p in zip(described.device, ports, strict=True))
-    write_fleet(path, replace(described, device=tuple(devices)))
 
 
 def serving(processes: Processes, out: Path) -> Callable[[str], None]:
@@ -198,7 +180,7 @@ def deaths(
 def summary(measured: dict[str, Any]) -> Iterator[str]:
     """The page in five lines."""
     own, iid = (measured["accuracy"][part] for part in ("own", "iid"))
-    named = {"local": "trained alone", "own_expert": "own expert alone", "fleet": "as the fleet answered"}
+    named = {"local": "local only", "alone": "own expert alone", "fleet": "as the fleet answered"}
     yield f"\n{'':<24}{'own distribution':>18}{'balanced':>10}"
     for key, name in (named | {"centralised": "centralised"}).items():
         yield f"{name:<24}{own[key]:>18.1%}{iid[key]:>10.1%}"

@@ -1,4 +1,4 @@
-"""From what became of each row to the demo's figures: plain numbers for measurements.json, which the page is drawn of."""
+"""From what became of each row to the figures of measurements.json, of which the page is drawn."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from demo_fleet import Row
+from demo_fleet import Row, Tests
 from numpy.typing import NDArray
+
+from nmoe_edge.bundle import read_bundle
+from nmoe_edge.models import Models
 
 WAYS = ("home", "peers", "degraded", "neighbour", "unanswered")
 """How a row comes to its answer, or does not."""
@@ -17,18 +20,31 @@ LATE_S = 0.1
 """What waited for a dead device has waited longer."""
 
 
-def worth(run: Path, rows: list[Row], devices: int) -> dict[str, Any]:
-    """Accuracies of every method and of the fleet, and who answered whom, on both test sets."""
+def alone(fleet: Path, names: list[str], tests: Tests) -> dict[str, list[float]]:
+    """How often each device would be right with nothing but its own expert, through the device's own code."""
+    found: dict[str, list[float]] = {"own": [], "iid": []}
+    for device, name in enumerate(names):
+        models = Models(read_bundle(fleet / name))
+        for part, shares in found.items():
+            x, y = tests.of(part, device)
+            shares.append(float(np.mean(models.expert(models.extractor(x)).argmax(1) == y)))
+    return found
+
+
+def worth(run: Path, rows: list[Row], own_expert: dict[str, list[float]]) -> dict[str, Any]:
+    """Accuracies of every method, of the fleet and of its experts alone, and who answered whom, on both test sets."""
     metrics = json.loads((run / "metrics.json").read_bytes())
     baselines = json.loads((run / "baselines.json").read_bytes())
     found: dict[str, Any] = {"accuracy": {}, "devices": {}, "routing": {}, "kept_local": {}}
     for part in ("own", "iid"):
-        mine = [[row.right for row in rows if (row.part, row.device) == (part, d)] for d in range(devices)]
+        mine = [
+            [row.right for row in rows if (row.part, row.device) == (part, d)] for d in range(len(own_expert[part]))
+        ]
         fleet = [float(np.mean(right)) for right in mine]
         methods = {name: figures["accuracy"] for name, figures in metrics[part].items() if isinstance(figures, dict)}
         methods |= {name: figures[part]["accuracy"] for name, figures in baselines.items()}
-        found["accuracy"][part] = methods | {"fleet": float(np.mean(fleet))}
-        found["devices"][part] = {"fleet": fleet, "own_expert": metrics[part]["own_expert"]["devices"]}
+        found["accuracy"][part] = methods | {"alone": float(np.mean(own_expert[part])), "fleet": float(np.mean(fleet))}
+        found["devices"][part] = {"fleet": fleet, "alone": own_expert[part]}
         shares = routing(rows, part)
         shares /= shares.sum(1, keepdims=True)
         found["routing"][part] = shares.tolist()

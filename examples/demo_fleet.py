@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from nmoe_edge.client import Client
 from nmoe_edge.errors import CallError
-from nmoe_edge.fleet import FLEET_FILE, read_fleet
+from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.keys import key_path, read_key
 
 DEADLINE_S = 0.25
@@ -142,6 +143,19 @@ def _ended(process: subprocess.Popen[str]) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
+
+
+def on_free_ports(folder: Path) -> None:
+    """Give each device of a fleet a port that is free on this machine; one edits fleet.toml for that."""
+    path = folder / FLEET_FILE
+    fleet = read_fleet(path)
+    with ExitStack() as held:  # all at once, so that no two are the same
+        sockets = [held.enter_context(socket.socket()) for _ in fleet.device]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in sockets]
+    devices = (replace(d, address=f"tcp://127.0.0.1:{p}") for d, p in zip(fleet.device, ports, strict=True))
+    write_fleet(path, replace(fleet, device=tuple(devices)))
 
 
 @contextmanager

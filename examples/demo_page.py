@@ -14,14 +14,18 @@ from typing import Any
 from nmoe_train.charts import curves, dots, escaped, figure, heat_map, stacks
 from nmoe_train.report import METHODS, document, pictures
 
-TOLD = {key: f"{name}: {what}" for key, (name, what) in METHODS.items()} | {
-    "local": "Local only: each device trains its own model and never hears of the others",
-    "own_expert": "Own expert alone: trained together, used without a network",
-    "networked": "Networked: the gate picks who answers, computed at the desk",
-    "fleet": "Networked, measured: what the processes answered over their sockets",
+DESK = {
+    "local": ("Local only", "each device trains its own model and never hears of the others"),
+    "own_expert": ("Own expert alone", "trained together, used without a network"),
+    "networked": ("Networked", "the gate picks who answers"),
+    "fedce": METHODS["fedce"],
+    "centralised": METHODS["centralised"],
 }
-"""In the order of the table."""
-ORDER = ("local", "own_expert", "networked", "fleet", "fedce", "centralised")
+MEASURED = {
+    "alone": ("Own expert alone, served", "one process, its peers never asked"),
+    "fleet": ("Networked, served", "every row sent to its device’s process"),
+}
+"""Methods in the order of the table: as the training computed them, and as devices answered."""
 PARTS = {"own": "own mix", "iid": "balanced"}
 WAYS = {
     "home": "at home",
@@ -59,49 +63,55 @@ def page(measured: Mapping[str, Any]) -> str:
 
 def _short(measured: Mapping[str, Any]) -> str:
     own, iid = (measured["accuracy"][part] for part in PARTS)
-    gain = 100 * (iid["networked"] - iid["own_expert"])
-    ways, home, kept = measured["ways"], measured["latency_ms"]["home"], measured["kept_local"]
-    far = measured["latency_ms"]["peers"]
-    memory = [found["pss"] for found in measured["memory_mb"].values()]
+    gain = 100 * (iid["fleet"] - iid["alone"])
+    ways, home, far = measured["ways"], *(measured["latency_ms"][way]["p50"] for way in ("home", "peers"))
+    rss, pss = ([found[key] for found in measured["memory_mb"].values()] for key in ("rss", "pss"))
+    dead = _count(measured["deaths"], "device was", "devices were").lower()
     helps = (
-        f"is {gain:.1f} points better than each device’s own expert without it"
+        f"is worth {gain:.1f} points on balanced rows, over each device’s own expert alone"
         if gain >= 1
-        else f"is no better than each device’s own expert without it ({gain:+.1f} points): training together was enough"
+        else f"is worth next to nothing here ({gain:+.1f} points on balanced rows, over each device’s own expert"
+        " alone): experts that were trained together know everybody’s digits already. With --recipe paper they do not"
     )
     lines = [
-        f"Of {measured['rows']:,} rows {ways['unanswered'] or 'none'} went unanswered, although"
-        f" {_count(measured['deaths'], 'device was', 'devices were')} killed on the way: {ways['neighbour']:,} rows of"
-        f" dead devices were answered by a neighbour, {ways['degraded']:,} did without the expert that their gate wanted.",
-        f"On everybody’s digits a device that trains alone is right on {_percent(iid['local'])}, the fleet on"
-        f" {_percent(iid['fleet'])}, one model that saw all samples in one place on {_percent(iid['centralised'])}."
-        f" On their own mix: {_percent(own['local'])}, {_percent(own['fleet'])} and {_percent(own['centralised'])}.",
-        f"The network itself {helps}. Of the rows of a device’s own mix {_percent(kept['own'])} stay at home, of balanced"
-        f" ones {_percent(kept['iid'])}.",
-        f"An answer from home takes {_ms(home['p50'])}, one with a peer {_ms(far['p50'])} (medians; everything on one"
-        f" machine, so the air is missing). A device takes {sum(memory) / len(memory):.0f} MB of memory.",
+        f"Of {measured['rows']:,} rows {ways['unanswered'] or 'none'} went unanswered, although {dead} killed on the"
+        f" way: {ways['neighbour']:,} rows of dead devices were answered by a neighbour, {ways['degraded']:,} did"
+        " without the expert that their gate wanted.",
+        f"On balanced rows a device that trains alone is right on {_percent(iid['local'])}, the fleet on"
+        f" {_percent(iid['fleet'])}, one model that was trained with all samples in one place on"
+        f" {_percent(iid['centralised'])}. On a device’s own mix: {_percent(own['local'])}, {_percent(own['fleet'])}"
+        f" and {_percent(own['centralised'])}.",
+        f"Sending rows to each other {helps}. {_percent(measured['kept_local']['own'])} of the rows of a device’s own"
+        f" mix stayed at home, {_percent(measured['kept_local']['iid'])} of the balanced ones.",
+        f"An answer from home took {_ms(home)}, one with a peer {_ms(far)} (medians, all on one machine: a radio comes"
+        f" on top). A device took {_mean(rss):.0f} MB of memory, {_mean(pss):.0f} MB where libraries are shared.",
     ]
-    return "".join(f"<p>{escaped(line)}</p>" for line in lines)
+    return "".join(_say(line) for line in lines)
 
 
 def _worth(measured: Mapping[str, Any]) -> str:
-    accuracy = measured["accuracy"]
-    methods = [key for key in ORDER if all(key in accuracy[part] for part in PARTS)]
-    rows = [[TOLD[key], *(_percent(accuracy[part][key]) for part in PARTS)] for key in methods]
+    accuracy, devices = measured["accuracy"], measured["devices"]
+    rows = [
+        [": ".join(told), *(_percent(accuracy[part][key]) for part in PARTS)]
+        for key, told in (DESK | MEASURED).items()
+        if all(key in accuracy[part] for part in PARTS)
+    ]
     told = (
-        "Right answers, the mean over all devices. Own mix: test rows distributed like the device’s own training rows,"
-        " most of them of one digit. Balanced: the whole test set, asked of every device. All but the measured line also"
-        " use the class mix that a device learns, where the recipe says so; the processes were asked both kinds of rows"
-        " in one sitting and had that switched off (--no-adapt)."
+        "Right answers, the mean over all devices; higher is better. Own mix: test rows distributed like the device’s"
+        " own training rows, most of them of one digit. Balanced: the whole test set, asked of every device. The last"
+        " two lines are what devices said; the others were computed where the training was, and use the class mix that"
+        " a device learns from its traffic, where the recipe says so. The processes were asked both kinds of rows in"
+        " one sitting, and had that switched off (--no-adapt)."
     )
-    every = [share for part in PARTS for shares in measured["devices"][part].values() for share in shares]
-    names = {"fleet": "as the fleet answered", "own_expert": "own expert alone"}
+    names = {"fleet": "networked", "alone": "own expert alone"}
+    every = [share for part in PARTS for shares in devices[part].values() for share in shares]
     drawn = [
         figure(
             dots,
-            {names[key]: shares for key, shares in measured["devices"][part].items()},
-            _numbers(len(measured["devices"][part]["fleet"])),
+            {names[key]: devices[part][key] for key in names},
+            _numbers(len(devices[part]["fleet"])),
             "device",
-            caption=f"Right answers of each device, {name}. A dot above its ring: the network helps that device.",
+            caption=f"Right answers of each device as served, {name} rows. A dot above its ring: the network helps.",
             span=(min(every), max(every)),
         )
         for part, name in PARTS.items()
@@ -117,8 +127,8 @@ def _routing(measured: Mapping[str, Any]) -> str:
             measured["routing"][part],
             numbers,
             numbers,
-            caption=f"Rows of the {name} test, as the processes answered them: which expert answered how many of a device’s"
-            f" rows, in percent. The diagonal stayed at home: {_percent(measured['kept_local'][part])} of all.",
+            caption=f"Which expert answered how many of a device’s rows, in percent: {name} rows, as the processes"
+            f" answered them. The diagonal stayed at home: {_percent(measured['kept_local'][part])} of all.",
         )
         for part, name in PARTS.items()
     ]
@@ -137,9 +147,9 @@ def _deaths(measured: Mapping[str, Any]) -> str:
             [f"{place:.0f}" if abs(place - round(place)) < wide / 2 else f"{place:.1f}" for place in places],
             "seconds",
             f"rows in {wide:g} s",
-            caption="How rows were answered, by the moment at which they were due. Shaded: from the kill until the other"
-            " devices ask the dead ones again. By a neighbour: the row’s own device was dead, so its application asked"
-            " the next. Degraded: the expert that the gate wanted was dead, and another one stood in.",
+            caption="How rows were answered, by the moment at which they were due. Shaded: from the kill until all"
+            " others count the dead as alive again. By a neighbour: the row’s own device was dead, so its application"
+            " asked the next. Degraded: the expert that the gate wanted was dead, and another one stood in.",
             bands={"dead": (killed / wide - 0.5, back / wide - 0.5)},
         ),
         figure(
@@ -150,8 +160,8 @@ def _deaths(measured: Mapping[str, Any]) -> str:
             },
             "seconds",
             "milliseconds",
-            caption="How long rows waited for their answer, from the moment at which they were due; each line upwards is"
-            " ten times as long. The peak is an application that finds its device dead and waits before it asks another.",
+            caption="How long rows waited for their answer, from the moment at which they were due; each line upwards"
+            " is ten times as long. The peak: applications find their device dead, and wait before they ask another.",
             log=True,
             bands={"dead": (killed, back)},
         ),
@@ -200,9 +210,9 @@ def _latency(measured: Mapping[str, Any]) -> str:
         for way, found in latency.items()
     ]
     told = (
-        "One row at a time, from the moment at which it was due until its answer is in the application’s hands: CURVE both"
-        " ways, extractor, gate, expert. Before the kill and after the return; all processes share this machine’s"
-        f" {measured['machine']['cores']} cores."
+        "One row at a time, from the moment at which it was due until the application has its answer: CURVE both ways,"
+        " extractor, gate, expert. Before the kill and after the return; all processes and applications share the"
+        f" {measured['machine']['cores']} cores of this machine."
     )
     lines = {WAYS[way]: points for way, points in measured["latency_curve"].items() if points}
     chart = figure(
@@ -224,9 +234,9 @@ def _memory(measured: Mapping[str, Any]) -> str:
     }
     rss, pss = ([found[key] for found in memory.values()] for key in ("rss", "pss"))
     caption = (
-        f"Memory of each process when the traffic ended: resident (RSS) {min(rss):.0f} to {max(rss):.0f} MB. Its share (PSS)"
-        f" counts pages that several processes have in common, such as libraries, in parts: {min(pss):.0f} to"
-        f" {max(pss):.0f} MB. On a board of its own a device takes what RSS says."
+        f"Memory of each process when the traffic ended: {min(rss):.0f} to {max(rss):.0f} MB are resident (RSS), which"
+        f" is what a board of its own needs. Where pages that several processes have in common, such as libraries, are"
+        f" shared out, it is {min(pss):.0f} to {max(pss):.0f} MB (PSS)."
     )
     numbers = _numbers(len(memory))
     return pictures([figure(stacks, parts, numbers, "device", "MB", caption=caption)])
@@ -235,27 +245,24 @@ def _memory(measured: Mapping[str, Any]) -> str:
 def _precision(export: Mapping[str, Any]) -> str:
     rows = []
     for kind, speed in export["speed"].items():
-        size, known = export["bytes_float"][f"{kind}.onnx"], isinstance(speed, Mapping)
-        cells = [f"{1000 * speed[key]:.0f} µs" for key in ("float_ms", "written_ms")] if known else ["–", "–"]
-        faster = f"{speed['times_faster']:.2f} ×" if known else "–"
-        smaller = (
-            [f"{speed['reduced_bytes'] / 1000:.1f} kB", f"{speed['reduced_bytes'] / size:.2f} ×"]
-            if known
-            else 2 * ["–"]
-        )
-        rows.append([kind, f"{size / 1000:.1f} kB", *smaller, *cells, faster, export["is"][kind]])
-    head = ["", "float", "int8", "size", "float", "int8", "as fast", "exported as"]
+        size, cells = export["bytes_float"][f"{kind}.onnx"], ["–"] * 5
+        if isinstance(speed, Mapping):
+            cells = [f"{speed['reduced_bytes'] / 1000:.1f} kB", f"{size / speed['reduced_bytes']:.2f} ×"]
+            cells += [f"{1000 * speed[key]:.1f} µs" for key in ("float_ms", "written_ms")]
+            cells.append(f"{speed['times_faster']:.2f} ×")
+        rows.append([kind, f"{size / 1000:.1f} kB", *cells, export["is"][kind]])
+    head = ["", "float", "int8", "smaller", "float", "int8", "faster", "exported as"]
     whole = all(kind == "fp32" for kind in export["is"].values())
     told = (
-        "Float against int8, one row on one thread. "
+        "Float against int8: bytes on the disk, and one row on one thread. Less than 1 × is slower. "
         + (
-            "Here int8 gains nothing: networks of this size take microseconds, and rounding to integers and back costs as"
-            " much as it saves. So nmoe-export --int8 kept every graph in float, and there is no int8 accuracy to show."
+            "Networks of this size take microseconds, and rounding to integers and back costs more than it saves: so"
+            " nmoe-export --int8 kept every graph in float, and there is no int8 accuracy to show."
             if whole
             else f"Right answers on {export['measured_samples']} held-out rows, through the device’s own code: float"
             f" {export['accuracy_float']:.1f} %, as exported {export['accuracy_written']:.1f} %."
         )
-        + " A graph is exported in integers only when that is faster here and right; on a ResNet18 it is."
+        + " A graph becomes integer only where that is faster and stays right; a ResNet18 shrinks to a quarter."
     )
     return _table(head, rows) + _say(told)
 
@@ -284,6 +291,10 @@ def _count(things: Mapping[str, Any], one: str, many: str) -> str:
     words = ("No", "One", "Two", "Three", "Four", "Five")
     count = words[len(things)] if len(things) < len(words) else str(len(things))
     return f"{count} {one if len(things) == 1 else many}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _numbers(count: int) -> list[str]:
