@@ -36,7 +36,9 @@ OURS = r"run.*|fleet|fleet-keys|logs|state|report\.html|measurements\.json"
 
 @click.command(context_settings=SETTINGS, epilog="Example: python examples/demo.py --recipe paper --seconds 30")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/demo-fleet", show_default=True, help="Results.")
-@click.option("--devices", type=click.IntRange(2, 50), default=10, show_default=True, help="Processes, and clients.")
+@click.option(
+    "--devices", type=click.IntRange(2, 50), default=10, show_default=True, help="Under 5: --set data.held_out=0.3 too."
+)
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=15.0, show_default=True, help="Of traffic, or more.")
 @click.option("--rate", type=click.FloatRange(1, 1000), default=30.0, show_default=True, help="Rows/s and device.")
 @click.option("--recipe", default="best", show_default=True, help="Of the training: best or paper.")

@@ -102,6 +102,8 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         self._held += 1  # a second Ctrl-C leaves nothing behind either
+        if self._wanted:
+            print(f"stopped by {signal.Signals(self._wanted).name}; ending what was started", file=sys.stderr)
         for process in self._all:
             process.terminate()
         for process in self._all:

@@ -63,16 +63,19 @@ def page(measured: Mapping[str, Any]) -> str:
 
 def _short(measured: Mapping[str, Any]) -> str:
     own, iid = (measured["accuracy"][part] for part in PARTS)
-    gain = 100 * (iid["fleet"] - iid["alone"])
+    gain, gain_own = (100 * (share["fleet"] - share["alone"]) for share in (iid, own))
     ways, home, far = measured["ways"], *(measured["latency_ms"][way]["p50"] for way in ("home", "peers"))
     rss, pss = ([found[key] for found in measured["memory_mb"].values()] for key in ("rss", "pss"))
     dead = _count(measured["deaths"], "device was", "devices were").lower()
     helps = (
-        f"is worth {gain:.1f} points on balanced rows, over each device’s own expert alone"
-        if gain >= 1
-        else f"is worth next to nothing here ({gain:+.1f} points on balanced rows, over each device’s own expert"
-        " alone): experts that were trained together know everybody’s digits already. With --recipe paper they do not"
+        f"is worth {gain:+.1f} points on balanced rows and {gain_own:+.1f} on a device’s own mix, over its own expert"
+        " alone"
     )
+    if gain < 1:
+        helps += (
+            ": next to nothing, since experts that were trained together know everybody’s digits already."
+            " With --recipe paper they do not"
+        )
     lines = [
         f"Of {measured['rows']:,} rows {ways['unanswered'] or 'none'} went unanswered, although {dead} killed on the"
         f" way: {ways['neighbour']:,} rows of dead devices were answered by a neighbour, {ways['degraded']:,} did"
