@@ -15,16 +15,27 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from demo_figures import alone, busiest, story, worth
-from demo_fleet import DemoError, Processes, Tests, Traffic, ask_everything, clients, on_free_ports, wait_until_seen
+from demo_fleet import (
+    DemoError,
+    Processes,
+    Row,
+    Tests,
+    Traffic,
+    ask_everything,
+    clients,
+    on_free_ports,
+    wait_until_seen,
+)
 from demo_page import page
 
+from nmoe_edge.client import Client
 from nmoe_edge.errors import EdgeError
 from nmoe_edge.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.program import SETTINGS, run_program
@@ -46,61 +57,42 @@ OURS = r"run.*|fleet|fleet-keys|logs|state|report\.html|measurements\.json"
 def cli(out: Path, devices: int, seconds: float, rate: float, recipe: str, settings: tuple[str, ...]) -> None:
     """Train, export and serve a fleet on this machine, kill a fifth of it, and draw a page of what happened."""
     swept(out)
-    run, fleet = out / "run", out / "fleet"
     steps: dict[str, float] = {}
     with Processes(out / "logs") as processes:
-
-        def typed(*command: str) -> None:
-            with step(steps, " ".join(command)):
-                processes.run(*command)
-
-        chosen = [argument for setting in settings for argument in ("--set", setting)]
-        typed("nmoe-train", "run", "--recipe", recipe, "--clients", str(devices), "--out", str(run), *chosen)
-        typed("nmoe-train", "baselines", str(run))
-        typed("nmoe-export", str(run), "--int8", "--out", str(fleet))
-        typed("nmoe-edge", "keygen", str(fleet))
-        with step(steps, f"nmoe-edge serve {fleet}/device-…   # {devices} processes, ports that are free, --no-adapt"):
-            on_free_ports(fleet)
-            serve = serving(processes, out)
-            names = [device.name for device in read_fleet(fleet / FLEET_FILE).device]
-            for name in names:
-                serve(name)
-            tests = tests_of(run)  # while they start
-            for name in names:
-                processes.ready(name)
-        with clients(fleet) as asked:
-            everyone = list(asked.values())
+        made(processes, steps, out, ("--recipe", recipe, "--clients", str(devices), *(f"--set={s}" for s in settings)))
+        names, tests = served(processes, steps, out)
+        with clients(out / "fleet") as asked:
             with step(steps, "python: every test row is asked of its device, through nmoe_edge.client.Client"):
                 for name in names:
                     wait_until_seen({n: c for n, c in asked.items() if n != name}, name, alive=True)
-                answered = ask_everything(everyone, tests)
-            victims = busiest(answered, max(1, devices // 5))
-            with (
-                step(steps, f"python: {seconds:g} s of traffic; kill -9 {' '.join(names[v] for v in victims)}; back"),
-                Traffic(everyone, tests, rate) as traffic,
-            ):
-                moments = deaths(traffic, processes, asked, serve, [names[v] for v in victims], seconds)
+                answered = ask_everything(list(asked.values()), tests)
+            victims = [names[device] for device in busiest(answered, max(1, devices // 5))]
+            with step(steps, f"python: {seconds:g} s of traffic; kill -9 {' '.join(victims)}; back again"):
+                rows, moments = deaths(
+                    processes, out, asked, Traffic(list(asked.values()), tests, rate), victims, seconds
+                )
         memory = processes.memory_mb()
         failed = [f"{name} died although nobody killed it" for name in processes.died()]
         failed += [f"{name} did not end well when it was asked to" for name in processes.leave()]
+    unanswered = sum(row.way == "unanswered" for row in rows + answered)
+    failed += [f"{unanswered} rows went unanswered"] if unanswered else []
     measured = {
         "settings": {"devices": devices, "seconds": seconds, "rate": rate, "recipe": recipe, "set": list(settings)},
         "machine": {"cores": os.cpu_count(), "cpu": platform.machine(), "python": platform.python_version()},
         "steps": steps,
-        **worth(run, answered, alone(fleet, names, tests)),
-        "export": json.loads((fleet / "report.json").read_bytes()),
+        **worth(out / "run", answered, alone(out / "fleet", names, tests)),
+        "export": json.loads((out / "fleet" / "report.json").read_bytes()),
         "memory_mb": memory,
-        **story(traffic.rows, moments, names, victims),
+        **story(rows, moments, names),
+        "failed": failed,
     }
-    unanswered = measured["ways"]["unanswered"]
-    measured["failed"] = failed + ([f"{unanswered} rows went unanswered"] if unanswered else [])
     (out / "measurements.json").write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n")
     (out / "report.html").write_text(page(measured), encoding="utf-8")
     for line in summary(measured):
         click.echo(line)
     click.echo(f"look at {out / 'report.html'}")
-    if measured["failed"]:
-        raise DemoError("; ".join(measured["failed"]))
+    if failed:
+        raise DemoError("; ".join(failed))
 
 
 def swept(out: Path) -> None:
@@ -124,14 +116,36 @@ def step(steps: dict[str, float], command: str) -> Iterator[None]:
     steps[command] = time.monotonic() - began
 
 
-def serving(processes: Processes, out: Path) -> Callable[[str], None]:
-    """What serves a device by name. It is asked two kinds of traffic in one sitting: it had better learn neither."""
+def made(processes: Processes, steps: dict[str, float], out: Path, settings: tuple[str, ...]) -> None:
+    """Train, compare, export, make keys: the commands that one would type."""
+    run, fleet = str(out / "run"), str(out / "fleet")
+    for command in (
+        ("nmoe-train", "run", *settings, "--out", run),
+        ("nmoe-train", "baselines", run),
+        ("nmoe-export", run, "--int8", "--out", fleet),
+        ("nmoe-edge", "keygen", fleet),
+    ):
+        with step(steps, " ".join(command)):
+            processes.run(*command)
 
-    def serve(name: str) -> None:
-        state = ("--state", str(out / "state"))
-        processes.serve(name, "nmoe-edge", "serve", str(out / "fleet" / name), "--no-adapt", *state)
 
-    return serve
+def served(processes: Processes, steps: dict[str, float], out: Path) -> tuple[list[str], Tests]:
+    """Every device in a process of its own, ready; their names, and what to ask them."""
+    fleet = out / "fleet"
+    names = [device.name for device in read_fleet(fleet / FLEET_FILE).device]
+    with step(steps, f"{' '.join(serve(out, names[0]))}   # and {len(names) - 1} more, on ports that are free"):
+        on_free_ports(fleet)
+        for name in names:
+            processes.serve(name, *serve(out, name))
+        tests = tests_of(out / "run")  # while they start
+        for name in names:
+            processes.ready(name)
+    return names, tests
+
+
+def serve(out: Path, name: str) -> tuple[str, ...]:
+    """What serves a device. It will be asked two kinds of traffic in one sitting: it had better adapt to neither."""
+    return "nmoe-edge", "serve", str(out / "fleet" / name), "--no-adapt", "--state", str(out / "state")
 
 
 def tests_of(run: Path) -> Tests:
@@ -145,38 +159,34 @@ def tests_of(run: Path) -> Tests:
 
 
 def deaths(
-    traffic: Traffic,
-    processes: Processes,
-    asked: dict[str, Any],
-    serve: Callable[[str], None],
-    victims: list[str],
-    seconds: float,
-) -> dict[str, Any]:
-    """Kill, wait, bring back, wait; the moments at which it happened, in seconds of the traffic."""
+    processes: Processes, out: Path, asked: dict[str, Client], traffic: Traffic, victims: list[str], seconds: float
+) -> tuple[list[Row], dict[str, Any]]:
+    """Under traffic kill, wait, bring back, wait: every row, and when what happened, in seconds of the traffic."""
     others = {name: client for name, client in asked.items() if name not in victims}
     moments: dict[str, Any] = {"noticed": {}, "ready": {}, "known": {}}
-    traffic.until(0.3 * seconds)
-    moments["killed"] = traffic.now_s
-    for name in victims:
-        processes.kill(name)
-    for name in victims:
-        wait_until_seen(others, name, alive=False)
-        moments["noticed"][name] = traffic.now_s
-    click.echo(f"{', '.join(victims)} killed after {moments['killed']:.1f} s")
-    traffic.until(0.6 * seconds)
-    moments["restarted"] = traffic.now_s
-    for name in victims:
-        serve(name)
-    for name in victims:
-        processes.ready(name)
-        moments["ready"][name] = traffic.now_s
-    for name in victims:
-        wait_until_seen(others, name, alive=True)
-        moments["known"][name] = traffic.now_s
-    click.echo(f"{', '.join(victims)} back after {traffic.now_s:.1f} s")
-    moments["back"] = traffic.now_s
-    traffic.until(max(seconds, traffic.now_s + 0.3 * seconds))
-    return moments
+    with traffic:
+        traffic.until(0.3 * seconds)
+        moments["killed"] = traffic.now_s
+        for name in victims:
+            processes.kill(name)
+        for name in victims:
+            wait_until_seen(others, name, alive=False)
+            moments["noticed"][name] = traffic.now_s
+        click.echo(f"{', '.join(victims)} killed after {moments['killed']:.1f} s")
+        traffic.until(0.6 * seconds)
+        moments["restarted"] = traffic.now_s
+        for name in victims:
+            processes.serve(name, *serve(out, name))
+        for name in victims:
+            processes.ready(name)
+            moments["ready"][name] = traffic.now_s
+        for name in victims:
+            wait_until_seen(others, name, alive=True)
+            moments["known"][name] = traffic.now_s
+        moments["back"] = traffic.now_s
+        click.echo(f"{', '.join(victims)} back after {moments['back']:.1f} s")
+        traffic.until(max(seconds, moments["back"] + 0.3 * seconds))
+    return traffic.rows, moments
 
 
 def summary(measured: dict[str, Any]) -> Iterator[str]:

@@ -62,7 +62,7 @@ def routing(rows: list[Row], part: str) -> NDArray[np.float64]:
     return found
 
 
-def story(rows: list[Row], moments: dict[str, Any], names: list[str], victims: list[int]) -> dict[str, Any]:
+def story(rows: list[Row], moments: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """What the traffic saw before, while and after some were dead."""
     end = max(row.due_s for row in rows)
     killed, back = moments["killed"], moments["back"]
@@ -81,7 +81,7 @@ def story(rows: list[Row], moments: dict[str, Any], names: list[str], victims: l
         },
         "timeline": timeline(rows, end),
         "moments": moments,
-        "deaths": {names[v]: death(rows, moments, names[v], v) for v in victims},
+        "deaths": {name: death(rows, moments, name, names.index(name)) for name in moments["noticed"]},
     }
 
 
@@ -129,12 +129,13 @@ def death(rows: list[Row], moments: dict[str, Any], name: str, device: int) -> d
         for row in rows
         if row.due_s >= moments["restarted"] and row.device != device and device in row.experts
     ]
-    late = [row for row in own if row.due_s < moments["restarted"] and row.latency_s > LATE_S and row.by != device]
+    moved = [row for row in own if moments["killed"] < row.due_s + row.latency_s and row.way == "neighbour"]
+    late = [row for row in moved if row.latency_s > LATE_S]
     return {
         "noticed_s": moments["noticed"][name] - moments["killed"],
         "late_rows": len(late),
         "longest_s": max((row.latency_s for row in late), default=None),
-        "neighbour_rows": sum(row.way == "neighbour" for row in own),
+        "neighbour_rows": len(moved),
         "ready_s": moments["ready"][name] - moments["restarted"],
         "known_s": moments["known"][name] - moments["ready"][name],
         "home_s": min(home) - moments["ready"][name] if home else None,

@@ -6,6 +6,7 @@ Knows nothing of training and of pages; examples/demo.py is the flow.
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,15 +262,15 @@ class Traffic:
     """
 
     def __init__(self, asked: list[Client], tests: Tests, rate: float) -> None:
-        """Begins at once; rate: rows a second and device."""
+        """Goes on while the block is entered; rate: rows a second and device."""
         self.rows: list[Row] = []
-        self.began = time.monotonic()
+        self.began = 0.0
         self._asked, self._tests, self._rate = asked, tests, rate
         self._away: set[int] = set()
+        self._end = math.inf
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(len(asked) + 1)
-        self._jobs = [self._pool.submit(self._application, device) for device in range(len(asked))]
-        self._jobs.append(self._pool.submit(self._look))
+        self._jobs: list[Future[None]] = []
 
     @property
     def now_s(self) -> float:
@@ -285,9 +286,13 @@ class Traffic:
                     job.result()
 
     def __enter__(self) -> Traffic:
+        self.began = time.monotonic()
+        self._jobs = [self._pool.submit(self._application, device) for device in range(len(self._asked))]
+        self._jobs.append(self._pool.submit(self._look))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._end = time.monotonic()
         self._over.set()
         self._pool.shutdown()
         if kind is None:
@@ -297,7 +302,8 @@ class Traffic:
     def _application(self, device: int) -> None:
         for number in itertools.count():
             due = self.began + (number + device / len(self._asked)) / self._rate
-            if self._over.wait(max(0.0, due - time.monotonic())):
+            self._over.wait(max(0.0, due - time.monotonic()))
+            if due > self._end:  # what was due before is answered, however late it is
                 return
             part = ("own", "iid")[number % 2]
             x, y = self._tests.of(part, device)
