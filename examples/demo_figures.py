@@ -66,14 +66,16 @@ def story(rows: list[Row], moments: dict[str, Any], names: list[str]) -> dict[st
     """What the traffic saw before, while and after some were dead."""
     end = max(row.due_s for row in rows)
     killed, back = moments["killed"], moments["back"]
-    phases = {"before": (0.0, killed), "dead": (killed, back), "after": (back, end)}
-    of_phase = {name: [r for r in rows if low <= r.due_s < high] for name, (low, high) in phases.items()}
+    seconds = {"before": (0.0, killed), "dead": (killed, back), "after": (back, end)}
+    of_phase: dict[str, list[Row]] = {name: [] for name in seconds}
+    for row in rows:  # one that was under way when the kill came has felt it
+        of_phase["before" if row.answered_s < killed else "dead" if row.due_s < back else "after"].append(row)
     calm = of_phase["before"] + of_phase["after"]
     took = {way: sorted(1000 * row.latency_s for row in calm if row.way == way) for way in ("home", "peers")}
     return {
         "rows": len(rows),
         "ways": {way: sum(row.way == way for row in rows) for way in WAYS},
-        "phases": {name: phase(part) | {"seconds": list(phases[name])} for name, part in of_phase.items()},
+        "phases": {name: phase(part) | {"seconds": list(seconds[name])} for name, part in of_phase.items()},
         "latency_ms": {way: percentiles(values) for way, values in took.items()},
         "latency_curve": {
             way: [[float(np.percentile(values, q)), q] for q in (*range(0, 99), 99)] if values else []
@@ -122,24 +124,21 @@ def timeline(rows: list[Row], end: float) -> dict[str, Any]:
 
 def death(rows: list[Row], moments: dict[str, Any], name: str, device: int) -> dict[str, Any]:
     """What one death cost, in seconds, and in rows of its own application."""
-    own = [row for row in rows if row.device == device]
-    home = [row.due_s for row in own if row.due_s >= moments["restarted"] and row.by == device]
-    asked = [
-        row.due_s + row.latency_s
-        for row in rows
-        if row.due_s >= moments["restarted"] and row.device != device and device in row.experts
-    ]
-    moved = [row for row in own if moments["killed"] < row.due_s + row.latency_s and row.way == "neighbour"]
-    late = [row for row in moved if row.latency_s > LATE_S]
+    began = moments["restarted"]
+    moved = [r for r in rows if r.device == device and r.way == "neighbour" and r.answered_s > moments["killed"]]
+    late = [row.latency_s for row in moved if row.latency_s > LATE_S]
+    again = [row for row in rows if row.due_s > began and device in row.experts]
+    home = [row.answered_s - began for row in again if row.device == row.by == device]
+    away = [row.answered_s - began for row in again if row.device != device]
     return {
         "noticed_s": moments["noticed"][name] - moments["killed"],
         "late_rows": len(late),
-        "longest_s": max((row.latency_s for row in late), default=None),
+        "longest_s": max(late, default=None),
         "neighbour_rows": len(moved),
-        "ready_s": moments["ready"][name] - moments["restarted"],
-        "known_s": moments["known"][name] - moments["ready"][name],
-        "home_s": min(home) - moments["ready"][name] if home else None,
-        "first_answer_s": min(asked) - moments["ready"][name] if asked else None,
+        "ready_s": moments["ready"][name] - began,
+        "known_s": moments["known"][name] - began,
+        "home_s": min(home, default=None),
+        "away_s": min(away, default=None),
     }
 
 

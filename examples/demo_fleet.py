@@ -223,6 +223,11 @@ class Row:
     right: bool = False
 
     @property
+    def answered_s(self) -> float:
+        """When it was over, from the beginning on."""
+        return self.due_s + self.latency_s
+
+    @property
     def way(self) -> str:
         """How it came to its answer, in a word."""
         if self.by is None or not self.experts:

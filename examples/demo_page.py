@@ -194,9 +194,9 @@ def _each_death(deaths: Mapping[str, Any]) -> str:
         "longest_s": "longest of these waits",
         "neighbour_rows": "rows that a neighbour answered for it",
         "ready_s": "its new process serves, after its start",
-        "known_s": "all others ask it again, after that",
-        "home_s": "its application asks it again, after that",
-        "first_answer_s": "its first answer to another device, after that",
+        "known_s": "all others count on it again, after that start",
+        "home_s": "it answers its application again, after that start",
+        "away_s": "it answers another device’s row again, after that start",
     }
     rows = [
         [words, *(_seconds(found[key]) if key.endswith("_s") else f"{found[key]:,}" for found in deaths.values())]

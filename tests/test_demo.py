@@ -16,7 +16,7 @@ from conftest import TESTS
 
 pytestmark = pytest.mark.socket
 EXAMPLES = TESTS.parent / "examples"
-SMALL = "--devices=3 --seconds=4 --rate=20 --set=extractor.rounds=3 --set=experts.epochs=3 --set=data.held_out=0.3"
+SMALL = "--devices=3 --seconds=4 --rate=20 --set=extractor.rounds=3 --set=gate.rounds=5 --set=data.held_out=0.3"
 """Of 144 training samples enough are held out for int8: it wants 64."""
 
 
