@@ -82,9 +82,11 @@ class Processes:
         return [name for name, process in self._devices.items() if process.poll() is not None]
 
     def memory_mb(self) -> dict[str, dict[str, float]]:
-        """Of each device: what is resident, and its share of that when pages that many have are shared out."""
+        """Of each that serves: what is resident, and its share of that when pages that many have are shared out."""
         found = {}
         for name, process in self._devices.items():
+            if process.poll() is not None:
+                continue
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
             kb = {line.split()[0]: int(line.split()[1]) for line in lines}
             found[name] = {"rss": kb["Rss:"] / 1024, "pss": kb["Pss:"] / 1024}
@@ -176,16 +178,16 @@ def clients(folder: Path) -> Iterator[dict[str, Client]]:
 def wait_until_seen(asked: dict[str, Client], name: str, alive: bool) -> None:
     """Wait until all that are asked see a peer alive, or all see it gone."""
     end = time.monotonic() + PATIENCE_S
-    for client in asked.values():
+    for who, client in asked.items():
+        why = f"{name} is not seen {'alive' if alive else 'gone'} by {who} after {PATIENCE_S:.0f} s"
         while True:
             try:
                 if {peer["name"]: peer["state"] == "alive" for peer in client.status()["peers"]}[name] == alive:
                     break
             except CallError as error:
-                if time.monotonic() > end:
-                    raise DemoError(f"{error}") from error
+                why = f"{who} does not say whether it sees {name}: {error}"
             if time.monotonic() > end:
-                raise DemoError(f"{name} is not seen {'alive' if alive else 'gone'} after {PATIENCE_S:.0f} s")
+                raise DemoError(why)
             time.sleep(0.02)
 
 

@@ -38,6 +38,12 @@ def left(out):
     return found
 
 
+def drawn(measurements):
+    """The page of these."""
+    command = [sys.executable, str(EXAMPLES / "demo_page.py"), str(measurements)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_the_demo_loses_a_device_and_no_row_and_draws_what_it_measured(tmp_path):
     out = tmp_path / "demo"
     done = subprocess.run(command(out), capture_output=True, text=True, timeout=300)
@@ -62,13 +68,7 @@ def test_the_demo_loses_a_device_and_no_row_and_draws_what_it_measured(tmp_path)
     ]
 
     page = (out / "report.html").read_text(encoding="utf-8")
-    again = subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo_page.py"), str(out / "measurements.json")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert again.stdout == page  # nothing but what was measured is in it
+    assert drawn(out / "measurements.json") == page  # nothing but what was measured is in it
     words = unescape(page)
     for part in ("own", "iid"):
         for method in ("local", "alone", "fleet", "centralised"):
@@ -77,6 +77,13 @@ def test_the_demo_loses_a_device_and_no_row_and_draws_what_it_measured(tmp_path)
     assert f"{death['noticed_s']:.2f} s" in words
     assert "http" not in page.replace("http-equiv", "")
     assert "<script" not in page
+
+    measured["export"]["is"]["extractor"], measured["export"]["speed"]["gate"] = "int8", "unmeasured"
+    measured["failed"] = ["3 rows went unanswered"]
+    (out / "measurements.json").write_text(json.dumps(measured))
+    other = unescape(drawn(out / "measurements.json"))
+    assert f"as exported {measured['export']['accuracy_written']:.1f} %" in other
+    assert "What did not hold: 3 rows went unanswered." in other
 
 
 @pytest.mark.parametrize(
