@@ -11,14 +11,8 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constr
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/ready  ## train ten devices on digits, export them, let them answer: everything that exists
-	rm -rf runs/demo runs/demo.partial
-	$(BIN)/nmoe-train run --out runs/demo
-	$(BIN)/nmoe-export runs/demo --int8 --out bundles/demo
-	$(BIN)/nmoe-edge inspect bundles/demo
-	$(BIN)/nmoe-edge selftest bundles/demo
-	$(BIN)/python examples/one_process_fleet.py bundles/demo
-	$(BIN)/python examples/three_devices.py bundles/demo
+demo: .venv/ready  ## train, export and serve ten devices, kill two, draw a page of it: runs/demo-fleet/report.html
+	$(BIN)/python examples/demo.py
 
 test: .venv/ready  ## every test
 	$(BIN)/python -m pytest
@@ -50,7 +44,7 @@ bench: .venv/ready  ## what a message, an exchange, a remote expert and a round 
 	$(BIN)/python tests/bench/training.py
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-edge .venv-runtimes build dist runs/demo bundles/demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv .venv-edge .venv-runtimes build dist runs/demo-fleet *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -159,16 +159,17 @@ def sent_to(
 
 
 def speed_of(source: Source, kind: str, component: Component, latent: NDArray[np.float32]) -> dict[str, float]:
-    """Float against what a graph has become, one row, one thread."""
-    dim = (source.latent_dim,)
+    """Float against what a graph has become, one row, one thread; its size, though it may stay float."""
+    reduced, dim = component.reduced(), (source.latent_dim,)
     row_in, row_out, row = {
         "extractor": (source.input.shape, dim, source.inputs[:1]),
         "gate": (dim, (len(source.experts),), latent),
         "expert": (dim, (source.outputs,), latent),
     }[kind]
-    took = latencies({"float": component.graph, "written": component.reduced()}, row_in, row_out, row)
+    took = latencies({"float": component.graph, "written": reduced}, row_in, row_out, row)
     return {
         "float_ms": took["float"],
         "written_ms": took["written"],
         "times_faster": took["float"] / took["written"],
+        "reduced_bytes": len(reduced),
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from numbers import Real
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 COLOURS = ("#2f7ed8", "#d1601f", "#23936b", "#a35ccb", "#8a7a1f", "#cf4a7f")
@@ -63,17 +64,32 @@ def heat_map(
     return _svg(width, y + 30, f"{grid.names()}{cells}{keys}<g>{words}</g>", caption)
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, caption: str) -> str:
-    """Lines through (x, y), told apart by colour and by dashes; what is no number is no point."""
-    lines = {name: _thinned(points) for name, points in series.items()}
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    caption: str,
+    *,
+    log: bool = False,
+    bands: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> str:
+    """Lines through (x, y), told apart by colour and by dashes; what is no number is no point.
+
+    log: each step up is ten times as much, and what is not over zero is no point
+    bands: stretches of x that are shaded, by the name that stands over them
+    """
+    lines = {
+        name: _thinned((x, y) for x, y in points if not log or (measured(y) or 0) > 0)
+        for name, points in series.items()
+    }
     xs, ys = ([point[axis] for line in lines.values() for point in line] for axis in (0, 1))
     if not xs:
         return _svg(WIDTH, 60, _label(WIDTH / 2, 34, "no points"), caption)
     legend, top = _legend(lines, lambda i, x, y: _line([(x, y), (x + 26, y)], i))
     low, high = _span(xs)
     ticks = {x: f"{x:g}" for x in _ticks(low, high, whole=all(x == int(x) for x in xs)) if low <= x <= high}
-    plane = _Plane(top, low, high, _ticks(*_span(ys)))
-    drawing = [legend, plane.axes(ticks, x_label, y_label)]
+    plane = _Plane(top, low, high, _powers(ys) if log else _ticks(*_span(ys)), log=log)
+    drawing = [legend, plane.shaded(bands), plane.axes(ticks, x_label, y_label)]
     for i, (name, line) in enumerate(lines.items()):
         places = [(plane.x(x), plane.y(y)) for x, y in line]
         shown = places if len(places) > 1 else [(x + side, y) for x, y in places for side in (-13, 13)]
@@ -119,6 +135,35 @@ def bars(shares: Sequence[float], names: Sequence[str], x_label: str, caption: s
         bar = _rect(plane.x(place) - width / 2, plane.y(percent), width, plane.y(0) - plane.y(percent), COLOURS[0])
         drawing.append(f"{bar}><title>{escaped(f'{x_label} {names[place]}: {percent:.1f} %')}</title></rect>")
     drawing.append(_line([(plane.left, plane.y(equal)), (plane.right, plane.y(equal))], 1))
+    return _svg(WIDTH, plane.foot, "".join(drawing), caption)
+
+
+def stacks(
+    series: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    x_label: str,
+    y_label: str,
+    caption: str,
+    *,
+    bands: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> str:
+    """For each name a bar of all series' amounts, the first at the bottom; bands as in curves, in places of names."""
+    sums = [sum(amounts) for amounts in zip(*series.values(), strict=True)]
+    if not any(sums):
+        return _svg(WIDTH, 60, _label(WIDTH / 2, 34, "nothing to show"), caption)
+    legend, top = _legend(series, lambda i, x, y: _rect(x + 6, y - 6, 20, 11, COLOURS[i % len(COLOURS)]) + "/>")
+    plane = _Plane(top, -0.5, len(names) - 0.5, _ticks(0, max(sums)))
+    drawing = [legend, plane.shaded(bands), plane.axes(_spaced(names, plane.room), x_label, y_label)]
+    width = min(0.8 * plane.room, 44) if plane.room > 8 else plane.room
+    for place, name in enumerate(names):
+        floor, bar = 0.0, ""
+        for i, amounts in enumerate(series.values()):
+            low, floor = floor, floor + amounts[place]
+            left, high = plane.x(place) - width / 2, plane.y(floor)
+            if amounts[place]:
+                bar += _rect(left, high, width, plane.y(low) - high, COLOURS[i % len(COLOURS)]) + "/>"
+        hover = ", ".join(f"{key} {amounts[place]:.4g}" for key, amounts in series.items() if amounts[place])
+        drawing.append(f"<g>{bar}<title>{escaped(f'{x_label} {name}: {hover}')}</title></g>" if bar else "")
     return _svg(WIDTH, plane.foot, "".join(drawing), caption)
 
 
@@ -178,6 +223,7 @@ class _Plane:
     left: float = 54
     right: float = WIDTH - 20
     height: float = 170
+    log: bool = False
 
     @property
     def foot(self) -> float:
@@ -192,7 +238,17 @@ class _Plane:
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return self.top + 20 + (high - value) / (high - low) * self.height
+
+    def shaded(self, bands: Mapping[str, tuple[float, float]]) -> str:
+        drawn = ""
+        for name, (start, end) in bands.items():
+            x, width = self.x(start), self.x(end) - self.x(start)
+            drawn += _rect(x, self.top + 20, width, self.height, "currentColor") + ' opacity=".12"/>'
+            drawn += _label(x + width / 2, self.top + 14, name)
+        return drawn
 
     def axes(self, x_ticks: Mapping[float, str], x_label: str, y_label: str) -> str:
         floor = self.top + 20 + self.height
@@ -243,6 +299,12 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     step = next(power * round_ for round_ in (1, 2, 5, 10) if power * round_ >= (high - low) / 5 * (1 - 1e-9))
     step = max(step, 1) if whole else step
     return [step * k for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def _powers(values: Sequence[float]) -> list[float]:
+    """Powers of ten, from at most the least value to at least the largest, two of them or more."""
+    low, high = math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
+    return [10.0**power for power in range(low, max(high, low + 1) + 1)]
 
 
 def _spaced(names: Sequence[str], room: float, need: float | None = None) -> dict[float, str]:

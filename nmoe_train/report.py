@@ -57,7 +57,7 @@ table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: 
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-weight: 600 } th small { display: block; font-weight: 400 } th[colspan] { text-align: center }
 th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--paper) }
-td:nth-child(5), tr + tr th:nth-child(5) { border-left: 1px solid var(--line) }
+.methods td:nth-child(5), .methods tr + tr th:nth-child(5) { border-left: 1px solid var(--line) }
 @media (max-width: 600px) {
   th, td { padding: .3rem .4rem; font-size: .875rem } th:first-child { white-space: normal; min-width: 7.5rem }
 }
@@ -132,7 +132,8 @@ def _methods(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
     return (
         "<p>Percent, the mean over all devices; higher is better, ★ is the best of its column. <b>Own distribution</b>:"
         " each device on samples like its own client’s. <b>Balanced</b>: every device on the whole test set.</p>"
-        f'<div class="box"><table><tr><th></th>{head}</tr><tr><th></th>{measures}</tr>{rows}</table></div>'
+        f'<div class="box"><table class="methods"><tr><th></th>{head}</tr><tr><th></th>{measures}</tr>{rows}</table>'
+        "</div>"
     )
 
 

@@ -2,32 +2,85 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import TESTS
-from edge.fleets import settled
+from edge.fleets import Processes, bright, settled
+from PIL import Image
+
+EXAMPLES = TESTS.parent / "examples"
+
+
+def run(script, *arguments):
+    """What an example prints, once it has ended well."""
+    command = [sys.executable, "-W", "error", EXAMPLES / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_fleet_in_one_process_answers_also_without_an_expert(tiny_fleet):
-    script = TESTS.parent / "examples" / "one_process_fleet.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script, tiny_fleet], capture_output=True, text=True, check=True
-    )
-    lines = [line.split() for line in done.stdout.splitlines()]
+    said = run("one_process_fleet.py", tiny_fleet)
+    lines = [line.split() for line in said.splitlines()]
     assert [line[0] for line in lines if "answered" in line] == ["top", "middle", "bottom"] * 2
-    assert done.stdout.count("degraded, expert 1 is missing") == 1
+    assert said.count("degraded, expert 1 is missing") == 1
 
 
 @pytest.mark.socket
-def test_three_devices_serve_and_one_dies(tiny_fleet, tmp_path):
-    script = TESTS.parent / "examples" / "three_devices.py"
-    folder = settled(tiny_fleet, tmp_path / "fleet")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script, folder], capture_output=True, text=True, check=True, timeout=60
-    )
-    lines = done.stdout.splitlines()
+@pytest.mark.parametrize("keyed", [False, True], ids=["bare", "keyed"])
+def test_three_devices_serve_and_one_dies(tiny_fleet, tmp_path, keyed):
+    folder = settled(tiny_fleet, tmp_path / "fleet", keyed=keyed)
+    lines = run("quickstart.py", folder).splitlines()
     assert [line.split("by ")[1] for line in lines[1:4]] == [f"expert {number} (100%)" for number in range(3)]
-    assert lines[5] == "the same without cellar:"
+    assert lines[4] == "the same without cellar:"
     assert sum("degraded" in line for line in lines) == 1
+
+
+@pytest.mark.socket
+def test_a_model_of_ones_own_becomes_two_devices_that_need_each_other():
+    exported, *devices = run("bring_your_own_model.py").splitlines()
+    assert exported == "exported: device-00, device-01"
+    for line in devices:
+        fleet, away, alone = (float(share) for share in re.findall(r"([0-9.]+)%", line))
+        assert fleet > 85 > 65 > alone
+        assert 30 < away < 70
+
+
+@pytest.mark.socket
+def test_a_camera_says_what_it_saw_and_what_it_dropped(tiny_fleet, tmp_path):
+    folder = settled(tiny_fleet, tmp_path / "fleet", keyed=True)
+    (tmp_path / "pictures").mkdir()
+    for third in range(3):
+        Image.fromarray(bright(third)[0, 0]).save(tmp_path / "pictures" / f"{third}.png")
+    with Processes(folder, "attic"):
+        *seconds, total = run(
+            "camera.py", folder, "--seconds", "2.5", "--fps", "40", "--pictures", tmp_path / "pictures"
+        ).splitlines()
+    assert len(seconds) == 2
+    answered, dropped = map(int, re.fullmatch(r"100 frames: (\d+) answered, (\d+) dropped", total).groups())
+    assert answered + dropped == 100
+    assert answered > 0
+
+
+@pytest.mark.socket
+def test_a_camera_of_a_frozen_device_drops_frames_and_ends_by_ctrl_c(tiny_fleet, tmp_path):
+    folder = settled(tiny_fleet, tmp_path / "fleet")
+    command = [sys.executable, "-W", "error", EXAMPLES / "camera.py", folder, "--fps", "20"]
+    with (
+        Processes(folder, "attic") as fleet,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as camera,
+    ):
+        try:
+            assert "saw" in camera.stdout.readline()
+            fleet.signal("attic", signal.SIGSTOP)
+            assert any("saw nothing" in line for line in camera.stdout)
+            camera.send_signal(signal.SIGINT)
+            said, error = camera.communicate(timeout=30)
+        finally:
+            camera.kill()
+    assert (camera.returncode, error) == (0, "")
+    assert int(re.search(r"(\d+) dropped$", said)[1]) > 5

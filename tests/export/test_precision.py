@@ -300,6 +300,7 @@ def test_a_float16_fleet_passes_its_selftest_and_says_what_it_costs(source, tmp_
     done = export_fleet(source, tmp_path / "fleet", FP16)
     assert set(done.report["is"].values()) == {"fp16"}
     assert done.report["speed"]["extractor"]["times_faster"] == 0.5
+    assert done.report["speed"]["expert"]["reduced_bytes"] < done.report["bytes_float"]["expert.onnx"]
     assert done.report["bytes"]["expert.onnx"] < done.report["bytes_float"]["expert.onnx"]
     assert done.report["accuracy_float"] - done.report["accuracy_written"] == pytest.approx(done.report["drop"])
     assert done.report["gate_agreement"] > 0.9

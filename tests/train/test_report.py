@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nmoe_train.charts import COLOURS, bars, curves, dots, figure, heat_map
+from nmoe_train.charts import COLOURS, bars, curves, dots, figure, heat_map, stacks
 from nmoe_train.report import page
 
 HEADINGS = ["What it is worth", "Who asks whom", "How it learned", "Who has which samples", "What it cost"]
@@ -366,6 +366,39 @@ def test_a_curve_of_one_point_is_drawn_inside_the_picture(y):
     assert 0 < high == low < float(svg.get("height"))
     assert texts(svg).count("1") >= 1
     assert hovers(svg) == [f"a: {y:.4g} at 1", "b: "]
+
+
+def test_a_step_up_on_a_curve_of_powers_is_ten_times_as_much():
+    line = [(0, 1.0), (1, 10.0), (2, 100.0), (3, 0.0), (4, None)]
+    svg = ElementTree.fromstring(curves({"a": line}, "x", "y", "", log=True))
+    (_, y1), (_, y10), (_, y100) = points(next(group for group in svg.iter("g")).find("polyline"))
+    assert y1 - y10 == pytest.approx(y10 - y100, abs=0.1)
+    assert {"1", "10", "100"} <= set(texts(svg))
+    assert hovers(svg) == ["a: 1 at 0, 100 at 2"]
+
+
+def test_a_band_covers_its_stretch_and_bears_its_name():
+    svg = ElementTree.fromstring(curves({"a": [(0, 1), (10, 2)]}, "x", "y", "", bands={"dead": (2, 7)}))
+    (band,) = [rect for rect in svg.iter("rect") if rect.get("fill") == "currentColor"]
+    (start, _), (end, _) = points(next(group for group in svg.iter("g")).find("polyline"))
+    assert float(band.get("x")) == pytest.approx(start + 0.2 * (end - start), abs=0.1)
+    assert float(band.get("width")) == pytest.approx(0.5 * (end - start), abs=0.1)
+    assert "dead" in texts(svg)
+
+
+def test_amounts_are_stacked_to_scale():
+    svg = ElementTree.fromstring(
+        stacks({"a": [1, 0], "b": [3, 0]}, ["0", "1"], "second", "rows", "", bands={"x": (0, 1)})
+    )
+    low, high = [rect for group in svg.iter("g") for rect in group.iter("rect")]
+    assert float(high.get("height")) == pytest.approx(3 * float(low.get("height")), abs=0.1)
+    assert float(high.get("y")) + float(high.get("height")) == pytest.approx(float(low.get("y")), abs=0.1)
+    assert hovers(svg) == ["second 0: a 1, b 3"]
+    assert {"a", "b", "rows", "second", "x"} <= set(texts(svg))
+
+
+def test_stacks_of_nothing_say_so():
+    assert texts(ElementTree.fromstring(stacks({"a": [0, 0]}, ["0", "1"], "x", "y", ""))) == ["nothing to show"]
 
 
 def test_many_points_are_thinned_and_their_peak_is_kept():

@@ -1,0 +1,50 @@
+"""Three devices of a fleet on this machine, asked from Python; then one of them goes.
+
+    python examples/quickstart.py FLEET
+
+FLEET is a folder that nmoe-export wrote, such as bundles/digits; its addresses are on this machine.
+"""
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from nmoe_edge.bundle import read_bundle
+from nmoe_edge.client import Client
+from nmoe_edge.errors import EdgeError
+from nmoe_edge.fleet import FLEET_FILE, read_fleet
+from nmoe_edge.keys import key_path, read_key
+from nmoe_edge.node import Node
+from nmoe_edge.origin import Rules
+
+
+def main(folder):
+    """Serve, ask, lose a device, ask again."""
+    path = folder / FLEET_FILE
+    first, *_ = devices = read_fleet(path).device[:3]
+    names = [device.name for device in devices]
+    keys = (read_key(key_path(path, first.name)), first.public_key) if first.public_key else ()
+    rows = read_bundle(folder / names[0]).selftest.inputs  # any array of inputs would do
+    away = Rules(local_first=1.0)  # let the gate alone decide, so that there is something to see
+    with ExitStack() as running:
+        nodes = [running.enter_context(Node(folder / name, path, rules=away)) for name in names]
+        client = running.enter_context(Client(first.address, *keys))
+        while sum(peer["state"] == "alive" for peer in client.status()["peers"]) < 2:
+            time.sleep(0.05)  # they are getting to know each other
+        for told in (f"{', '.join(names)} serve; {names[0]} is asked:", f"the same without {names[2]}:"):
+            print(told)
+            answers = client.infer(rows)
+            for number, (output, row) in enumerate(zip(answers.outputs, answers.rows, strict=True)):
+                who = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True))
+                print(f"  row {number}: output {output.argmax()}, by {who}{', degraded' if row.degraded else ''}")
+            nodes[2].close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} FLEET")
+    try:
+        main(Path(sys.argv[1]))
+    except EdgeError as error:
+        sys.exit(str(error))

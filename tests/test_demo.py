@@ -1,0 +1,121 @@
+"""The demo, small: real processes, real deaths, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html import unescape
+from pathlib import Path
+
+import pytest
+from conftest import TESTS
+
+pytestmark = pytest.mark.socket
+EXAMPLES = TESTS.parent / "examples"
+SMALL = "--devices=3 --seconds=4 --rate=20 --set=extractor.rounds=3 --set=gate.rounds=5 --set=data.held_out=0.3"
+"""Of 144 training samples enough are held out for int8: it wants 64."""
+
+
+def command(out, *options):
+    """What starts a small demo."""
+    return [sys.executable, "-W", "error", str(EXAMPLES / "demo.py"), "--out", str(out), *SMALL.split(), *options]
+
+
+def left(out):
+    """Processes that have the demo's folder on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # it has ended meanwhile
+                continue
+            found += [words] if any(str(out) in word for word in words) else []
+    return found
+
+
+def drawn(measurements):
+    """The page of these."""
+    command = [sys.executable, str(EXAMPLES / "demo_page.py"), str(measurements)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_demo_loses_a_device_and_no_row_and_draws_what_it_measured(tmp_path):
+    out = tmp_path / "demo"
+    done = subprocess.run(command(out), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"look at {out / 'report.html'}" in done.stdout
+    assert not left(out)
+
+    measured = json.loads((out / "measurements.json").read_bytes())
+    assert measured["failed"] == []
+    assert measured["ways"]["unanswered"] == 0
+    assert measured["rows"] == sum(measured["ways"].values()) >= 4 * 3 * 20
+    ((victim, death),) = measured["deaths"].items()
+    assert death["neighbour_rows"] > 0
+    assert 0 < measured["moments"]["killed"] < measured["moments"]["restarted"] < measured["moments"]["known"][victim]
+    assert measured["phases"]["after"]["ways"]["home"] > 0
+    assert len(measured["memory_mb"]) == 3
+
+    shown = [line for line in done.stdout.splitlines() if line.startswith("$ nmoe-")]
+    programs = [" ".join(line.split()[1:3]) for line in shown]
+    assert [p.removesuffix(f" {out}/run") for p in programs] == [
+        *("nmoe-train run", "nmoe-train baselines", "nmoe-export", "nmoe-edge keygen", "nmoe-edge serve")
+    ]
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert drawn(out / "measurements.json") == page  # nothing but what was measured is in it
+    words = unescape(page)
+    for part in ("own", "iid"):
+        for method in ("local", "alone", "fleet", "centralised"):
+            assert f"{100 * measured['accuracy'][part][method]:.1f} %" in words
+    assert f"{measured['rows']:,} rows none went unanswered" in words
+    assert f"{death['noticed_s']:.2f} s" in words
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+
+    measured["export"]["is"]["extractor"], measured["export"]["speed"]["gate"] = "int8", "unmeasured"
+    measured["failed"] = ["3 rows went unanswered"]
+    (out / "measurements.json").write_text(json.dumps(measured))
+    other = unescape(drawn(out / "measurements.json"))
+    assert f"as exported {measured['export']['accuracy_written']:.1f} %" in other
+    assert "What did not hold: 3 rows went unanswered." in other
+
+
+@pytest.mark.parametrize(
+    ("which", "when"), [(signal.SIGINT, "of traffic"), (signal.SIGTERM, "$ nmoe-train run")], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_demo_that_is_stopped_ends_what_it_started(tmp_path, which, when):
+    out = tmp_path / "demo"
+    with subprocess.Popen(command(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        try:
+            assert any(when in line for line in demo.stdout)
+            time.sleep(1)
+            assert len(left(out)) > 1
+            demo.send_signal(which)
+            _, error = demo.communicate(timeout=60)
+        finally:
+            demo.kill()
+    assert demo.returncode == 128 + which
+    assert f"stopped by {which.name}" in error
+    assert not left(out)
+
+
+def test_a_step_that_fails_ends_the_demo_with_a_line(tmp_path):
+    out = tmp_path / "demo"
+    done = subprocess.run(command(out, "--recipe", "pastry"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "demo: nmoe-train run ended with exit 2; the line above says why"
+    assert not left(out)
+
+
+def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("...")
+    done = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == f"demo: {tmp_path} holds thesis.tex, which no demo wrote; choose another place with --out\n"
+    assert (tmp_path / "thesis.tex").read_text() == "..."
