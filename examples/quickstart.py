@@ -30,15 +30,15 @@ def main(folder):
     with ExitStack() as running:
         nodes = [running.enter_context(Node(folder / name, path, rules=away)) for name in names]
         client = running.enter_context(Client(first.address, *keys))
-        while sum(peer["state"] == "alive" for peer in client.status()["peers"]) < 2:
+        while sum(peer["state"] == "alive" for peer in client.status()["peers"]) < len(nodes) - 1:
             time.sleep(0.05)  # they are getting to know each other
-        for told in (f"{', '.join(names)} serve; {names[0]} is asked:", f"the same without {names[2]}:"):
+        for told in (f"{', '.join(names)} serve; {names[0]} is asked:", f"the same without {names[-1]}:"):
             print(told)
             answers = client.infer(rows)
             for number, (output, row) in enumerate(zip(answers.outputs, answers.rows, strict=True)):
                 who = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True))
                 print(f"  row {number}: output {output.argmax()}, by {who}{', degraded' if row.degraded else ''}")
-            nodes[2].close()
+            nodes[-1].close()
 
 
 if __name__ == "__main__":

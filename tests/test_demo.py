@@ -119,3 +119,35 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path):
     assert done.returncode == 1
     assert done.stderr == f"demo: {tmp_path} holds thesis.tex, which no demo wrote; choose another place with --out\n"
     assert (tmp_path / "thesis.tex").read_text() == "..."
+
+
+def test_a_story_is_told_in_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from demo_figures import busiest, story
+    from demo_fleet import Row
+
+    def row(device, due_s, latency_s=0.002, by=0, experts=(0,), **facts):
+        return Row(device, "own", due_s, latency_s, by, experts, (1.0,), **facts)
+
+    rows = [
+        row(0, 1.0, right=True),
+        row(0, 1.5, by=0, experts=(1,), right=True),
+        row(1, 2.9, latency_s=0.5, by=0),  # under way when its device was killed
+        row(0, 4.0, by=0, experts=(0,), degraded=True),
+        row(1, 6.1, by=1, experts=(1,)),
+        row(0, 6.5, latency_s=0.1, by=0, experts=(1,)),
+        row(0, 9.0),
+        Row(1, "own", 9.5, 4.0),
+    ]
+    moments = {"killed": 3.0, "restarted": 5.0, "back": 7.0}
+    moments |= {"noticed": {"barn": 3.5}, "ready": {"barn": 6.0}, "known": {"barn": 7.0}}
+    told = story(rows, moments, ["attic", "barn"])
+    assert told["ways"] == {"home": 3, "peers": 2, "degraded": 1, "neighbour": 1, "unanswered": 1}
+    assert {name: phase["rows"] for name, phase in told["phases"].items()} == {"before": 2, "dead": 4, "after": 2}
+    assert told["phases"]["before"]["right"] == {"own": 1.0, "iid": None}
+    assert told["latency_ms"]["peers"]["p50"] == pytest.approx(2.0)
+    barn = {"noticed_s": 0.5, "late_rows": 1, "longest_s": 0.5, "neighbour_rows": 1}
+    barn |= {"ready_s": 1.0, "known_s": 2.0, "home_s": 1.102, "away_s": 1.6}
+    assert told["deaths"]["barn"] == pytest.approx(barn)
+    assert sum(map(sum, told["timeline"]["ways"].values())) == 7  # the last row is due when the last stretch begins
+    assert busiest(rows, 1) == [1]
