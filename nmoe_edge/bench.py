@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import platform
 import secrets
 import subprocess
@@ -25,7 +26,7 @@ from nmoe_edge.board import Meter, read_machine, read_moment
 from nmoe_edge.bundle import Bundle, read_bundle
 from nmoe_edge.client import Client, Line, refusal
 from nmoe_edge.errors import BenchError, CallError
-from nmoe_edge.fleet import Device, read_fleet
+from nmoe_edge.fleet import FLEET_FILE, Device, read_fleet
 from nmoe_edge.keys import keys_to
 from nmoe_edge.load import CONNECT_S, Drive, Question, asking, drive, greet, inferring, message_bytes, poisson, settled
 from nmoe_edge.place import find_place
@@ -59,6 +60,13 @@ class Plan:
     clients: int = 1
     rate: float | None = None
 
+    def __post_init__(self) -> None:
+        for what, value in (("duration", self.duration_s), ("rate", self.rate or 1.0)):
+            if not 0 < value < float("inf"):  # so written, NaN is refused too
+                raise BenchError(f"{what} is {value}, not a number over 0")
+        if os.path.isfile(self.bundle / FLEET_FILE):
+            raise BenchError(f"{self.bundle} is a whole fleet; measure one of its devices: {self.bundle}/NAME")
+
 
 def measure(plan: Plan, say: Say) -> Record:
     """Carry a plan out; say: told what is being done."""
@@ -67,13 +75,21 @@ def measure(plan: Plan, say: Say) -> Record:
     find_place(plan.fleet, manifest, plan.key)  # what does not fit is known before the first minute is over
     began, before = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), read_moment()
     probes: dict[int, list[tuple[int, Probe]]] = {threads: [] for threads in plan.threads}
-    for turn in range(plan.rounds):
-        for threads, found in probes.items():
-            say(f"round {turn + 1} of {plan.rounds}: the graphs, {_threads(threads)}")
-            found.append(_probed(plan, threads))
-    starts = tuple(_start(threads, found) for threads, found in probes.items())
-    rows = [row for threads, found in probes.items() for row in _local_rows(threads, found)]
-    rows += _remote_rows(plan, bundle, say)
+    numbers = itertools.count(secrets.randbits(60))
+    with contextlib.ExitStack() as stack:
+        series = [one for address in plan.at for one in _peer(plan, bundle, address, stack)]
+        for turn in range(plan.rounds):
+            for threads, found in probes.items():
+                say(f"round {turn + 1} of {plan.rounds}: the graphs, {_threads(threads)}")
+                found.append(_probed(plan, threads))
+        if plan.fleet is not None:
+            series += _fleet(plan, bundle, plan.fleet, stack, say)
+        for turn in range(plan.rounds):
+            for one in series:
+                say(f"round {turn + 1} of {plan.rounds}: {one.what}, {one.setting}, {one.rows} a message")
+                one.measure(numbers, plan.duration_s / plan.rounds)
+        remote = [one.row(numbers) for one in series]
+    local = [row for threads, found in probes.items() for row in _local_rows(threads, found)]
     (_, probe), *_ = probes[plan.threads[0]]
     precision = manifest.precision
     return Record(
@@ -94,8 +110,8 @@ def measure(plan: Plan, say: Say) -> Record:
             {name: entry.bytes for name, entry in manifest.files.items()},
         ),
         duration_s=plan.duration_s,
-        starts=starts,
-        rows=tuple(rows),
+        starts=tuple(_start(threads, found) for threads, found in probes.items()),
+        rows=(*local, *remote),
     )
 
 
@@ -173,10 +189,9 @@ class _Series:
         )
         found = drive(self.line, self.question, numbers, seconds, own=self.own, meter=meter, **load)
         if not found.took_ns:
-            why = f"all {found.asked} were refused" if found.refused else f"none of {found.asked} was answered"
+            why = f"of {found.asked} questions in {seconds:.3g} s none was answered, {found.refused} were refused"
             raise BenchError(
-                f"{self.what}, {self.setting}: {why} in {seconds:.3g} s: another --rate, a longer --duration, or see"
-                f" nmoe-edge status{': ' + found.refusal if found.refusal else ''}"
+                f"{self.what}, {self.setting}: {why}; try another --rate, or a longer --duration. {found.refusal}"
             )
         self.drives.append(found)
         self.watts.append(meter.mean_w)
@@ -201,20 +216,6 @@ class _Series:
             message_bytes(reply) / self.rows,
             Tally(*total),
         )
-
-
-def _remote_rows(plan: Plan, bundle: Bundle, say: Say) -> list[Row]:
-    """Peers and fleet, in turn."""
-    numbers = itertools.count(secrets.randbits(60))
-    with contextlib.ExitStack() as stack:
-        series = [one for address in plan.at for one in _peer(plan, bundle, address, stack)]
-        if plan.fleet is not None:
-            series += _fleet(plan, bundle, plan.fleet, stack, say)
-        for turn in range(plan.rounds):
-            for one in series:
-                say(f"round {turn + 1} of {plan.rounds}: {one.what}, {one.setting}")
-                one.measure(numbers, plan.duration_s / plan.rounds)
-        return [one.row(numbers) for one in series]
 
 
 def _peer(plan: Plan, bundle: Bundle, address: str, stack: contextlib.ExitStack) -> Iterator[_Series]:

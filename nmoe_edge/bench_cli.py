@@ -18,15 +18,8 @@ class _DefaultGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
-            args = ["run", *(args or ["--help"])]
+            args = ["run", *args]
         return super().parse_args(ctx, args)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Nobody needs to know that the default has a name."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return "" if name == "run" else name, command, rest
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5 alone
@@ -103,6 +96,8 @@ def run(
     record_file: Path | None,
 ) -> None:
     """Measure what BUNDLE takes here, time and memory; with --at a peer's expert, with --fleet the fleet.
+
+    The word `run` may be left out. `nmoe-edge bench compare` puts two measurements side by side.
 
     Inputs are those of the bundle's self-test. Every number of threads has a fresh process in every round. The device
     of this bundle is asked where it serves already, and learns from that if it adapts; else it is served meanwhile.

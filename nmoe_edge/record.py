@@ -60,7 +60,7 @@ class Row:
     def __post_init__(self) -> None:
         if not 1 <= len(self.parts) <= MOST_ROUNDS or not all(self.parts):
             raise ValueError(f"{self.name}: 1 to {MOST_ROUNDS} rounds of samples are due")
-        if any(sample <= 0 for part in self.parts for sample in part):
+        if not all(0 < sample < 2**63 for part in self.parts for sample in part):
             raise ValueError(f"{self.name}: a sample is a number of nanoseconds over 0")
 
     @property
@@ -137,6 +137,8 @@ class Record:
 def read_record(path: Path) -> Record:
     """Read a record; BenchError says what is wrong with it."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("not a plain file")
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:

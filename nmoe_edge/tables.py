@@ -29,22 +29,30 @@ def record_tables(record: Record) -> str:
     blocks += [f"Latency, ms. {_caption(record)}", _latencies(local)]
     if remote:
         blocks += [f"Over the wire, ms and bytes a row. {_caption(record)}", _latencies(remote), _wire(remote)]
-    blocks += [f"- {note}" for note in notes(record)]
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in (*_elsewhere(record), *doubts(record)))])
 
 
-def notes(record: Record) -> Iterator[str]:
-    """What somebody should know before copying a figure."""
+def doubts(record: Record) -> Iterator[str]:
+    """Why its figures should not be copied yet, and what to do."""
     if record.before.load is not None and record.before.load > _MOST_LOAD:
         yield f"the load average was {record.before.load:.2f} before it began: {CALM}"
     if record.before.throttled != record.after.throttled:
         one, other = _dash(record.before.throttled), _dash(record.after.throttled)
         yield f"throttled: {one} before, {other} after; cool the board"
-    for row in record.rows:
-        if not row.settled:
-            yield f"{row.name}: the warm-up never settled in {MOST_WARM_S:.0f} s: {CALM}"
-        if row.scenario != "start" and spread(row.parts) > TOO_SPREAD:
-            yield f"{row.name}: rounds differ by {spread(row.parts) - 1:.0%}: {CALM}"
+    steady = [row for row in record.rows if row.scenario != "start"]
+    unsettled = [row.name for row in steady if not row.settled]
+    if unsettled:
+        yield f"the warm-up never settled within {MOST_WARM_S:.0f} s of {'; of '.join(unsettled)}: {CALM}"
+    apart = [f"{row.name}, by {spread(row.parts) - 1:.0%}" for row in steady if spread(row.parts) > TOO_SPREAD]
+    if apart:
+        yield f"rounds differ by more than {TOO_SPREAD - 1:.0%}: {'; '.join(apart)}: {CALM}"
+    if any(_dashed(row) for row in steady):
+        least = ", ".join(f"p{share * 100:g} {count:,}" for share, count in LEAST_SAMPLES.items() if count > 1)
+        yield f"a percentile with a dash had too few samples ({least}): give it a longer --duration"
+
+
+def _elsewhere(record: Record) -> Iterator[str]:
+    """What of the whole path is in none of the graphs."""
     groups: dict[tuple[str, int], dict[str, float]] = {}
     for row in record.rows:
         if row.scenario == "local":
@@ -54,17 +62,15 @@ def notes(record: Record) -> Iterator[str]:
         if whole is not None and abs(whole - sum(steps.values())) > _ELSEWHERE * whole:
             elsewhere = whole - sum(steps.values())
             yield (
-                f"whole path, {setting}, {rows} rows: {_ms(elsewhere)} ms, {elsewhere / whole:.0%}, are in none of the"
-                " graphs: route, exchange, combination"
+                f"of the whole path, {setting}, {rows} row{'s' if rows > 1 else ''}, {_ms(elsewhere)} ms,"
+                f" {elsewhere / whole:.0%}, are in none of the graphs but in route, exchange and combination"
             )
-    if any(_dashed(row) for row in record.rows if row.scenario != "start"):
-        least = ", ".join(f"p{share * 100:g} {count:,}" for share, count in LEAST_SAMPLES.items() if count > 1)
-        yield f"a percentile with a dash had too few samples ({least}): give it a longer --duration"
 
 
 def comparison_tables(old: Record, new: Record, changes: Sequence[tuple[Row, Row, Change]]) -> str:
     """What became of every row that both have."""
-    blocks = [f"WARNING: another {what} in the second: {a} → {b}" for what, a, b in _differences(old, new)]
+    blocks = [one_line(f"WARNING: another {what} in the second: {a} → {b}") for what, a, b in _differences(old, new)]
+    found: list[str] = []
     lines = []
     for before, after, it in changes:
         p50 = (_ms(median(before.samples)), _ms(median(after.samples)))
@@ -73,9 +79,9 @@ def comparison_tables(old: Record, new: Record, changes: Sequence[tuple[Row, Row
     for which, one, other in (("first", old, new), ("second", new, old)):
         alone = sorted({row.name for row in one.rows} - {row.name for row in other.rows})
         if alone:
-            blocks.append(f"- only in the {which}: {'; '.join(alone)}")
-        blocks += [f"- in the {which}, {note}" for note in notes(one)]
-    return "\n\n".join(one_line(block) if "\n" not in block else block for block in blocks)
+            found.append(f"- only in the {which}: {'; '.join(alone)}")
+        found += [f"- in the {which}, {doubt}" for doubt in doubts(one)]
+    return "\n\n".join([*blocks, "\n".join(one_line(line, 4000) for line in found)])
 
 
 def _differences(old: Record, new: Record) -> Iterator[tuple[str, str, str]]:
