@@ -137,7 +137,7 @@ class Record:
 def read_record(path: Path) -> Record:
     """Read a record; BenchError says what is wrong with it."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
+        if os.path.lexists(path) and not os.path.isfile(path):
             raise ValueError("not a plain file")
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)

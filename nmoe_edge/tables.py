@@ -21,7 +21,8 @@ def record_tables(record: Record) -> str:
     """All of a record."""
     local = [row for row in record.rows if row.scenario in ("start", "local")]
     remote = [row for row in record.rows if row.scenario in ("peer", "fleet")]
-    blocks = [f"# {record.bundle.device} on {record.machine.board or record.machine.cpu or 'an unknown board'}"]
+    board = record.machine.board or record.machine.cpu or "an unknown board"
+    blocks = [one_line(f"# {record.bundle.device} on {board}")]
     blocks += [_table(("condition", "before", "after"), _conditions(record))]
     blocks += ["Milliseconds since a process began (medians of its rounds; files are in the page cache):"]
     blocks += [_stages(record, lambda stage: _ms(median(stage.at_ns)))]
@@ -29,7 +30,8 @@ def record_tables(record: Record) -> str:
     blocks += [f"Latency, ms. {_caption(record)}", _latencies(local)]
     if remote:
         blocks += [f"Over the wire, ms and bytes a row. {_caption(record)}", _latencies(remote), _wire(remote)]
-    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in (*_elsewhere(record), *doubts(record)))])
+    notes = [one_line(f"- {note}") for note in (*_elsewhere(record), *doubts(record))]
+    return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
 
 
 def doubts(record: Record) -> Iterator[str]:
@@ -40,13 +42,15 @@ def doubts(record: Record) -> Iterator[str]:
         one, other = _dash(record.before.throttled), _dash(record.after.throttled)
         yield f"throttled: {one} before, {other} after; cool the board"
     steady = [row for row in record.rows if row.scenario != "start"]
-    unsettled = [row.name for row in steady if not row.settled]
+    unsettled = [row for row in steady if not row.settled]
     if unsettled:
-        yield f"the warm-up never settled within {MOST_WARM_S:.0f} s of {'; of '.join(unsettled)}: {CALM}"
-    apart = [f"{row.name}, by {spread(row.parts) - 1:.0%}" for row in steady if spread(row.parts) > TOO_SPREAD]
+        what = f"{len(unsettled)} of {len(steady)} rows, such as {unsettled[0].name}"
+        yield f"the warm-up never settled within {MOST_WARM_S:.0f} s of {what}: {CALM}"
+    apart = sorted((row for row in steady if spread(row.parts) > TOO_SPREAD), key=lambda row: -spread(row.parts))
     if apart:
-        yield f"rounds differ by more than {TOO_SPREAD - 1:.0%}: {'; '.join(apart)}: {CALM}"
-    if any(_dashed(row) for row in steady):
+        most = f"most those of {apart[0].name}, by {spread(apart[0].parts) - 1:.0%}"
+        yield f"rounds of {len(apart)} of {len(steady)} rows differ by more than {TOO_SPREAD - 1:.0%}, {most}: {CALM}"
+    if any(len(row.samples) < max(LEAST_SAMPLES.values()) for row in steady):
         least = ", ".join(f"p{share * 100:g} {count:,}" for share, count in LEAST_SAMPLES.items() if count > 1)
         yield f"a percentile with a dash had too few samples ({least}): give it a longer --duration"
 
@@ -81,7 +85,7 @@ def comparison_tables(old: Record, new: Record, changes: Sequence[tuple[Row, Row
         if alone:
             found.append(f"- only in the {which}: {'; '.join(alone)}")
         found += [f"- in the {which}, {doubt}" for doubt in doubts(one)]
-    return "\n\n".join([*blocks, "\n".join(one_line(line, 4000) for line in found)])
+    return "\n\n".join([*blocks, "\n".join(map(one_line, found))])
 
 
 def _differences(old: Record, new: Record) -> Iterator[tuple[str, str, str]]:
@@ -139,11 +143,12 @@ def _caption(record: Record) -> str:
 
 def _stages(record: Record, cell: Callable[[Stage], str], memory: bool = False) -> str:
     """A line for each number of threads, a column for each stage."""
-    names = [stage.name for stage in record.starts[0].stages] if record.starts else []
+    shown = slice(None) if memory else slice(-1)  # when the steady state was over says nothing
+    names = [stage.name for stage in record.starts[0].stages[shown]]
     lines = []
     for start in record.starts:
         rest = (_mb(start.peak), _mb(start.pss)) if memory else ()
-        lines.append((start.setting, *map(cell, start.stages), *rest))
+        lines.append((start.setting, *map(cell, start.stages[shown]), *rest))
     return _table(("", *names, *(("peak", "PSS") if memory else ())), lines)
 
 
@@ -174,10 +179,6 @@ def _wire(rows: Iterable[Row]) -> str:
         lines.append((row.what, row.setting, str(row.rows), sent, received, *counts))
     heads = ("", "", "rows", "bytes there", "bytes back", "asked", "at home", "degraded", "refused", "unanswered")
     return _table(heads, lines)
-
-
-def _dashed(row: Row) -> bool:
-    return len(row.samples) < max(LEAST_SAMPLES.values())
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

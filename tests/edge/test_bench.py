@@ -50,7 +50,7 @@ def test_a_bundle_is_measured_and_a_slower_one_is_worse(tiny_fleet, tmp_path, nm
     for start in record.starts:
         assert [stage.name for stage in start.stages] == STAGES
         for stages in zip(*(stage.at_ns for stage in start.stages), strict=True):
-            assert 0 < stages[0]
+            assert stages[0] > 0
             assert list(stages) == sorted(stages)
     measured = {(row.what, row.setting, row.rows) for row in record.rows if row.scenario == "local"}
     steps = ("extractor", "gate", "expert", "whole path")
@@ -117,9 +117,9 @@ def test_peers_and_fleet_are_measured_with_keys_and_the_device_is_served_meanwhi
     for row in (closed, opened):
         assert row.tally.asked == row.tally.rows + row.tally.refused + row.tally.unanswered
         assert 0 < row.tally.at_home < row.tally.rows  # of attic's three inputs one is its own
-    with Client(address_of(keyed, "attic"), *keys_to(address_of(keyed, "attic"), file, None)) as client:
-        with pytest.raises(CallError):  # it is served no more
-            client.status(0.3)
+    attic = address_of(keyed, "attic")
+    with Client(attic, *keys_to(attic, file, None)) as client, pytest.raises(CallError):
+        client.status(0.3)  # it is served no more
 
 
 @pytest.mark.socket

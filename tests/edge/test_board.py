@@ -23,7 +23,7 @@ PI = {
     "sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled": "50005\n",
 }
 INTEL = {
-    "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\n\nprocessor\t: 1\nmodel name\t: Some CPU @ 2.00GHz\n",
+    "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\n\nprocessor\t: 1\n",
     "sys/devices/virtual/dmi/id/product_name": "NUC\n",
     "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "3\n",
     "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count": "4\n",

@@ -158,8 +158,8 @@ def test_doubts_say_what_to_do(record):
     assert "throttled: no before, 1 times" in record_tables(replace(record, after=replace(CALM, throttled="1 times")))
     shaken = (*record.rows[:1], replace(record.rows[1], parts=((100,), (150,)), settled=False))
     shown = record_tables(replace(record, rows=shaken))
-    assert "rounds differ by more than 10%: local: extractor, 1 thread, 1 row, by 50%" in shown
-    assert "never settled within 2 s of local: extractor" in shown
+    assert "rounds of 1 of 1 rows differ by more than 10%, most those of local: extractor, 1 thread" in shown
+    assert "never settled within 2 s of 1 of 1 rows, such as local: extractor" in shown
     assert "longer --duration" in shown
 
 
