@@ -77,11 +77,13 @@ def measure(plan: Plan, say: Say) -> Record:
     probes: dict[int, list[tuple[int, Probe]]] = {threads: [] for threads in plan.threads}
     numbers = itertools.count(secrets.randbits(60))
     with contextlib.ExitStack() as stack:
-        series = [one for address in plan.at for one in _peer(plan, bundle, address, stack)]
+        series = [one for address in dict.fromkeys(plan.at) for one in _peer(plan, bundle, address, stack)]
+        if len({one.what for one in series}) < len(set(plan.at)):
+            raise BenchError("two --at lead to the same device; name it once")
         for turn in range(plan.rounds):
             for threads, found in probes.items():
                 say(f"round {turn + 1} of {plan.rounds}: the graphs, {_threads(threads)}")
-                found.append(_probed(plan, threads))
+                found.append(_probed(plan, threads, manifest.digest))
         if plan.fleet is not None:
             series += _fleet(plan, bundle, plan.fleet, stack, say)
         for turn in range(plan.rounds):
@@ -119,7 +121,7 @@ def _threads(threads: int) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
-def _probed(plan: Plan, threads: int) -> tuple[int, Probe]:
+def _probed(plan: Plan, threads: int, digest: str) -> tuple[int, Probe]:
     """When a fresh process was begun, and what it saw."""
     arguments = [str(plan.bundle.absolute()), str(threads), plan.provider, str(plan.duration_s / plan.rounds)]
     command = [sys.executable, "-m", "nmoe_edge.probe", *arguments]
@@ -133,7 +135,10 @@ def _probed(plan: Plan, threads: int) -> tuple[int, Probe]:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"its process ended by {done.returncode}"]
         raise BenchError(f"{_threads(threads)}: {last[0]}")
-    return began, from_plain(Probe, parse_json(done.stdout))
+    probe = from_plain(Probe, parse_json(done.stdout.splitlines()[-1]))  # a GPU's runtime may have its say before
+    if probe.digest != digest:
+        raise BenchError(f"{plan.bundle}: another bundle took its place; measure that one")
+    return began, probe
 
 
 def _start(threads: int, found: list[tuple[int, Probe]]) -> Start:

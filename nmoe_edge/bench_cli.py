@@ -108,6 +108,8 @@ def run(
     Inputs are those of the bundle's self-test. Every number of threads has a fresh process in every round. The device
     of this bundle is asked where it serves already, and learns from that if it adapts; else it is served meanwhile.
     """
+    import signal
+
     from nmoe_edge.bench import Plan, measure
     from nmoe_edge.record import check_writable, write_record
     from nmoe_edge.tables import record_tables
@@ -116,6 +118,7 @@ def run(
         raise click.UsageError("--rate and --clients are for a fleet: give --fleet too")
     if record_file is not None:
         check_writable(record_file)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended with it
     types = tuple(_LATENTS[name] for name in latents)
     plan = Plan(bundle, threads, provider, at, types, fleet, key, duration, rounds, clients, rate)
     record = measure(plan, lambda text: click.echo(text, err=True))

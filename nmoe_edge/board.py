@@ -26,6 +26,7 @@ _ARM_CORES = {
 _PI_FLAGS = ("under-voltage", "frequency capped", "throttled", "soft temperature limit")
 """Bits 0 to 3 of a Pi's get_throttled; 16 to 19 the same since it was booted."""
 _SINCE_BOOT = 16
+_TICK_NS = 200_000_000
 _RAIL = re.compile(r"VDD_IN|POM_5V_IN|VIN_SYS_5V0|VDD_5V_IN", re.I)
 """A Jetson's whole input, whatever the model calls it."""
 
@@ -111,7 +112,7 @@ def read_memory(root: Path = ROOT) -> Memory:
 
 
 class Meter:
-    """Energy from when it was made to its last `tick`: RAPL's counters, or the power of a Jetson's input summed up."""
+    """Power from when it was made to its last `tick`: RAPL's counters, or the power of a Jetson's input summed up."""
 
     def __init__(self, now_ns: int, root: Path = ROOT) -> None:
         """Find what there is to be read."""
@@ -124,7 +125,9 @@ class Meter:
         self._watts = self._rail_w()
 
     def tick(self, now_ns: int) -> None:
-        """Read again: at least every minute, for counters begin anew when they are full."""
+        """Read again, where the last time is long enough ago; a minute is too long: counters begin anew when full."""
+        if now_ns - self._last_ns < _TICK_NS:
+            return
         for path, before in self._counters.items():
             now, full = _number(path / "energy_uj"), _number(path / "max_energy_range_uj")
             if before is not None and now is not None:

@@ -23,7 +23,7 @@ from nmoe_edge.manifest import Manifest
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Message, Refuse, Result, Welcome
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import encode
-from nmoe_edge.samples import settle
+from nmoe_edge.samples import BLOCK_S, MOST_SAMPLES, settle
 
 BUDGET_S = 1.0
 """What a question gives a device, as nmoe-edge infer does."""
@@ -31,9 +31,8 @@ _GIVEN_UP_NS = 1_250_000_000
 """After it was sent: the budget, and the way there and back."""
 CONNECT_S, _FULL_S = 3.0, 0.05
 """The longest that a way to the device is waited for: at first, and when it takes no more."""
-_BLOCK_S = 0.05
-_TICK_NS = 200_000_000
-MOST_SAMPLES = 10_000
+_LOOK_NS = 100_000_000
+"""The longest between two looks at what is to be given up."""
 
 Question = Callable[[int], Message]
 """A request's number -> what is asked."""
@@ -85,12 +84,11 @@ def drive(
         else:
             found.unanswered += 1
 
-    due, tick_at = moment(), began + _TICK_NS
+    due = moment()
     while True:
         now = clock()
-        if meter is not None and now >= tick_at:
+        if meter is not None:
             meter.tick(now)
-            tick_at = now + _TICK_NS
         while under_way and now - next(iter(under_way.values()))[1] > _GIVEN_UP_NS:
             del under_way[next(iter(under_way))]
             found.unanswered += 1
@@ -101,15 +99,12 @@ def drive(
             ask(due)
             due = moment()
         elif asking or under_way:
-            wake = min(due, until, now + _TICK_NS) if asking else now + _TICK_NS
+            wake = min(due, until, now + _LOOK_NS) if asking else now + _LOOK_NS
             reply = line.receive((wake - now) / 1e9)
             if reply is not None:
                 _take(found, reply, under_way.pop(getattr(reply, "request", -1), None), own)
         else:
-            break
-    if meter is not None:
-        meter.tick(clock())
-    return found
+            return found
 
 
 def _take(found: Drive, reply: Message, asked: tuple[int, int] | None, own: int) -> None:
@@ -133,7 +128,7 @@ def settled(line: Line, question: Question, numbers: Iterator[int], clients: int
     """Ask until the answers take alike; BenchError when there are none."""
 
     def block() -> array[int]:
-        found = drive(line, question, numbers, _BLOCK_S, clients=clients)
+        found = drive(line, question, numbers, BLOCK_S, clients=clients)
         if not found.took_ns:
             raise BenchError(f"{line.address}: {found.refusal or 'no answer in time; is it still serving?'}")
         return found.took_ns

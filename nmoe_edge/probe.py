@@ -25,12 +25,8 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 8)
 """Rows answered together."""
-MOST_SAMPLES = 10_000
-"""Of a step in one round: what is quicker than its time ends sooner, and takes no memory for more."""
 MOST_INPUTS = 16
 """Of the self-test's, that are cycled."""
-_BLOCK_S = 0.05
-_TICK_NS = 200_000_000
 WHOLE = "whole path"
 
 
@@ -60,6 +56,8 @@ class Batch:
 class Probe:
     """All that it saw."""
 
+    digest: str
+    """Of the bundle."""
     runtime: str
     provider: str
     marks: tuple[Mark, ...]
@@ -118,13 +116,22 @@ def main() -> None:
     except EdgeError as error:
         sys.exit(str(error))
     memory = read_memory()
-    probe = Probe(RUNTIME, models.provider, tuple(marks), first_ns, tuple(batches), memory.pss, memory.peak)
+    probe = Probe(
+        models.manifest.digest,
+        RUNTIME,
+        models.provider,
+        tuple(marks),
+        first_ns,
+        tuple(batches),
+        memory.pss,
+        memory.peak,
+    )
     print(json.dumps(to_plain(probe)))
 
 
 def _batch(models: Models, fed: list[NDArray[Any]], rows: int, seconds: float) -> Batch:
     """The three graphs one by one and the whole path, in turn, so that what slows one of them slows all."""
-    from nmoe_edge.samples import settle
+    from nmoe_edge.samples import BLOCK_S, settle
 
     latents = [models.extractor(inputs) for inputs in fed]
     steps: dict[str, Callable[[int], object]] = {
@@ -133,7 +140,7 @@ def _batch(models: Models, fed: list[NDArray[Any]], rows: int, seconds: float) -
         "expert": lambda i: models.expert(latents[i]),
         WHOLE: lambda i: _answer(models, fed[i]),
     }
-    settled = settle(lambda: _in_turn(steps, len(fed), _BLOCK_S)[WHOLE], time.monotonic)
+    settled = settle(lambda: _in_turn(steps, len(fed), BLOCK_S)[WHOLE], time.monotonic)
     meter = Meter(time.monotonic_ns())
     taken = _in_turn(steps, len(fed), seconds, meter)
     return Batch(rows, settled, meter.mean_w, {name: tuple(samples) for name, samples in taken.items()})
@@ -143,21 +150,20 @@ def _in_turn(
     steps: Mapping[str, Callable[[int], object]], inputs: int, seconds: float, meter: Meter | None = None
 ) -> dict[str, array[int]]:
     """Each step in turn for so long, at least once: what each call took."""
+    from nmoe_edge.samples import MOST_SAMPLES
+
     clock = time.perf_counter_ns
     taken: dict[str, array[int]] = {name: array("q") for name in steps}
-    tick_at, until = clock() + _TICK_NS, clock() + int(seconds * 1e9)
+    until = clock() + int(seconds * 1e9)
     for turn in range(MOST_SAMPLES):
         for name, step in steps.items():
             began = clock()
             step(turn % inputs)
             taken[name].append(clock() - began)
-        if meter is not None and clock() >= tick_at:
+        if meter is not None:
             meter.tick(time.monotonic_ns())
-            tick_at = clock() + _TICK_NS
         if clock() >= until:
             break
-    if meter is not None:
-        meter.tick(time.monotonic_ns())
     return taken
 
 

@@ -18,7 +18,9 @@ ALIKE = 1.05
 """How far the largest of some medians may be from the smallest for them to agree."""
 STEADY_BLOCKS = 3
 """In a row, that must agree for a warm-up to be over."""
-MOST_WARM_S = 2.0
+BLOCK_S, MOST_WARM_S = 0.05, 2.0
+MOST_SAMPLES = 10_000
+"""Of a thing in one round: what is quicker than its time ends sooner, and takes no memory for more."""
 TOO_SPREAD = 1.10
 """Between the medians of rounds; over it a figure is not worth copying."""
 DOUBT = 0.005

@@ -123,6 +123,30 @@ def test_peers_and_fleet_are_measured_with_keys_and_the_device_is_served_meanwhi
 
 
 @pytest.mark.socket
+def test_whoever_ends_the_measurement_ends_the_device_that_was_served_for_it(fleet):
+    command = [sys.executable, "-m", "nmoe_edge", "bench", str(fleet / "attic"), "--fleet", str(fleet / FLEET_FILE)]
+    process = subprocess.Popen([*command, "--rounds", "1", "--duration", "4"], stderr=subprocess.PIPE, text=True)
+    try:
+        while "closed loop" not in process.stderr.readline():
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(20) == 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    with Client(address_of(fleet, "attic")) as client, pytest.raises(CallError):
+        client.status(0.3)
+
+
+@pytest.mark.socket
+def test_one_peer_by_two_names_is_named_once(fleet, quiet):
+    address = address_of(fleet, "barn")
+    with nodes(fleet, "barn"), pytest.raises(BenchError, match="lead to the same device"):
+        measure(Plan(fleet / "attic", at=(address, address.replace("127.0.0.1", "localhost"))), quiet)
+
+
+@pytest.mark.socket
 def test_a_device_that_serves_is_asked_as_it_is(fleet, quiet):
     said = []
     plan = Plan(fleet / "barn", fleet=fleet / FLEET_FILE, duration_s=0.2, rounds=1)
