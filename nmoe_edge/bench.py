@@ -24,14 +24,13 @@ from typing import Any, Literal
 from nmoe_edge import __version__
 from nmoe_edge.board import Meter, read_machine, read_moment
 from nmoe_edge.bundle import Bundle, read_bundle
-from nmoe_edge.client import Client, Line, refusal
+from nmoe_edge.client import Client, Line
 from nmoe_edge.errors import BenchError, CallError
 from nmoe_edge.fleet import FLEET_FILE, Device, read_fleet
 from nmoe_edge.keys import keys_to
-from nmoe_edge.load import CONNECT_S, Drive, Question, asking, drive, greet, inferring, message_bytes, poisson, settled
+from nmoe_edge.load import Drive, Question, asking, drive, greet, inferring, message_bytes, poisson, settled
 from nmoe_edge.place import find_place
 from nmoe_edge.probe import BATCHES, Probe
-from nmoe_edge.protocol.messages import Refuse
 from nmoe_edge.record import SCHEMA, Record, Row, Stage, Start, Subject, Tally
 from nmoe_edge.schema import from_plain, parse_json
 
@@ -90,7 +89,7 @@ def measure(plan: Plan, say: Say) -> Record:
             for one in series:
                 say(f"round {turn + 1} of {plan.rounds}: {one.what}, {one.setting}, {one.rows} a message")
                 one.measure(numbers, plan.duration_s / plan.rounds)
-        remote = [one.row(numbers) for one in series]
+        remote = [one.row() for one in series]
     local = [row for threads, found in probes.items() for row in _local_rows(threads, found)]
     (_, probe), *_ = probes[plan.threads[0]]
     precision = manifest.precision
@@ -188,11 +187,13 @@ class _Series:
     def measure(self, numbers: Iterator[int], seconds: float) -> None:
         """One round."""
         self.calm &= settled(self.line, self.question, numbers, self.clients)
-        meter, rate = Meter(time.monotonic_ns()), self.rate
-        load: dict[str, Any] = (
-            {"clients": self.clients} if rate is None else {"arrivals": poisson(rate, len(self.drives))}
+        meter, arrivals = Meter(time.monotonic_ns()), None
+        if self.rate is not None:
+            arrivals = poisson(self.rate, seed=len(self.drives))
+        clients = self.clients if arrivals is None else 0
+        found = drive(
+            self.line, self.question, numbers, seconds, clients=clients, arrivals=arrivals, own=self.own, meter=meter
         )
-        found = drive(self.line, self.question, numbers, seconds, own=self.own, meter=meter, **load)
         if not found.took_ns:
             why = f"of {found.asked} questions in {seconds:.3g} s none was answered, {found.refused} were refused"
             raise BenchError(
@@ -201,14 +202,10 @@ class _Series:
         self.drives.append(found)
         self.watts.append(meter.mean_w)
 
-    def row(self, numbers: Iterator[int]) -> Row:
-        """All rounds; the bytes are those of one question more and its answer."""
-        asked = self.question(next(numbers))
-        reply = self.line.receive(CONNECT_S) if self.line.send(asked, CONNECT_S) else None
-        if reply is None or isinstance(reply, Refuse):
-            why = "no answer any more" if reply is None else refusal(reply)
-            raise BenchError(f"{self.line.address}: {why}")
-        total = [sum(getattr(d, name) for d in self.drives) for name in Tally.__dataclass_fields__]
+    def row(self) -> Row:
+        """All rounds."""
+        answer = next(found.answer for found in self.drives if found.answer is not None)
+        total = [sum(getattr(found, name) for found in self.drives) for name in Tally.__dataclass_fields__]
         return Row(
             self.scenario,
             self.what,
@@ -217,8 +214,8 @@ class _Series:
             tuple(tuple(found.took_ns) for found in self.drives),
             self.calm,
             _mean(self.watts),
-            message_bytes(asked) / self.rows,
-            message_bytes(reply) / self.rows,
+            message_bytes(self.question(0)) / self.rows,
+            message_bytes(answer) / self.rows,
             Tally(*total),
         )
 

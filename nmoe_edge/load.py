@@ -29,7 +29,7 @@ BUDGET_S = 1.0
 """What a question gives a device, as nmoe-edge infer does."""
 _GIVEN_UP_NS = 1_250_000_000
 """After it was sent: the budget, and the way there and back."""
-CONNECT_S, _FULL_S = 3.0, 0.05
+_CONNECT_S, _FULL_S = 3.0, 0.05
 """The longest that a way to the device is waited for: at first, and when it takes no more."""
 _LOOK_NS = 100_000_000
 """The longest between two looks at what is to be given up."""
@@ -49,6 +49,8 @@ class Drive:
     rows: int = 0
     at_home: int = 0
     degraded: int = 0
+    answer: Message | None = None
+    """The last one."""
     refusal: str = ""
     """The last one, for a person."""
 
@@ -75,9 +77,9 @@ def drive(
 
     def ask(due: int) -> None:
         number = next(numbers)
-        sent = line.send(question(number), _FULL_S if found.asked else CONNECT_S)
+        sent = line.send(question(number), _FULL_S if found.asked else _CONNECT_S)
         if not sent and not found.asked:
-            raise BenchError(f"{line.address}: no way there for {CONNECT_S:.0f} s; is it serving?")
+            raise BenchError(f"{line.address}: no way there for {_CONNECT_S:.0f} s; is it serving?")
         found.asked += 1
         if sent:
             under_way[number] = (due, clock())
@@ -117,6 +119,7 @@ def _take(found: Drive, reply: Message, asked: tuple[int, int] | None, own: int)
     elif isinstance(reply, Answer | Result):
         outputs = reply.outputs.unpack()
         found.took_ns.append(time.monotonic_ns() - asked[0])
+        found.answer = reply
         found.rows += len(outputs)
         if isinstance(reply, Result):
             degraded = sum(row.degraded for row in reply.rows)
@@ -147,7 +150,7 @@ def poisson(rate: float, seed: int) -> Iterator[float]:
 def greet(line: Line, manifest: Manifest) -> Welcome:
     """Introduce this bundle's device to a peer; BenchError where it is not welcome."""
     hello = Hello(manifest.device, manifest.expert, manifest.trunk_bytes, (), bundle=manifest.digest)
-    reply = line.receive(CONNECT_S) if line.send(hello, CONNECT_S) else None
+    reply = line.receive(_CONNECT_S) if line.send(hello, _CONNECT_S) else None
     if isinstance(reply, Refuse):
         raise BenchError(f"{line.address}: {manifest.device} is not welcome: {refusal(reply)}")
     if not isinstance(reply, Welcome):

@@ -75,7 +75,7 @@ EDGE = LEAVES | {
     "tables": ("program", "samples", "board", "probe", "record"),
     "bench": (
         *("__init__", "errors", "schema", "board", "bundle", "fleet", "keys", "place", "client"),
-        *("probe", "load", "record", "protocol.messages"),
+        *("probe", "load", "record"),
     ),
     "bench_cli": ("program", "samples", "record", "tables", "bench"),
     "screens": ("program", "bundle", "fleet", "client"),

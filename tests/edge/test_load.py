@@ -130,7 +130,7 @@ def test_a_peer_welcomes_us_and_its_expert_is_asked(fleet):
 
 @pytest.mark.socket
 def test_where_nobody_is_there_is_no_way(fleet, monkeypatch):
-    monkeypatch.setattr("nmoe_edge.load.CONNECT_S", 0.1)
+    monkeypatch.setattr("nmoe_edge.load._CONNECT_S", 0.1)
     (port,) = free_ports(1)
     line = Line(f"tcp://127.0.0.1:{port}")
     with pytest.raises(BenchError, match="no answer to our Hello"):
