@@ -134,7 +134,7 @@ def compare(old: Path, new: Path) -> None:
     """Compare two records that --json has kept; exit 1 when B is worse than A by more than chance.
 
     The medians of rounds are compared by their ranks: worse is what is slower in nearly every pair of rounds, and by
-    more than 3 %. Another bundle or another machine is a warning.
+    more than 5 %. Another bundle or another machine is a warning.
     """
     from nmoe_edge.record import read_record
     from nmoe_edge.samples import change

@@ -25,8 +25,8 @@ TOO_SPREAD = 1.10
 """Between the medians of rounds; over it a figure is not worth copying."""
 DOUBT = 0.005
 """On either side of an interval: it holds the true ratio 99 times in a hundred."""
-LEAST_CHANGE = 0.03
-"""A smaller change is nobody's concern: two runs of one program differ so much by how its memory lies."""
+LEAST_CHANGE = 0.05
+"""What two runs of one program may differ by, minutes apart, that neither shows within itself."""
 MOST_ROUNDS = 30
 
 Verdict = Literal["same", "better", "worse", "too few rounds"]
