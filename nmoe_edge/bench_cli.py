@@ -37,8 +37,6 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5 
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
         return tuple(dict.fromkeys(self.kind.convert(word.strip(), param, ctx) for word in value.split(",")))
 
 

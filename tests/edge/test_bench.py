@@ -13,7 +13,7 @@ import pytest
 from edge.fleets import Processes, address_of, nodes, pinned
 
 from nmoe_edge import probe
-from nmoe_edge.bench import Plan, measure
+from nmoe_edge.bench import Plan, _probed, measure
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.cli import main
 from nmoe_edge.client import Client
@@ -61,11 +61,13 @@ def test_a_bundle_is_measured_and_a_slower_one_is_worse(tiny_fleet, tmp_path, nm
     same = nmoe_edge("bench", "compare", kept, kept)
     assert (same.exit_code, same.output.count("| same ")) == (0, len(record.rows))
     plain = json.loads(kept.read_text())
-    plain["rows"][-1]["parts"] = [[9 * ns for ns in part] for part in plain["rows"][-1]["parts"]]
-    (tmp_path / "b.json").write_text(json.dumps(plain))
-    worse = nmoe_edge("bench", "compare", kept, tmp_path / "b.json")
+    for name, ns in (("fast", 1000), ("slow", 2000)):  # what was measured may be too noisy to tell anything
+        plain["rows"][-1]["parts"] = [[ns]] * 5
+        (tmp_path / f"{name}.json").write_text(json.dumps(plain))
+    worse = nmoe_edge("bench", "compare", tmp_path / "fast.json", tmp_path / "slow.json")
     assert (worse.exit_code, worse.output.count("| worse ")) == (1, 1)
-    assert nmoe_edge("bench", "compare", tmp_path / "b.json", kept).output.count("| better ") == 1
+    better = nmoe_edge("bench", "compare", tmp_path / "slow.json", tmp_path / "fast.json")
+    assert (better.exit_code, better.output.count("| better ")) == (0, 1)
 
 
 def test_a_probe_prints_what_it_saw_of_itself(tiny_fleet, monkeypatch, capsys):
@@ -220,6 +222,20 @@ def test_both_commands_explain_themselves(nmoe_edge):
     assert nmoe_edge("bench", "--help").output == nmoe_edge("bench", "run", "--help").output
     assert "Examples: nmoe-edge bench bundles/digits/device-00" in nmoe_edge("bench", "-h").output
     assert "Example: nmoe-edge bench compare before.json after.json" in nmoe_edge("bench", "compare", "--help").output
+
+
+def test_a_bundle_that_is_swapped_meanwhile_is_said(tiny_fleet):
+    with pytest.raises(BenchError, match="another bundle took its place"):
+        _probed(
+            Plan(tiny_fleet / "attic", duration_s=0.1, rounds=1), 1, read_bundle(tiny_fleet / "barn").manifest.digest
+        )
+
+
+@pytest.mark.socket
+def test_a_rate_at_which_nobody_comes_measures_nothing(fleet, quiet):
+    plan = Plan(fleet / "barn", fleet=fleet / FLEET_FILE, duration_s=0.1, rounds=1, rate=0.01)
+    with nodes(fleet, "barn"), pytest.raises(BenchError, match="none was answered, 0 were refused; try another --rate"):
+        measure(plan, quiet)
 
 
 def test_a_process_that_dies_or_hangs_is_one_line(tiny_fleet, quiet, monkeypatch):

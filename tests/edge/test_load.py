@@ -113,7 +113,7 @@ def test_a_peer_welcomes_us_and_its_expert_is_asked(fleet):
         welcome = greet(line, manifest)
         assert (welcome.device, welcome.expert) == ("barn", 1)
         question = asking(np.ones((2, 4), "f4"), "int8", 1, 1, manifest.trunk_bytes)
-        assert settled(line, question, numbers, 1) in (True, False)  # a busy machine may not settle
+        settled(line, question, numbers, 1)  # whether it does is the machine's business
         found = drive(line, question, numbers, 0.1, clients=2)
         assert (found.asked, found.rows, found.refused) == (len(found.took_ns), len(found.took_ns), 0)
         wrong = asking(np.ones((2, 4), "f4"), "int8", 1, 2, manifest.trunk_bytes)
