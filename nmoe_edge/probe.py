@@ -28,6 +28,7 @@ BATCHES = (1, 8)
 MOST_INPUTS = 16
 """Of the self-test's, that are cycled."""
 WHOLE = "whole path"
+Answering = Callable[["NDArray[Any]"], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +103,25 @@ def main() -> None:
         gc.freeze()
         trim()
         mark("ready")
+        answer = _whole_path(models)
         began = time.perf_counter_ns()
-        _answer(models, inputs[:1])
+        answer(inputs[:1])
         first_ns = time.perf_counter_ns() - began
         mark("first answer")
         # Every batch is a view of one array: what a device does not hold is not to count as its memory.
         again = np.concatenate([inputs] * (1 + -(-max(BATCHES) // len(inputs))))[: len(inputs) + max(BATCHES) - 1]
-        batches = []
+        taken = []
         for rows in BATCHES:
             fed = [again[i : i + rows] for i in range(len(inputs))]
-            batches.append(_batch(models, fed, rows, float(seconds) / len(BATCHES)))
+            taken.append(_taken(models, answer, fed, float(seconds) / len(BATCHES)))
         mark("steady")
     except EdgeError as error:
         sys.exit(str(error))
     memory = read_memory()
+    batches = [
+        Batch(rows, settled, mean_w, {step: tuple(samples) for step, samples in by_step.items()})
+        for rows, (settled, mean_w, by_step) in zip(BATCHES, taken, strict=True)
+    ]
     probe = Probe(
         models.manifest.digest,
         RUNTIME,
@@ -129,7 +135,9 @@ def main() -> None:
     print(json.dumps(to_plain(probe)))
 
 
-def _batch(models: Models, fed: list[NDArray[Any]], rows: int, seconds: float) -> Batch:
+def _taken(
+    models: Models, answer: Answering, fed: list[NDArray[Any]], seconds: float
+) -> tuple[bool, float | None, dict[str, array[int]]]:
     """The three graphs one by one and the whole path, in turn, so that what slows one of them slows all."""
     from nmoe_edge.samples import BLOCK_S, settle
 
@@ -138,12 +146,12 @@ def _batch(models: Models, fed: list[NDArray[Any]], rows: int, seconds: float) -
         "extractor": lambda i: models.extractor(fed[i]),
         "gate": lambda i: models.gate(latents[i]),
         "expert": lambda i: models.expert(latents[i]),
-        WHOLE: lambda i: _answer(models, fed[i]),
+        WHOLE: lambda i: answer(fed[i]),
     }
     settled = settle(lambda: _in_turn(steps, len(fed), BLOCK_S)[WHOLE], time.monotonic)
     meter = Meter(time.monotonic_ns())
     taken = _in_turn(steps, len(fed), seconds, meter)
-    return Batch(rows, settled, meter.mean_w, {name: tuple(samples) for name, samples in taken.items()})
+    return settled, meter.mean_w, taken
 
 
 def _in_turn(
@@ -167,20 +175,25 @@ def _in_turn(
     return taken
 
 
-def _answer(models: Models, rows: NDArray[Any]) -> object:
+def _whole_path(models: Models) -> Answering:
     """A device's whole work on rows that stay at home: graphs, route, exchange, combination."""
     from nmoe_edge.protocol.exchange import Call, Exchange
     from nmoe_edge.protocol.routing import route
 
-    own, routing = models.manifest.expert, models.manifest.routing
-    latents = models.extractor(rows)
-    found = route(models.gate(latents), own, (own,), routing.top_k)
-    numbers = iter(range(models.manifest.experts))
-    exchange = Exchange(found, models.manifest.outputs, numbers, deadline=float("inf"), combination=routing.combination)
-    for call in exchange.start(0.0):
-        if isinstance(call, Call):
-            exchange.answered(call.request, own, models.expert(latents), 0.0)
-    return exchange.result()
+    manifest = models.manifest
+    own, outputs, routing = manifest.expert, manifest.outputs, manifest.routing
+
+    def answer(rows: NDArray[Any]) -> object:
+        latents = models.extractor(rows)
+        found = route(models.gate(latents), own, (own,), routing.top_k)
+        numbers = iter(range(manifest.experts))
+        exchange = Exchange(found, outputs, numbers, deadline=float("inf"), combination=routing.combination)
+        for call in exchange.start(0.0):
+            if isinstance(call, Call):
+                exchange.answered(call.request, own, models.expert(latents), 0.0)
+        return exchange.result()
+
+    return answer
 
 
 if __name__ == "__main__":

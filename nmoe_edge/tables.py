@@ -108,7 +108,7 @@ def _conditions(record: Record) -> Iterator[tuple[str, str, str]]:
     memory = None if machine.memory_bytes is None else f"{machine.memory_bytes / 2**30:.1f} GiB"
     sizes = ", ".join(f"{name} {count:,}" for name, count in bundle.files.items())
     for what, value in (
-        ("bundle", f"{bundle.digest[:12]} of {bundle.device}; {bundle.precision}"),
+        ("bundle", f"{bundle.digest[:12]} of {bundle.device}; {bundle.precision}, latents {bundle.latents}"),
         ("bytes on disk", f"{sum(bundle.files.values()):,}: {sizes}"),
         ("board", machine.board),
         ("CPU", machine.cpu),
@@ -128,7 +128,7 @@ def _conditions(record: Record) -> Iterator[tuple[str, str, str]]:
     yield "°C", _dash(one.temperature_c, ".1f"), _dash(other.temperature_c, ".1f")
     yield "throttled", _dash(one.throttled), _dash(other.throttled)
     yield "power from", _dash(one.power), _dash(other.power)
-    yield "UTC", record.began, ""
+    yield "UTC, seconds", f"{record.began}, {record.duration_s:g} for each scenario", ""
 
 
 def _caption(record: Record) -> str:
