@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nmoe_edge.bench_cli import bench
 from nmoe_edge.errors import EdgeError
 from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
 from nmoe_edge.screens import answer_lines, bundle_table, fleet_table, ready_line, status_table
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 @click.version_option(package_name="nmoe", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run one device of a networked mixture of experts."""
+
+
+cli.add_command(bench)
 
 
 @cli.command(epilog="Example: nmoe-edge inspect fleet/kitchen")
@@ -216,22 +220,9 @@ def _access(f: Any) -> Any:
 def _client(address: str, fleet: Path | None, key: Path | None) -> Client:
     """A client of the device at this address; its keys from the fleet's file and a device's own."""
     from nmoe_edge.client import Client
-    from nmoe_edge.errors import FleetError
-    from nmoe_edge.fleet import read_fleet
-    from nmoe_edge.keys import key_path, read_key
+    from nmoe_edge.keys import keys_to
 
-    if fleet is None:
-        if key is not None:
-            raise FleetError("--key needs --fleet, which says what key the device has")
-        return Client(address)
-    devices = [device for device in read_fleet(fleet).device if device.address == address]
-    if not devices:
-        raise FleetError(f"{fleet}: no device has the address {address}")
-    if devices[0].public_key is None:
-        return Client(address)
-    return Client(
-        address, read_key(key if key is not None else key_path(fleet, devices[0].name)), devices[0].public_key
-    )
+    return Client(address, *keys_to(address, fleet, key))
 
 
 @cli.command(

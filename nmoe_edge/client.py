@@ -1,10 +1,14 @@
-"""What an application uses: inputs to a device, answers back. Any thread may call it."""
+"""What an application uses: inputs to a device, answers back. Any thread may call it.
+
+Below it a Line, one connection and nothing more, for whoever keeps the time himself.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import secrets
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +71,68 @@ def refusal(refuse: Refuse) -> str:
     return what + (f": {refuse.detail}" if refuse.detail else "")
 
 
+class Line:
+    """A connection to a device, of one thread: messages out, messages in."""
+
+    def __init__(
+        self,
+        address: str,
+        keys: KeyPair | None = None,
+        server_key: str | None = None,
+        *,
+        connections: int = 1,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Several connections take turns, as if as many clients asked; context: None: one of its own."""
+        self.address = address
+        self._context = zmq.Context() if context is None else context
+        self._lent = context is not None
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # what cannot leave now is not kept for later
+        self._socket.setsockopt(zmq.IPV6, "[" in address)
+        if keys is not None and server_key is not None:
+            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
+            self._socket.curve_serverkey = server_key.encode()
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
+        try:
+            for _ in range(connections):
+                self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise CallError(f"{address}: {error.strerror or error}; tcp://HOST:PORT is due") from error
+
+    def send(self, message: Message, wait_s: float) -> bool:
+        """False when there was no way to the device in all that time."""
+        frames = encode(message)
+        if send_frames(self._socket, frames):
+            return True
+        return writable(self._socket, max(1, int(wait_s * 1000))) and send_frames(self._socket, frames)
+
+    def receive(self, wait_s: float) -> Message | None:
+        """The next message; None when none comes in time. CallError where it is no message."""
+        until = time.monotonic() + wait_s
+        while not waiting((self._socket,)):
+            left = until - time.monotonic()
+            if left <= 0:
+                return None
+            try:
+                select.select([self._descriptor], [], [], left)  # to the microsecond; libzmq's poll counts milliseconds
+            except ValueError:  # a descriptor over 1023, which select does not know
+                waiting((self._socket,), max(1, int(left * 1000)))
+        first, rest = receive_frames(self._socket)
+        try:
+            return decode([first.bytes, *rest], _CAPS)
+        except RemoteProtocolError as error:
+            raise CallError(f"{self.address} does not speak as we do: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the device."""
+        self._socket.close(0)
+        if not self._lent:
+            self._context.term()
+
+
 class Client:
     """A device, seen from an application beside it."""
 
@@ -76,7 +142,7 @@ class Client:
             raise CallError("keys come in twos: one's own pair, and the device's public key")
         self.address, self._keys, self._server_key = address, keys, server_key
         self._context = zmq.Context()
-        self._idle: list[zmq.Socket[bytes]] = []
+        self._idle: list[Line] = []
         self._lock = threading.Lock()
         self._lent, self._closed = 0, False
         self._numbers = itertools.count(secrets.randbits(60))
@@ -106,8 +172,8 @@ class Client:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for socket in idle:
-            socket.close(0)
+        for line in idle:
+            line.close()
         if not self._lent:  # else whoever comes back last
             self._context.term()
 
@@ -124,17 +190,9 @@ class Client:
         number = next(self._numbers)
         message = question(number)
         until = time.monotonic() + wait_s
-        with self._borrowed() as socket:
-            frames = encode(message)
-            sent = send_frames(socket, frames)
-            if not sent and writable(socket, max(1, int(wait_s * 1000))):
-                sent = send_frames(socket, frames)
-            while sent and (left := until - time.monotonic()) > 0 and waiting((socket,), max(1, int(left * 1000))):
-                first, rest = receive_frames(socket)
-                try:
-                    reply = decode([first.bytes, *rest], _CAPS)
-                except RemoteProtocolError as error:
-                    raise CallError(f"{self.address} does not speak as we do: {error}") from error
+        with self._borrowed() as line:
+            line.send(message, wait_s)  # no way there in all that time: said below
+            while (left := until - time.monotonic()) > 0 and (reply := line.receive(left)) is not None:
                 if getattr(reply, "request", None) == number:
                     return reply
             raise CallError(
@@ -142,46 +200,34 @@ class Client:
             )
 
     @contextlib.contextmanager
-    def _borrowed(self) -> Iterator[zmq.Socket[bytes]]:
-        """A socket for one call; it goes back when the call went well."""
-        socket = self._taken()
+    def _borrowed(self) -> Iterator[Line]:
+        """A line for one call; it goes back when the call went well."""
+        line = self._taken()
         well = False
         try:
-            yield socket
+            yield line
             well = True
         finally:
-            self._given_back(socket, well)
+            self._given_back(line, well)
 
-    def _taken(self) -> zmq.Socket[bytes]:
+    def _taken(self) -> Line:
         with self._lock:
             if self._closed:
                 raise CallError("the client is closed")
-            socket = self._idle.pop() if self._idle else self._connected()
+            line = self._idle.pop() if self._idle else self._connected()
             self._lent += 1
-            return socket
+            return line
 
-    def _given_back(self, socket: zmq.Socket[bytes], well: bool) -> None:
+    def _given_back(self, line: Line, well: bool) -> None:
         with self._lock:
             self._lent -= 1
             if well and not self._closed:
-                self._idle.append(socket)
+                self._idle.append(line)
                 return
-            socket.close(0)
+            line.close()
             last = self._closed and not self._lent
         if last:
             self._context.term()
 
-    def _connected(self) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # what cannot leave now is not kept for later
-        socket.setsockopt(zmq.IPV6, "[" in self.address)
-        if self._keys is not None and self._server_key is not None:
-            socket.curve_publickey, socket.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()
-            socket.curve_serverkey = self._server_key.encode()
-        try:
-            socket.connect(self.address)
-        except zmq.ZMQError as error:
-            socket.close(0)
-            raise CallError(f"{self.address}: {error.strerror or error}; tcp://HOST:PORT is due") from error
-        return socket
+    def _connected(self) -> Line:
+        return Line(self.address, self._keys, self._server_key, context=self._context)

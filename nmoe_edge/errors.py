@@ -10,6 +10,7 @@
     ├── InputError                a file that is no input of this model
     ├── KeyFileError              a key file that is missing, no key, or open to others
     ├── NetworkError              an address that cannot be had, or must not be without keys
+    ├── BenchError                a measurement that could not be made, or a file that is the record of none
     └── CallError                 the device that an application asked does not answer, or refuses
 
 A silent peer is weather, not failure: it comes back as data and is never raised.
@@ -61,6 +62,10 @@ class KeyFileError(EdgeError):
 
 class NetworkError(EdgeError):
     """A socket that cannot be had."""
+
+
+class BenchError(EdgeError):
+    """Something could not be measured, or is no record of a measurement."""
 
 
 class CallError(EdgeError):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import zmq
 
-from nmoe_edge.errors import KeyFileError
-from nmoe_edge.fleet import Fleet
+from nmoe_edge.errors import FleetError, KeyFileError
+from nmoe_edge.fleet import Fleet, read_fleet
 
 _Z85_KEY = re.compile(rb"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\n?")
 
@@ -87,6 +87,26 @@ def keys_folder(fleet_file: Path) -> Path:
     """Where keys are written by default: outside the fleet's folder, which is copied about and exported over."""
     folder = fleet_file.parent.resolve()
     return folder.with_name(f"{folder.name}-keys")
+
+
+def keys_to(
+    address: str, fleet_file: Path | None, key: Path | None, asker: str | None = None
+) -> tuple[KeyPair, str] | tuple[None, None]:
+    """Whom to be and whom to meet at an address: one's own pair, and the device's public key; nothing without keys.
+
+    asker: the device that asks, where that is not the one at the address itself; key: its key file.
+    """
+    if fleet_file is None:
+        if key is not None:
+            raise FleetError("--key needs --fleet, which says what key the device has")
+        return None, None
+    devices = [device for device in read_fleet(fleet_file).device if device.address == address]
+    if not devices:
+        raise FleetError(f"{fleet_file}: no device has the address {address}")
+    if devices[0].public_key is None:
+        return None, None
+    path = key if key is not None else key_path(fleet_file, asker if asker is not None else devices[0].name)
+    return read_key(path), devices[0].public_key
 
 
 def with_keys(fleet: Fleet, names: Sequence[str], folder: Path) -> Fleet:

@@ -27,6 +27,7 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 CPU = "CPUExecutionProvider"
 PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": CPU}
 """Ours -> onnxruntime's name, the fastest first."""
+RUNTIME: str = onnxruntime.__version__
 _FATAL_ONLY = 4
 """onnxruntime's log level: what goes wrong is raised as well, and said by us in one line."""
 
@@ -100,14 +101,22 @@ def _one_line(error: Exception) -> str:
 class Models:
     """Extractor, gate and the personal expert of one device, and what their bundle says of them."""
 
-    def __init__(self, bundle: Bundle, threads: int = 1, provider: str = "cpu") -> None:
-        """Open the three sessions; provider: auto, or one of PROVIDERS."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int = 1,
+        provider: str = "cpu",
+        on_open: Callable[[str], object] = lambda _graph: None,
+    ) -> None:
+        """Open the three sessions; provider: auto, or one of PROVIDERS; on_open: told of each that is open."""
         manifest = self.manifest = bundle.manifest
         self.labels = bundle.labels
         latent, graphs = (manifest.latent.dim,), bundle.contents
 
         def opened(name: str, row_in: tuple[int, ...], row_out: tuple[int, ...]) -> Graph:
-            return _opened(f"{name}.onnx", graphs[f"{name}.onnx"], row_in, row_out, threads, provider)
+            graph = _opened(f"{name}.onnx", graphs[f"{name}.onnx"], row_in, row_out, threads, provider)
+            on_open(name)
+            return graph
 
         self.extractor = opened("extractor", manifest.input.shape, latent)
         """inputs (rows, *input) -> latents (rows, latent)"""

@@ -42,7 +42,6 @@ from nmoe_edge.protocol.messages import (
     Hello,
     Infer,
     Leave,
-    Message,
     Ping,
     Reason,
     Refuse,
@@ -53,7 +52,7 @@ from nmoe_edge.protocol.messages import (
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.schema import to_plain
 from nmoe_edge.service import Service
-from nmoe_edge.sockets import Sender, Sockets
+from nmoe_edge.sockets import Heard, Sockets
 from nmoe_edge.state import forget_mix, keep_mix, kept_mix
 
 _TURN_S = 1.0
@@ -230,7 +229,7 @@ class Node:
         wake_at = 0.0 if self._front.finished else min(self._peers.wake_at, self._origin.wake_at)
         began = self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S))
         for heard in self._sockets.heard():
-            self._hear(*heard, time.monotonic())
+            self._hear(heard, time.monotonic())
         self._service.run()
         now = time.monotonic()
         while self._inbox:
@@ -238,9 +237,8 @@ class Node:
         if self._front.offered:
             self._front.start()
             now = time.monotonic()
-        if self._front.finished:
-            for job in self._front.done(_JOBS_A_TURN):
-                self._origin.extracted(job, now)
+        for job in self._front.done(_JOBS_A_TURN) if self._front.finished else ():
+            self._origin.extracted(job, now)
         if now >= self._peers.wake_at:
             for expert in self._peers.tick(now):
                 self._origin.lost(expert, now)
@@ -258,9 +256,8 @@ class Node:
             self._origin.cost_s = self._busy_s / self._origin.finished
             self._origin.finished, self._busy_s = 0, 0.0
 
-    def _hear(
-        self, message: Message | None, request: int | None, sender: Sender | None, expert: int, now: float
-    ) -> None:
+    def _hear(self, heard: Heard, now: float) -> None:
+        message, request, sender, expert = heard
         if sender is not None and type(message) is Ask and self._leaving_at is None:  # most of what comes
             self._service.offer(sender, message, now)
         elif sender is None:

@@ -14,7 +14,23 @@ PACKAGES = ("nmoe_edge", "nmoe_export", "nmoe_train")
 
 # Module of nmoe_edge -> the modules of nmoe_edge that it may import. A module that is not listed fails the test.
 LEAVES: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("__init__", "errors", "schema", "npz", "folders", "onnxfile", "program", "protocol", "counts", "log", "memory"), ()
+    (
+        *(
+            "__init__",
+            "errors",
+            "schema",
+            "npz",
+            "folders",
+            "onnxfile",
+            "program",
+            "protocol",
+            "counts",
+            "log",
+            "memory",
+        ),
+        *("samples", "board"),
+    ),
+    (),
 )
 EDGE = LEAVES | {
     "protocol.tensor": ("errors",),
@@ -54,6 +70,21 @@ EDGE = LEAVES | {
         *("errors", "schema", "counts", "log", "memory", "bundle", "models", "place", "state", "client"),
         *("sockets", "peers", "service", "front", "origin", "protocol.messages", "protocol.tensor"),
     ),
+    "probe": (
+        *("errors", "schema", "memory", "samples", "board", "bundle", "models"),
+        *("protocol.exchange", "protocol.routing"),
+    ),
+    "load": (
+        *("errors", "samples", "board", "manifest", "client"),
+        *(f"protocol.{part}" for part in ("messages", "tensor", "wire")),
+    ),
+    "record": ("errors", "schema", "samples", "board"),
+    "tables": ("program", "samples", "board", "probe", "record"),
+    "bench": (
+        *("__init__", "errors", "schema", "board", "bundle", "fleet", "keys", "place", "client"),
+        *("probe", "load", "record"),
+    ),
+    "bench_cli": ("program", "samples", "record", "tables", "bench"),
     "screens": ("program", "bundle", "fleet", "client"),
     "cli": (
         *(
@@ -61,6 +92,7 @@ EDGE = LEAVES | {
             "schema",
             "program",
             "screens",
+            "bench_cli",
             "log",
             "memory",
             "manifest",
@@ -94,7 +126,7 @@ ONLY_IN = {
     "zeroconf": {"discover"},
     "ifaddr": {"discover"},
     "zmq": {"frames", "sockets", "client", "keys"},
-    "click": {"cli", "program"},
+    "click": {"cli", "bench_cli", "program"},
     "torch": set(),
     "onnx": set(),
 }

@@ -26,7 +26,7 @@ SHELL_LINES = [line for block in SHELL_BLOCKS for line in block.splitlines() if 
 def parse(program, arguments):
     """Parse a command line as its program would, and run nothing; click's UsageError when it cannot be."""
     command, context = PROGRAMS[program], click.Context(PROGRAMS[program])
-    if isinstance(command, click.Group) and not arguments[0].startswith("-"):
+    while isinstance(command, click.Group) and not arguments[0].startswith("-"):
         name, command, arguments = command.resolve_command(context, arguments)
         assert command is not None, name
     # Asking for help ends a parse; here it only has to be known.
@@ -35,7 +35,8 @@ def parse(program, arguments):
 
 def commands(group):
     """Every command of a program, itself among them."""
-    return [group, *(group.commands.values() if isinstance(group, click.Group) else ())]
+    inside = group.commands.values() if isinstance(group, click.Group) else ()
+    return [group, *(command for member in inside for command in commands(member))]
 
 
 def test_the_readme_shows_commands():

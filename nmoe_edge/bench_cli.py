@@ -1,0 +1,146 @@
+"""`nmoe-edge bench`: measure a bundle on this device, and compare two measurements."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nmoe_edge.program import SETTINGS
+
+_LATENTS = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
+
+
+class _DefaultGroup(click.Group):
+    """What is not one of its commands is the first argument of `run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._named(args))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, self._named(args))
+
+    def _named(self, args: list[str]) -> list[str]:
+        return args if args and args[0] in self.commands else ["run", *args]
+
+
+class _List(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5 alone
+    """Words between commas, each of them once."""
+
+    name = "list"
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return tuple(dict.fromkeys(self.kind.convert(word.strip(), param, ctx) for word in value.split(",")))
+
+
+@click.group(cls=_DefaultGroup, context_settings=SETTINGS)
+def bench() -> None:
+    """Measure latency and memory of a BUNDLE on this device; `bench compare` puts two measurements side by side."""
+
+
+@bench.command(
+    epilog="""\b
+Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before.json
+          nmoe-edge bench device-00 --at tcp://192.0.2.7:7101 --fleet fleet.toml --rate 50
+          nmoe-edge bench compare before.json after.json
+"""
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--threads", type=_List(click.IntRange(1, 256)), default="1", show_default=True, help="CPU threads a graph."
+)
+@click.option(
+    "--provider",
+    type=click.Choice(("auto", "cpu", "cuda", "tensorrt")),
+    default="auto",
+    show_default=True,
+    help="What runs the models.",
+)
+@click.option("--at", metavar="tcp://HOST:PORT", multiple=True, help="Measure this peer's expert; may be given again.")
+@click.option(
+    "--latents",
+    "--precision",
+    type=_List(click.Choice(tuple(_LATENTS))),
+    default="int8,fp16,fp32",
+    show_default=True,
+    help="On the wire to a peer.",
+)
+@click.option("--fleet", type=click.Path(path_type=Path), help="Measure the whole path among the devices of this file.")
+@click.option("--key", type=click.Path(path_type=Path), help="This device's key file.  [default: see keygen]")
+@click.option(
+    "--duration", type=click.FloatRange(0.1, 3600), default=10, show_default=True, help="Seconds for each scenario."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1, 30), default=5, show_default=True, help="That the time is divided into."
+)
+@click.option(
+    "--clients", type=click.IntRange(1, 256), default=1, show_default=True, help="That ask the fleet at a time."
+)
+@click.option("--rate", type=click.FloatRange(0.01, 1e5), help="Also ask the fleet so often a second, by chance.")
+@click.option("--json", "record_file", type=click.Path(path_type=Path), help="Keep every sample in this file.")
+def run(
+    bundle: Path,
+    threads: tuple[int, ...],
+    provider: str,
+    at: tuple[str, ...],
+    latents: tuple[str, ...],
+    fleet: Path | None,
+    key: Path | None,
+    duration: float,
+    rounds: int,
+    clients: int,
+    rate: float | None,
+    record_file: Path | None,
+) -> None:
+    """Measure what BUNDLE takes here, time and memory; with --at a peer's expert, with --fleet the fleet.
+
+    The word `run` may be left out. `nmoe-edge bench compare` puts two measurements side by side.
+
+    Inputs are those of the bundle's self-test. Every number of threads has a fresh process in every round. The device
+    of this bundle is asked where it serves already, and learns from that if it adapts; else it is served meanwhile.
+    """
+    import signal
+
+    from nmoe_edge.bench import Plan, measure
+    from nmoe_edge.record import check_writable, write_record
+    from nmoe_edge.tables import record_tables
+
+    if fleet is None and (rate is not None or clients > 1):
+        raise click.UsageError("--rate and --clients are for a fleet: give --fleet too")
+    if record_file is not None:
+        check_writable(record_file)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended with it
+    types = tuple(_LATENTS[name] for name in latents)
+    plan = Plan(bundle, threads, provider, at, types, fleet, key, duration, rounds, clients, rate)
+    record = measure(plan, lambda text: click.echo(text, err=True))
+    if record_file is not None:
+        write_record(record_file, record)
+    click.echo(record_tables(record))
+
+
+@bench.command(epilog="Example: nmoe-edge bench compare before.json after.json")
+@click.argument("old", type=click.Path(path_type=Path), metavar="A.json")
+@click.argument("new", type=click.Path(path_type=Path), metavar="B.json")
+def compare(old: Path, new: Path) -> None:
+    """Compare two records that --json has kept; exit 1 when B is worse than A by more than chance.
+
+    The medians of rounds are compared by their ranks: worse is what is slower in nearly every pair of rounds, and by
+    more than 5 %. Another bundle or another machine is a warning.
+    """
+    from nmoe_edge.record import read_record
+    from nmoe_edge.samples import change
+    from nmoe_edge.tables import comparison_tables
+
+    first, second = read_record(old), read_record(new)
+    after = {row.name: row for row in second.rows}
+    pairs = [(row, after[row.name]) for row in first.rows if row.name in after]
+    changes = [(a, b, change(a.parts, b.parts)) for a, b in pairs]
+    click.echo(comparison_tables(first, second, changes))
+    sys.exit(1 if any(it.verdict == "worse" for _, _, it in changes) else 0)

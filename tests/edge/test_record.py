@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from nmoe_edge.board import Machine, Moment
+from nmoe_edge.errors import BenchError
+from nmoe_edge.record import Record, Row, Stage, Start, Subject, Tally, check_writable, read_record, write_record
+from nmoe_edge.samples import change
+from nmoe_edge.schema import to_plain
+from nmoe_edge.tables import comparison_tables, record_tables
+
+CALM = Moment(0.1, "performance", 2400.0, 2400.0, 50.0, "no", "mains")
+ALIKE = ((1_000_000,) * 20,) * 5
+
+
+def step(what, ns, **rest):
+    return Row("local", what, "1 thread", 1, ((ns,) * 1500,) * 5, **rest)
+
+
+@pytest.fixture
+def record():
+    stages = (Stage("python", (20_000_000,) * 5, (14_000_000,) * 5), Stage("ready", (300_000_000,) * 5, (None,) * 5))
+    wire = {"sent_bytes": 132.0, "received_bytes": 104.5, "tally": Tally(100, 1, 2, 97, 50, 7)}
+    return Record(
+        schema=1,
+        began="2025-11-21T12:00:00Z",
+        nmoe="0.1.0",
+        python="3.11.2",
+        runtime="1.20.0",
+        provider="CPUExecutionProvider",
+        machine=Machine("Raspberry Pi 5", "Arm Cortex-A76", 4, 8 * 2**30, None),
+        before=CALM,
+        after=CALM,
+        bundle=Subject("attic", "0123" * 16, "extractor int8, gate fp32, expert fp32", "int8", {"gate.onnx": 900}),
+        duration_s=10.0,
+        starts=(Start("1 thread", stages, (30_000_000,) * 5, (None,) * 5),),
+        rows=(
+            Row("start", "first answer", "1 thread", 1, ((5_000_000,),) * 5),
+            step("extractor", 800_000),
+            step("gate", 50_000),
+            step("expert", 150_000),
+            step("whole path", 1_010_000, mean_w=5.0),
+            Row("peer", "ask of expert 1", "int8", 8, ALIKE, **wire),
+            Row("fleet", "closed loop, 1 client", "attic", 1, ALIKE, **wire),
+        ),
+    )
+
+
+def changed(record, name, by):
+    """With a row that takes so many times as long."""
+    rows = (
+        replace(row, parts=tuple(tuple(int(ns * by) for ns in part) for part in row.parts)) if row.what == name else row
+        for row in record.rows
+    )
+    return replace(record, rows=tuple(rows))
+
+
+def compared(old, new):
+    changes = [(a, b, change(a.parts, b.parts)) for a, b in zip(old.rows, new.rows, strict=True)]
+    return comparison_tables(old, new, changes)
+
+
+def test_what_was_written_is_read(record, tmp_path):
+    write_record(tmp_path / "a.json", record)
+    assert read_record(tmp_path / "a.json") == record
+    write_record(tmp_path / "a.json", changed(record, "gate", 2))
+    assert read_record(tmp_path / "a.json") != record
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(record, tmp_path):
+    write_record(tmp_path / "a.json", record)
+    with pytest.raises(ValueError, match="JSON"):
+        write_record(tmp_path / "a.json", replace(record, duration_s=float("nan")))
+    assert read_record(tmp_path / "a.json") == record
+    with pytest.raises(BenchError, match="cannot be written"):
+        write_record(tmp_path, record)
+
+
+@pytest.mark.parametrize("place", [".", "nowhere/a.json", "a.json/b.json"])
+def test_a_place_that_cannot_be_written_to_is_known_before_the_work(tmp_path, place):
+    (tmp_path / "a.json").touch()
+    check_writable(tmp_path / "b.json")
+    with pytest.raises(BenchError, match="choose another place"):
+        check_writable(tmp_path / place)
+
+
+HOSTILE = {
+    "not JSON": "{",
+    "no object": "[1]",
+    "nothing": "",
+    "NaN": '{"schema": NaN}',
+    "another schema": '{"schema": 2, "new": 1}',
+    "an unknown key": {"colour": "red"},
+    "a schema of another type": {"schema": "1"},
+    "no rounds": {"rows": [{"scenario": "local", "what": "x", "setting": "", "rows": 1, "parts": []}]},
+    "a round without samples": {"rows": [{"scenario": "local", "what": "x", "setting": "", "rows": 1, "parts": [[]]}]},
+    "a negative time": {"rows": [{"scenario": "local", "what": "x", "setting": "", "rows": 1, "parts": [[-1]]}]},
+    "a time beyond all": {"rows": [{"scenario": "local", "what": "x", "setting": "", "rows": 1, "parts": [[2**70]]}]},
+    "a time that is true": {"rows": [{"scenario": "local", "what": "x", "setting": "", "rows": 1, "parts": [[True]]}]},
+    "a scenario of its own": {"rows": [{"scenario": "moon", "what": "x", "setting": "", "rows": 1, "parts": [[1]]}]},
+    "a row twice": {"rows": 2 * [{"scenario": "local", "what": "x", "setting": "", "rows": 1, "parts": [[1]]}]},
+    "too many rounds": {"rows": [{"scenario": "local", "what": "x", "setting": "", "rows": 1, "parts": [[1]] * 31}]},
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_what_is_no_record_is_refused_in_a_line_that_names_the_file(record, tmp_path, how):
+    bad, path = HOSTILE[how], tmp_path / "bad.json"
+    path.write_text(bad if isinstance(bad, str) else json.dumps(to_plain(record) | bad))
+    with pytest.raises(BenchError, match=r"bad\.json: no record of nmoe-edge bench: ") as refused:
+        read_record(path)
+    assert len(str(refused.value)) < 500
+
+
+def test_a_file_that_is_not_there_or_no_file_is_refused(tmp_path):
+    for path in (tmp_path / "nowhere.json", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(BenchError):
+            read_record(path)
+
+
+def test_a_report_shows_figures_beside_their_conditions_and_dashes_for_what_is_unknown(record):
+    lines = record_tables(record).splitlines()
+    assert lines[0] == "# attic on Raspberry Pi 5"
+    gate = next(line for line in lines if line.startswith("| gate"))
+    assert [cell.strip() for cell in gate.split("|")[4:11]] == [
+        "7,500",
+        "0.050",
+        "0.050",
+        "0.050",
+        "0.050",
+        "0.0%",
+        "–",
+    ]
+    whole = next(line for line in lines if line.startswith("| whole path"))
+    assert [cell.strip() for cell in whole.split("|")[-3:-1]] == ["5.00", "5.050"]  # W, mJ
+    peer = next(line for line in lines if line.startswith("| ask of expert 1") and "132" in line)
+    assert [cell.strip() for cell in peer.split("|")[4:11]] == ["132", "104", "100", "–", "–", "1", "2"]
+    fleet = next(line for line in lines if line.startswith("| closed loop") and "51.5%" in line)
+    assert "7.2%" in fleet
+    assert any("| kernel" in line and "| –" in line for line in lines)
+    captions = [line for line in lines if line.startswith(("Latency", "Over the wire"))]
+    assert len(captions) == 2
+    assert all("Arm Cortex-A76" in line and "performance" in line and "0123" in line for line in captions)
+
+
+def test_graphs_that_do_not_sum_to_the_whole_path_say_how_much_is_elsewhere(record):
+    assert "in none of the graphs" not in record_tables(record)
+    assert "0.515 ms, 34%, are in none of the graphs" in record_tables(changed(record, "whole path", 1.5))
+
+
+def test_doubts_say_what_to_do(record):
+    assert "performance, or" not in record_tables(record)
+    assert "load average was 3.00" in record_tables(replace(record, before=replace(CALM, load=3.0)))
+    assert "throttled: no before, 1 times" in record_tables(replace(record, after=replace(CALM, throttled="1 times")))
+    shaken = (*record.rows[:1], replace(record.rows[1], parts=((100,), (150,)), settled=False))
+    shown = record_tables(replace(record, rows=shaken))
+    assert "rounds of 1 of 1 rows differ by more than 10%, most those of local: extractor, 1 thread" in shown
+    assert "never settled within 2 s of 1 of 1 rows, such as local: extractor" in shown
+    assert "longer --duration" in shown
+
+
+def test_a_comparison_shows_what_became_of_every_row(record):
+    shown = compared(record, changed(record, "gate", 1.5))
+    assert "WARNING" not in shown
+    (gate,) = [line for line in shown.splitlines() if "local: gate" in line]
+    assert "1.500 to 1.500" in gate
+    assert gate.rstrip(" |").endswith("worse")
+    assert shown.count("| same ") == len(record.rows) - 1
+
+
+def test_another_bundle_and_another_machine_are_a_warning_that_cannot_write_on_the_screen(record):
+    other = replace(
+        record,
+        bundle=replace(record.bundle, digest="\x1b[2J"),
+        machine=replace(record.machine, board="Pi\n| 4 |", cores=None),
+        before=replace(CALM, governor="powersave"),
+    )
+    shown = compared(record, other)
+    for what in ("bundle", "machine", "governor"):
+        assert f"WARNING: another {what} in the second" in shown
+    assert "\x1b" not in shown
+    assert "\x1b" not in record_tables(other)
+
+
+def test_rows_that_only_one_has_are_named(record):
+    fewer = replace(record, rows=record.rows[1:])
+    changes = [(row, row, change(row.parts, row.parts)) for row in fewer.rows]
+    assert "only in the first: start: first answer" in comparison_tables(record, fewer, changes)
