@@ -222,13 +222,13 @@ def memory(arm):
             boards.acquainted(other)  # which asks the small one's expert in its turn
             allowed = bundles[small].selftest.output_tolerance
             share = (inputs, wanted, allowed, requests // 4)
-            counts = Counter(dict.fromkeys(("right", "degraded", "wrong", "refused"), 0))
-            customers = [Customer(boards, name, counts, *share) for name in (small, other) * 2]
+            customers = [Customer(boards, name, *share) for name in (small, other) * 2]
             for one in customers:
                 one.start()
             for one in customers:
                 one.join()
-            seen = ", ".join(f"{count} {what}" for what, count in counts.items())
+            counts = sum((one.counts for one in customers), Counter())
+            seen = ", ".join(f"{counts[what]} {what}" for what in ("right", "degraded", "wrong", "refused"))
             holds = counts["right"] + counts["degraded"] == requests
             show(f"{BOARD_MB} MB on {where}: {requests} requests", f"{seen}; {boards.peak(small)}", holds)
             with boards.client(small) as client:
@@ -244,9 +244,10 @@ def memory(arm):
 class Customer(threading.Thread):
     """A client in a thread of its own: requests of one row and, one in sixteen, of all."""
 
-    def __init__(self, boards, name, counts, inputs, wanted, allowed, requests):
+    def __init__(self, boards, name, inputs, wanted, allowed, requests):
         super().__init__(daemon=True)
-        self._boards, self._device, self._counts, self._requests = boards, name, counts, requests
+        self.counts = Counter()
+        self._boards, self._device, self._requests = boards, name, requests
         self._inputs, self._wanted, self._allowed = inputs, wanted, allowed
 
     def run(self):
@@ -255,7 +256,7 @@ class Customer(threading.Thread):
             for number in range(self._requests):
                 row = number % len(self._inputs)
                 rows = slice(None) if number % 16 == 15 else slice(row, row + 1)
-                self._counts[self._outcome(client, rows)] += 1
+                self.counts[self._outcome(client, rows)] += 1
 
     def _outcome(self, client, rows):
         try:
