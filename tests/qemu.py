@@ -23,6 +23,10 @@ PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_26_aarch64", "manylinux_2_28_
 """Wheels that this Debian's C library, 2.36, can load."""
 NEEDED = {"debootstrap": "debootstrap", "qemu-aarch64-static": "qemu-user-static", "update-binfmts": "binfmt-support"}
 """Program -> package of Debian and Ubuntu."""
+MOUNTING = ("unshare", "--mount", "--propagation", "private")
+"""Before a command: its mounts are its own, and go when it ends, however it ends."""
+ALONE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private")
+"""The same, and what it starts ends with it."""
 INSIDE = """
 set -e
 tree=$0 work=$1
@@ -39,7 +43,7 @@ mount -t tmpfs tmpfs "$tree/tmp"
 mount --bind "$work" "$tree/mnt"
 exec chroot "$tree" "$@"
 """
-"""Mounts of one command's own, which go when it ends, however it ends; the command has this shell's pid."""
+"""Goes before a command in the tree; the command has this shell's pid."""
 OLDER, NEWER = "cortex-a53", "cortex-a76"
 """A Raspberry Pi Zero 2 W's cores and a Pi 5's: without and with instructions for dot products of bytes, for which
 onnxruntime has kernels of their own."""
@@ -89,8 +93,7 @@ class Arm:
             "LC_ALL=C.UTF-8",
             "PYTHONDONTWRITEBYTECODE=1",
         )
-        processes = ("--pid", "--fork", "--kill-child") if alone else ()
-        shell = ("unshare", *processes, "--mount", "--propagation", "private", "sh", "-c", INSIDE, self.tree, self.work)
+        shell = (*(ALONE if alone else MOUNTING), "sh", "-c", INSIDE, self.tree, self.work)
         return [str(part) for part in ("env", f"QEMU_CPU={cpu}", *shell, "env", "-i", *environment, *command)]
 
     def there(self, path):
@@ -119,8 +122,7 @@ def prepare():
     subprocess.run(["update-binfmts", "--enable", "qemu-aarch64"], capture_output=True, check=False)
     if not Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists():
         raise Skipped("the kernel hands no Arm programs to qemu: binfmt_misc is not to be had")
-    mounting = ["unshare", "--mount", "--propagation", "private", "mount", "-t", "tmpfs", "none", "/mnt"]
-    if subprocess.run(mounting, capture_output=True, check=False).returncode:
+    if subprocess.run([*MOUNTING, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False).returncode:
         raise Skipped("root may not mount in here, as in most containers")
 
 
@@ -144,14 +146,12 @@ def debian():
             shutil.rmtree(partial, ignore_errors=True)
             options = ("--foreign", "--arch=arm64", "--variant=minbase", "--include=python3-venv")
             try:
-                run("debootstrap", *options, SUITE, partial, *mirror())
+                run(*ALONE, "debootstrap", *options, SUITE, partial, *mirror())
             except subprocess.CalledProcessError:
                 raise Skipped("debootstrap could not fetch a Debian for arm64") from None
             say("configuring it, as an Arm machine")
-            # In a mount namespace of its own, so that no mount outlives it.
-            stage = ("unshare", "--mount", "--propagation", "private", "chroot", partial)
-            run(*stage, "/debootstrap/debootstrap", "--second-stage")
-            run(*stage, "apt-get", "clean")
+            run(*ALONE, "chroot", partial, "/debootstrap/debootstrap", "--second-stage")
+            run(*ALONE, "chroot", partial, "apt-get", "clean")
             partial.rename(tree)
     return tree
 
