@@ -6,7 +6,7 @@ EDGE := .venv-edge/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-edge test-runtimes cov soak fuzz bench clean
+.PHONY: help demo test check test-edge test-runtimes test-arm cov soak fuzz bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ test-edge: .venv-edge/ready  ## the device's tests, with what a device has and n
 
 test-runtimes: .venv/ready  ## bundles on the onnxruntimes that boards have; RUNTIMES="1.15.1 newest" for some
 	$(BIN)/python tests/runtimes.py $(RUNTIMES)
+
+test-arm: .venv/ready  ## the device on an emulated Raspberry Pi, and with 512 MB: as root, about 15 minutes
+	$(BIN)/python tests/arm.py
 
 cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
 	$(BIN)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 2000 --cov --cov-report term

@@ -23,7 +23,7 @@ from nmoe_edge.models import Models
 MOST_REQUESTS = 256
 MOST_ROWS = 4096
 BATCH_ROWS = 32
-"""Run together at most; a request of more is run as it came."""
+"""Run together at most; a request of more is run in pieces of so many, or its activations would fill a small board."""
 _QUICK_S = 0.0005
 """Handing a request to the thread and back takes half as long; peers that ask meanwhile wait no longer than this."""
 
@@ -144,7 +144,8 @@ def _compute(jobs: list[Job]) -> None:
     models = jobs[0].models
     try:
         inputs = np.concatenate([job.inputs for job in jobs]) if len(jobs) > 1 else jobs[0].inputs
-        latents = models.extractor(inputs)
+        pieces = [models.extractor(inputs[at : at + BATCH_ROWS]) for at in range(0, len(inputs), BATCH_ROWS)]
+        latents = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         scores = models.gate(latents)
         own = models.expert(latents) if any(job.own_too for job in jobs) else None
     except Exception as error:  # noqa: BLE001  # no memory, say: this thread must outlive whatever inputs do

@@ -16,7 +16,7 @@ from nmoe_train.cli import cli as nmoe_train
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"nmoe-edge": nmoe_edge, "nmoe-export": nmoe_export, "nmoe-train": nmoe_train}
-DOCUMENTS = [*ROOT.glob("*.md"), *(path for package in ROOT.glob("nmoe_*") for path in package.rglob("*.md"))]
+DOCUMENTS = [*ROOT.glob("*.md"), *(path for part in ("nmoe_*", "examples") for path in ROOT.glob(f"{part}/**/*.md"))]
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 SHELL_BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -86,7 +86,7 @@ def test_every_command_and_flag_that_is_named_exists(document):
         for option in parameter.opts
     } | {"--help"}
     # Of the lines that speak of our programs: pip's and git's flags are their own.
-    lines = [line for line in text.splitlines() if "nmoe-" in line]
+    lines = [line for line in text.splitlines() if re.search("nmoe-(edge|export|train)", line)]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(lines))) <= options
 
 

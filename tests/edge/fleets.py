@@ -161,12 +161,16 @@ class Processes:
             self.end()
             raise
 
+    def command(self, name):
+        """What is typed to serve it."""
+        return serve_command(self.folder, name, *self.options)
+
     def start(self, name):
         """One more, or the same again."""
         root = str(Path(__file__).parents[2])
         with (self.logs / name).open("a") as log:
             self.running[name] = subprocess.Popen(
-                serve_command(self.folder, name, *self.options),
+                self.command(name),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

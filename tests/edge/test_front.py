@@ -145,7 +145,18 @@ def test_no_more_rows_than_a_batch_are_run_together(room):
     jobs = [room.offer(models, rows) for rows in (BATCH_ROWS // 2, BATCH_ROWS // 2, 1, BATCH_ROWS + 5, 1)]
     held.may_go.set()
     room.wait(*jobs)
-    assert models.runs == [BATCH_ROWS, 1, BATCH_ROWS + 5, 1]
+    assert models.runs == [BATCH_ROWS, 1, BATCH_ROWS, 5, 1]
+
+
+def test_a_request_of_more_rows_than_a_batch_is_run_in_pieces_and_put_together_in_order(room):
+    models = Fake()
+    inputs = np.arange((2 * BATCH_ROWS + 1) * 3, dtype=np.float64).reshape(-1, 3)
+    job = Job(models, inputs, time.monotonic() + NEVER_S, True)
+    assert room.offered(job, time.monotonic())
+    room.wait(job)
+    assert models.runs == [BATCH_ROWS, BATCH_ROWS, 1]
+    assert np.array_equal(job.latents, inputs)
+    assert len(job.scores) == len(job.own) == len(inputs)
 
 
 def test_jobs_of_two_bundles_are_not_run_together(room):
@@ -237,7 +248,7 @@ def test_more_rows_than_the_queue_holds_are_refused(room):
 def test_a_request_of_more_rows_than_the_queue_holds_is_taken_by_an_empty_one(room):
     models = Fake()
     room.wait(room.offer(models, MOST_ROWS + 1))
-    assert models.runs == [MOST_ROWS + 1]
+    assert sum(models.runs) == MOST_ROWS + 1
 
 
 def test_a_model_that_breaks_marks_every_job_of_the_batch_and_no_other(room):
