@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmoe_edge.bench_cli import bench
+from nmoe_edge.bench.cli import bench
 from nmoe_edge.errors import EdgeError
 from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
 from nmoe_edge.screens import answer_lines, bundle_table, fleet_table, ready_line, status_table

@@ -28,11 +28,12 @@ LEAVES: dict[str, tuple[str, ...]] = dict.fromkeys(
             "log",
             "memory",
         ),
-        *("samples", "board"),
+        *("bench.samples", "bench.board"),
     ),
     (),
 )
 EDGE = LEAVES | {
+    "bench": (),
     "protocol.tensor": ("errors",),
     "protocol.messages": ("errors", "schema", "protocol.tensor"),
     "protocol.wire": ("errors", "schema", "protocol.messages", "protocol.tensor"),
@@ -70,21 +71,21 @@ EDGE = LEAVES | {
         *("errors", "schema", "counts", "log", "memory", "bundle", "models", "place", "state", "client"),
         *("sockets", "peers", "service", "front", "origin", "protocol.messages", "protocol.tensor"),
     ),
-    "probe": (
-        *("errors", "schema", "memory", "samples", "board", "bundle", "models"),
+    "bench.probe": (
+        *("errors", "schema", "memory", "bench.samples", "bench.board", "bundle", "models"),
         *("protocol.exchange", "protocol.routing"),
     ),
-    "load": (
-        *("errors", "samples", "board", "manifest", "client"),
+    "bench.load": (
+        *("errors", "bench.samples", "bench.board", "manifest", "client"),
         *(f"protocol.{part}" for part in ("messages", "tensor", "wire")),
     ),
-    "record": ("errors", "schema", "samples", "board"),
-    "tables": ("program", "samples", "board", "probe", "record"),
-    "bench": (
-        *("__init__", "errors", "schema", "board", "bundle", "fleet", "keys", "place", "client"),
-        *("probe", "load", "record"),
+    "bench.record": ("errors", "schema", "bench.samples", "bench.board"),
+    "bench.tables": ("program", "bench.samples", "bench.board", "bench.probe", "bench.record"),
+    "bench.measure": (
+        *("__init__", "errors", "schema", "bench.board", "bundle", "fleet", "keys", "place", "client"),
+        *("bench.probe", "bench.load", "bench.record"),
     ),
-    "bench_cli": ("program", "samples", "record", "tables", "bench"),
+    "bench.cli": ("program", "bench.samples", "bench.record", "bench.tables", "bench.measure"),
     "screens": ("program", "bundle", "fleet", "client"),
     "cli": (
         *(
@@ -92,7 +93,7 @@ EDGE = LEAVES | {
             "schema",
             "program",
             "screens",
-            "bench_cli",
+            "bench.cli",
             "log",
             "memory",
             "manifest",
@@ -126,7 +127,7 @@ ONLY_IN = {
     "zeroconf": {"discover"},
     "ifaddr": {"discover"},
     "zmq": {"frames", "sockets", "client", "keys"},
-    "click": {"cli", "bench_cli", "program"},
+    "click": {"cli", "bench.cli", "program"},
     "torch": set(),
     "onnx": set(),
 }

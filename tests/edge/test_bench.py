@@ -12,16 +12,16 @@ from dataclasses import replace
 import pytest
 from edge.fleets import Processes, address_of, nodes, pinned
 
-from nmoe_edge import probe
-from nmoe_edge.bench import Plan, _probed, measure
+from nmoe_edge.bench import probe
+from nmoe_edge.bench.measure import Plan, _probed, measure
+from nmoe_edge.bench.probe import Probe
+from nmoe_edge.bench.record import read_record
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.cli import main
 from nmoe_edge.client import Client
 from nmoe_edge.errors import BenchError, CallError
 from nmoe_edge.fleet import FLEET_FILE
 from nmoe_edge.keys import keys_to
-from nmoe_edge.probe import Probe
-from nmoe_edge.record import read_record
 from nmoe_edge.schema import from_plain
 
 QUICK = ("--duration", "0.5", "--rounds", "5")
@@ -86,14 +86,14 @@ def test_a_probe_prints_what_it_saw_of_itself(tiny_fleet, monkeypatch, capsys):
 
 
 def test_a_probe_loads_nothing_before_it_looks_at_its_memory():
-    code = "import sys, nmoe_edge.probe; print(*sys.modules)"
+    code = "import sys, nmoe_edge.bench.probe; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "onnxruntime", "zmq", "click", "nmoe_edge.models"} & set(loaded)
 
 
 @pytest.mark.parametrize("arguments", [(), ("nowhere", "1", "cpu", "0.1")])
 def test_a_probe_that_cannot_is_one_line(arguments):
-    command = [sys.executable, "-m", "nmoe_edge.probe", *arguments]
+    command = [sys.executable, "-m", "nmoe_edge.bench.probe", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
 

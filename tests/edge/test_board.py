@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nmoe_edge.board import Meter, read_machine, read_memory, read_moment
+from nmoe_edge.bench.board import Meter, read_machine, read_memory, read_moment
 
 PI = {
     "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from edge.fleets import Impostor, address_of, bright, free_ports, nodes
 
+from nmoe_edge.bench.load import asking, drive, greet, inferring, message_bytes, poisson, settled
 from nmoe_edge.bundle import read_bundle
 from nmoe_edge.client import Line
 from nmoe_edge.errors import BenchError, CallError
-from nmoe_edge.load import asking, drive, greet, inferring, message_bytes, poisson, settled
 from nmoe_edge.protocol.messages import Reason, Refuse, Result, RowAnswer
 from nmoe_edge.protocol.tensor import Tensor
 
@@ -130,7 +130,7 @@ def test_a_peer_welcomes_us_and_its_expert_is_asked(fleet):
 
 @pytest.mark.socket
 def test_where_nobody_is_there_is_no_way(fleet, monkeypatch):
-    monkeypatch.setattr("nmoe_edge.load._CONNECT_S", 0.1)
+    monkeypatch.setattr("nmoe_edge.bench.load._CONNECT_S", 0.1)
     (port,) = free_ports(1)
     line = Line(f"tcp://127.0.0.1:{port}")
     with pytest.raises(BenchError, match="no answer to our Hello"):

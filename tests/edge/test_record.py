@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from nmoe_edge.board import Machine, Moment
+from nmoe_edge.bench.board import Machine, Moment
+from nmoe_edge.bench.record import Record, Row, Stage, Start, Subject, Tally, check_writable, read_record, write_record
+from nmoe_edge.bench.samples import change
+from nmoe_edge.bench.tables import comparison_tables, record_tables
 from nmoe_edge.errors import BenchError
-from nmoe_edge.record import Record, Row, Stage, Start, Subject, Tally, check_writable, read_record, write_record
-from nmoe_edge.samples import change
 from nmoe_edge.schema import to_plain
-from nmoe_edge.tables import comparison_tables, record_tables
 
 CALM = Moment(0.1, "performance", 2400.0, 2400.0, 50.0, "no", "mains")
 ALIKE = ((1_000_000,) * 20,) * 5

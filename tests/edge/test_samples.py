@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from nmoe_edge.samples import LEAST_SAMPLES, _cut, change, percentile, settle, spread
+from nmoe_edge.bench.samples import LEAST_SAMPLES, _cut, change, percentile, settle, spread
 
 
 def rounds(rng, p50=1_000_000.0, between=0.01, count=5, samples=200):

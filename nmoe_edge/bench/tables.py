@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 
-from nmoe_edge.board import Moment
-from nmoe_edge.probe import WHOLE
+from nmoe_edge.bench.board import Moment
+from nmoe_edge.bench.probe import WHOLE
+from nmoe_edge.bench.record import Record, Row, Stage
+from nmoe_edge.bench.samples import LEAST_SAMPLES, MOST_WARM_S, TOO_SPREAD, Change, percentile, spread
 from nmoe_edge.program import one_line
-from nmoe_edge.record import Record, Row, Stage
-from nmoe_edge.samples import LEAST_SAMPLES, MOST_WARM_S, TOO_SPREAD, Change, percentile, spread
 
 _MOST_LOAD = 0.5
 """Of one core, before the benchmark itself began."""

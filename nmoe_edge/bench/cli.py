@@ -108,9 +108,9 @@ def run(
     """
     import signal
 
-    from nmoe_edge.bench import Plan, measure
-    from nmoe_edge.record import check_writable, write_record
-    from nmoe_edge.tables import record_tables
+    from nmoe_edge.bench.measure import Plan, measure
+    from nmoe_edge.bench.record import check_writable, write_record
+    from nmoe_edge.bench.tables import record_tables
 
     if fleet is None and (rate is not None or clients > 1):
         raise click.UsageError("--rate and --clients are for a fleet: give --fleet too")
@@ -134,9 +134,9 @@ def compare(old: Path, new: Path) -> None:
     The medians of rounds are compared by their ranks: worse is what is slower in nearly every pair of rounds, and by
     more than 5 %. Another bundle or another machine is a warning.
     """
-    from nmoe_edge.record import read_record
-    from nmoe_edge.samples import change
-    from nmoe_edge.tables import comparison_tables
+    from nmoe_edge.bench.record import read_record
+    from nmoe_edge.bench.samples import change
+    from nmoe_edge.bench.tables import comparison_tables
 
     first, second = read_record(old), read_record(new)
     after = {row.name: row for row in second.rows}

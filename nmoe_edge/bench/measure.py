@@ -22,20 +22,20 @@ from statistics import mean
 from typing import Any, Literal
 
 from nmoe_edge import __version__
-from nmoe_edge.board import Meter, read_machine, read_moment
+from nmoe_edge.bench.board import Meter, read_machine, read_moment
+from nmoe_edge.bench.load import Drive, Question, asking, drive, greet, inferring, message_bytes, poisson, settled
+from nmoe_edge.bench.probe import BATCHES, Probe
+from nmoe_edge.bench.record import SCHEMA, Record, Row, Stage, Start, Subject, Tally
 from nmoe_edge.bundle import Bundle, read_bundle
 from nmoe_edge.client import Client, Line
 from nmoe_edge.errors import BenchError, CallError
 from nmoe_edge.fleet import FLEET_FILE, Device, read_fleet
 from nmoe_edge.keys import keys_to
-from nmoe_edge.load import Drive, Question, asking, drive, greet, inferring, message_bytes, poisson, settled
 from nmoe_edge.place import find_place
-from nmoe_edge.probe import BATCHES, Probe
-from nmoe_edge.record import SCHEMA, Record, Row, Stage, Start, Subject, Tally
 from nmoe_edge.schema import from_plain, parse_json
 
 Say = Callable[[str], None]
-_HERE = Path(__file__).resolve().parents[1]
+_HERE = Path(__file__).resolve().parents[2]
 """Where our processes run: what lies where somebody types a command is not to be imported."""
 _MOST_PROBE_S = 600.0
 _READY_S, _ACQUAINTED_S, _LEAVE_S = 60.0, 3.0, 10.0
@@ -123,7 +123,7 @@ def _threads(threads: int) -> str:
 def _probed(plan: Plan, threads: int, digest: str) -> tuple[int, Probe]:
     """When a fresh process was begun, and what it saw."""
     arguments = [str(plan.bundle.absolute()), str(threads), plan.provider, str(plan.duration_s / plan.rounds)]
-    command = [sys.executable, "-m", "nmoe_edge.probe", *arguments]
+    command = [sys.executable, "-m", "nmoe_edge.bench.probe", *arguments]
     began = time.monotonic_ns()
     try:
         done = subprocess.run(  # noqa: S603  # ourselves

@@ -16,14 +16,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nmoe_edge.board import Meter
+from nmoe_edge.bench.board import Meter
+from nmoe_edge.bench.samples import BLOCK_S, MOST_SAMPLES, settle
 from nmoe_edge.client import Line, refusal
 from nmoe_edge.errors import BenchError
 from nmoe_edge.manifest import Manifest
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Message, Refuse, Result, Welcome
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import encode
-from nmoe_edge.samples import BLOCK_S, MOST_SAMPLES, settle
 
 BUDGET_S = 1.0
 """What a question gives a device, as nmoe-edge infer does."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nmoe_edge.board import Machine, Moment
+from nmoe_edge.bench.board import Machine, Moment
+from nmoe_edge.bench.samples import MOST_ROUNDS
 from nmoe_edge.errors import BenchError
-from nmoe_edge.samples import MOST_ROUNDS
 from nmoe_edge.schema import from_plain, parse_json, to_plain
 
 SCHEMA = 1

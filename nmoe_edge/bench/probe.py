@@ -1,6 +1,6 @@
-"""A process that opens a bundle, answers for a while, and prints what it saw of itself: python -m nmoe_edge.probe
+"""A process that opens a bundle, answers for a while, and prints what it saw of itself: python -m nmoe_edge.bench.probe
 
-It is its own process so that nothing was loaded, opened or warmed before: bench.py starts one for every round. Imports
+It is its own process so that nothing was loaded, opened or warmed before; measure.py starts one a round. Imports
 stand where they are measured. It knows no socket; what a device does besides is measured on a device that serves.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmoe_edge.board import Meter, read_memory
+from nmoe_edge.bench.board import Meter, read_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,7 +79,7 @@ def main() -> None:
 
     mark("python")
     if len(sys.argv) != 5:
-        sys.exit("usage: python -m nmoe_edge.probe BUNDLE THREADS PROVIDER SECONDS; nmoe-edge bench is for people")
+        sys.exit("usage: python -m nmoe_edge.bench.probe BUNDLE THREADS PROVIDER SECONDS; for people: nmoe-edge bench")
     folder, threads, provider, seconds = sys.argv[1:]
     import numpy as np
 
@@ -89,7 +89,7 @@ def main() -> None:
     from nmoe_edge.models import RUNTIME, Models
     from nmoe_edge.schema import to_plain
 
-    for late in ("samples", "protocol.exchange"):  # else the first answer would pay for them
+    for late in ("bench.samples", "protocol.exchange"):  # else the first answer would pay for them
         importlib.import_module(f"nmoe_edge.{late}")
     mark("imports")
     try:
@@ -139,7 +139,7 @@ def _taken(
     models: Models, answer: Answering, fed: list[NDArray[Any]], seconds: float
 ) -> tuple[bool, float | None, dict[str, array[int]]]:
     """The three graphs one by one and the whole path, in turn, so that what slows one of them slows all."""
-    from nmoe_edge.samples import BLOCK_S, settle
+    from nmoe_edge.bench.samples import BLOCK_S, settle
 
     latents = [models.extractor(inputs) for inputs in fed]
     steps: dict[str, Callable[[int], object]] = {
@@ -158,7 +158,7 @@ def _in_turn(
     steps: Mapping[str, Callable[[int], object]], inputs: int, seconds: float, meter: Meter | None = None
 ) -> dict[str, array[int]]:
     """Each step in turn for so long, at least once: what each call took."""
-    from nmoe_edge.samples import MOST_SAMPLES
+    from nmoe_edge.bench.samples import MOST_SAMPLES
 
     clock = time.perf_counter_ns
     taken: dict[str, array[int]] = {name: array("q") for name in steps}

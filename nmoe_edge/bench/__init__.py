@@ -1,0 +1,1 @@
+"""What a device takes, measured: `nmoe-edge bench`. Nothing that serves imports it."""
