@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -67,12 +68,19 @@ class Writer:
         return manifest, contents
 
     def _selftest(self, number: int) -> SelfTest:
-        """The rows whose route is the clearest: another CPU's last bit must not choose another expert."""
+        """Of the clearer half of the routes, for another CPU's last bit must not choose another expert: the clearest of
+        each expert, then the second of each.
+        """
         system, scores = self.system, self.system.scores[number % len(self.system.scores)]
         top_k, experts = self.made.rules.top_k, scores.shape[1]
         ranked = -np.sort(-scores, axis=1)[:, : top_k + 1]
         margin = (ranked[:, :-1] - ranked[:, 1:]).min(axis=1, initial=np.inf)  # of the order as well as of the choice
-        rows = np.argsort(-margin, kind="stable")[:SELFTEST_ROWS]
+        clear = np.argsort(-margin, kind="stable")[: max(SELFTEST_ROWS, len(margin) // 2)]
+        turns, seen = [], Counter[int]()
+        for favourite in scores[clear].argmax(axis=1).tolist():
+            turns.append(seen[favourite])
+            seen[favourite] += 1
+        rows = clear[np.argsort(turns, kind="stable")[:SELFTEST_ROWS]]
         chosen = route(scores[rows], number, range(experts), top_k).chosen
         latents = system.latents[rows]
         expert = Graph("expert", self.made.graphs.experts[number], (self.source.latent_dim,), (self.source.outputs,))
