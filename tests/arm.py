@@ -35,7 +35,7 @@ from nmoe_edge.bundle import read_bundle  # noqa: E402
 from nmoe_edge.errors import CallError  # noqa: E402
 from nmoe_edge.fleet import read_fleet_folder  # noqa: E402
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 PATIENT = ("--deadline-ms", f"{1000 * DEADLINE_S:.0f}", "--local-first", "1", "--no-hedge", "--no-adapt")
 """The gate alone decides, and emulated experts are waited for."""
 FUZZ_EXAMPLES = 1000
@@ -207,7 +207,7 @@ def compare(what, answers, bundles, origin, inputs):
 def memory(arm):
     """A device with no more memory than a small board has: many requests, and one of very many rows."""
     source = arm.work / "fleets" / "resnet18-pi"
-    for where, requests, most_rows in (("x86", 2000, 4096), ("Arm", 100, 256)):
+    for where, requests, most_rows in (("x86", 2000, 4096), ("Arm", 100, 128)):
         folder = settled(source, arm.work / "memory" / where, keyed=True)
         _, bundles = read_fleet_folder(folder)
         small, other = bundles
