@@ -51,7 +51,7 @@ class Graph:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _FATAL_ONLY
-        options.enable_cpu_mem_arena = False  # a ResNet18 takes 8 MB less, and no longer
+        options.enable_cpu_mem_arena = False  # it keeps what the largest request took
         # An idle pool that spins burns a small board's cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # What was verified as ONNX is not to be taken for anything else.
