@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -104,3 +107,14 @@ def test_auto_takes_the_next_provider_when_one_cannot_be_had(tiny_fleet, monkeyp
         Models(bundle, provider="cuda")
     with pytest.raises(ModelError, match=r"tensorrt is not installed; pip install 'nmoe\[edge-gpu\]'"):
         Models(bundle, provider="tensorrt")
+
+
+def test_nothing_is_left_in_the_home_for_somebody_else_to_be_sent(tiny_fleet, tmp_path):
+    code = f"from nmoe_edge.models import *; Models(read_bundle(Path({str(tiny_fleet / 'barn')!r})))"
+    where = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"CI", "ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"}
+    }
+    subprocess.run([sys.executable, "-c", code], check=True, env={**where, "HOME": str(tmp_path)})
+    assert list(tmp_path.rglob("*")) == []
