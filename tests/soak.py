@@ -262,7 +262,9 @@ def trickle(folder):
                             if not slow.recv(4096):
                                 break
                 cut = time.monotonic() - at
-            share = load.rate(at, at + cut) / before
+            time.sleep(4)
+            after = load.rate(at + cut, at + cut + 4)
+            share = load.rate(at, at + cut) / statistics.mean((before, after))
     show(
         "a byte a second: cut off after",
         f"{cut:.0f} s; others at {share:.0%} of their rate",

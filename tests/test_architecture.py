@@ -113,6 +113,7 @@ SISTERS = {
     "nmoe_edge": (),
     "nmoe_train": tuple(f"nmoe_edge.{leaf}" for leaf in ("schema", "npz", "folders", "program")),
     "nmoe_export": (
+        "nmoe_edge",
         *(f"nmoe_train.{module}" for module in ("charts", "errors", "evaluate", "report", "run")),
         *(
             f"nmoe_edge.{module}"
