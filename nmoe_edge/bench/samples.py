@@ -28,9 +28,8 @@ DOUBT = 0.005
 LEAST_CHANGE = 0.05
 """What two runs of one program may differ by, minutes apart, that neither shows within itself."""
 ROOM = 1.10
-"""How far from 1 either way an interval may reach for "same". As TOO_SPREAD: with five rounds an interval is as wide as
-these lie apart. Where rounds differ by a standard deviation of 1 %, two equals are the same in practically every case,
-with 2 % in 98 of 100; with a bound of 1.05 that would be 31."""
+"""How far from 1 either way an interval may reach for "same". As TOO_SPREAD, and not as LEAST_CHANGE: with five rounds
+the interval is as wide as these lie apart, and equals whose rounds differ by 2 % would rarely be told within 5 %."""
 MOST_ROUNDS = 30
 
 Verdict = Literal["same", "better", "worse", "cannot tell", "too few rounds"]

@@ -30,7 +30,7 @@ def record_tables(record: Record) -> str:
     board = record.machine.board or record.machine.cpu or "an unknown board"
     conditions = [(what, *map(_dash, values)) for what, *values in _conditions(record) if any(values)]
     untold = ", ".join(_untold(record))
-    blocks = [one_line(f"# {record.bundle.device} on {board}"), one_line(_headline(record))]
+    blocks = [one_line(f"# {record.bundle.device} on {board}"), *map(one_line, _headline(record))]
     blocks += [_table(("condition", "before", "after"), conditions)]
     blocks += [f"Not told by this board: {untold}."] if untold else []
     blocks += ["Milliseconds since a process began (medians of its rounds; files are in the page cache):"]
@@ -43,23 +43,27 @@ def record_tables(record: Record) -> str:
     return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
 
 
-def _headline(record: Record) -> str:
-    """What most people want to know of it: the first of everything."""
-
-    def p50(scenario: str, *whats: str) -> Iterator[tuple[Row, str]]:
-        found = (row for row in record.rows if row.scenario == scenario and (not whats or row.what in whats))
-        return ((row, f"{_ms(median(row.samples))} ms") for row in found)
-
-    parts = [f"whole path at home {took} ({row.setting})" for row, took in p50("local", WHOLE)][:1]
-    parts += [f"{row.what} {took} ({row.setting})" for row, took in p50("peer")][:1]
-    parts += [f"through the fleet {took} ({row.what})" for row, took in p50("fleet")][:1]
+def _headline(record: Record) -> Iterator[str]:
+    """What most people want to know: of everything the first that was measured."""
+    first: dict[str, Row] = {}
+    for row in record.rows:
+        if row.scenario != "local" or row.what == WHOLE:
+            first.setdefault(row.scenario, row)
+    parts = []
+    for scenario, where in (
+        ("local", "at home, the whole path"),
+        ("peer", "to a peer's expert and back"),
+        ("fleet", "through the fleet"),
+    ):
+        if scenario in first:
+            row = first[scenario]
+            told = row.what if scenario == "fleet" else row.setting
+            parts.append(f"{_ms(median(row.samples))} ms {where} ({told})")
+    yield f"p50 of one row: {'; '.join(parts)}."
     start = record.starts[0]
     stages = {stage.name: stage for stage in start.stages}
-    if "steady" in stages:
-        parts.append(f"memory steady {_mb(stages['steady'].rss)} MB")
-    if "ready" in stages:
-        parts.append(f"ready in {median(stages['ready'].at_ns) / 1e9:.2f} s")
-    return f"p50 of a row: {'; '.join(parts)}."
+    ready_s, steady_mb = median(stages["ready"].at_ns) / 1e9, _mb(stages["steady"].rss)
+    yield f"Ready {ready_s:.2f} s after its process began; {steady_mb} MB of memory when steady ({start.setting})."
 
 
 def doubts(record: Record, rows: Sequence[Row]) -> Iterator[str]:
@@ -97,7 +101,7 @@ def _limits(record: Record) -> Iterator[str]:
                     " or measure a peer with --at"
                 )
             elif row.tally.at_home == 0:
-                yield f"no row of {row.name} was answered at home as the gate wanted: it says nothing of those that are"
+                yield f"no row of {row.name} was answered at home: every one left the device or was degraded"
     if any(len(row.samples) < max(LEAST_SAMPLES.values()) for row in record.rows if row.scenario != "start"):
         least = ", ".join(f"p{share * 100:g} {count:,}" for share, count in LEAST_SAMPLES.items() if count > 1)
         yield f"a percentile that is a dash or left out had too few samples ({least}): give it a longer --duration"

@@ -33,7 +33,11 @@ def step(what, ns, **rest):
 
 @pytest.fixture
 def record():
-    stages = (Stage("python", (20_000_000,) * 5, (14_000_000,) * 5), Stage("ready", (300_000_000,) * 5, (None,) * 5))
+    stages = (
+        Stage("python", (20_000_000,) * 5, (14_000_000,) * 5),
+        Stage("ready", (300_000_000,) * 5, (None,) * 5),
+        Stage("steady", (900_000_000,) * 5, (62 * 2**20,) * 5),
+    )
     wire = {"sent_bytes": 132.0, "received_bytes": 104.5, "tally": Tally(100, 1, 2, 97, 50, 7)}
     return Record(
         schema=1,
@@ -154,9 +158,10 @@ def test_a_report_shows_figures_beside_their_conditions_and_dashes_for_what_is_u
     assert "7.2%" in fleet
     assert "Not told by this board: kernel, its peak." in lines
     assert lines[2] == (
-        "p50 of a row: whole path at home 1.010 ms (1 thread); ask of expert 1 1.000 ms (int8);"
-        " through the fleet 1.000 ms (closed loop, 1 client); ready in 0.30 s."
+        "p50 of one row: 1.010 ms at home, the whole path (1 thread); 1.000 ms to a peer's expert and back (int8);"
+        " 1.000 ms through the fleet (closed loop, 1 client)."
     )
+    assert lines[4] == "Ready 0.30 s after its process began; 62.0 MB of memory when steady (1 thread)."
     captions = [line for line in lines if line.startswith(("Latency", "Over the wire"))]
     assert len(captions) == 2
     assert all("Arm Cortex-A76" in line and "performance" in line and "0123" in line for line in captions)
