@@ -74,8 +74,8 @@ def measure(plan: Plan, say: Say) -> Record:
     """
     bundle = read_bundle(plan.bundle)
     manifest = bundle.manifest
-    _try_out(plan, bundle, say)
     began, before = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), read_moment()
+    _try_out(plan, bundle, say)
     probes: dict[int, list[tuple[int, Probe]]] = {threads: [] for threads in plan.threads}
     numbers = itertools.count(secrets.randbits(60))
     met: _Met | None = None
@@ -288,11 +288,11 @@ def _met(plan: Plan, bundle: Bundle, fleet: Path, say: Say) -> Iterator[_Met]:
             say(f"nobody answers at {device.address}: serving {device.name} for as long as it takes")
             stack.enter_context(_serving(plan, fleet, device, client))
         facts = _acquainted(client)
-        if facts["bundle"] != manifest.digest:
+        if facts.get("bundle") != manifest.digest:
             raise BenchError(
                 f"{device.address}: serves another bundle than {plan.bundle}; stop it, or measure that one"
             )
-        known, alive = len(facts["peers"]), _alive(facts)
+        known, alive = len(_peers(facts)), _alive(facts)
         if known and not alive:
             raise BenchError(
                 f"{device.name} reaches none of the {known} peers in {fleet}: serve them too, or leave out --fleet"
@@ -301,8 +301,13 @@ def _met(plan: Plan, bundle: Bundle, fleet: Path, say: Say) -> Iterator[_Met]:
         yield _Met(client, access, known, alive)
 
 
+def _peers(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """None where it is no device that says of itself what ours do."""
+    return facts.get("peers") or []
+
+
 def _alive(facts: dict[str, Any]) -> int:
-    return sum(peer["state"] == "alive" for peer in facts["peers"])
+    return sum(peer["state"] == "alive" for peer in _peers(facts))
 
 
 def _fleet(plan: Plan, bundle: Bundle, met: _Met, stack: contextlib.ExitStack) -> Iterator[_Series]:
@@ -331,7 +336,7 @@ def _acquainted(client: Client) -> dict[str, Any]:
     until = time.monotonic() + _ACQUAINTED_S
     while True:
         facts = client.status()
-        if all(peer["state"] == "alive" for peer in facts["peers"]) or time.monotonic() > until:
+        if _alive(facts) == len(_peers(facts)) or time.monotonic() > until:
             return facts
         time.sleep(0.1)
 

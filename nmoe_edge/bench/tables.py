@@ -86,16 +86,16 @@ def doubts(record: Record, rows: Sequence[Row]) -> Iterator[str]:
         yield f"rounds of {len(apart)} of {len(steady)} rows differ by more than {TOO_SPREAD - 1:.0%}, {most}: {CALM}"
     peers = record.peers
     if peers is not None and any(row.scenario == "fleet" for row in rows):
-        after = peers.before if peers.after is None else peers.after
-        if min(peers.before, after) < peers.known:
-            yield f"of {peers.known} peers {peers.before} were alive before and {after} after: serve them all"
+        alive = [count for count in (peers.before, peers.after) if count is not None]
+        if min(alive) < peers.known:
+            yield f"of {peers.known} peers {peers.before} were alive before, {_dash(peers.after)} after: serve them all"
 
 
 def _limits(record: Record) -> Iterator[str]:
     """What its figures do not say."""
     for row in record.rows:
         if row.scenario == "fleet" and row.tally is not None and row.tally.rows:
-            if row.tally.at_home == row.tally.rows:
+            if row.tally.at_home == row.tally.rows and (record.peers is None or record.peers.known):
                 yield (
                     f"no row of {row.name} left the device: it says nothing of peers; serve with --local-first 1,"
                     " or measure a peer with --at"

@@ -198,9 +198,10 @@ def test_rows_that_all_stayed_at_home_or_all_left_say_so(record):
 
 def test_peers_that_are_not_alive_are_said(record):
     shown = record_tables(replace(record, peers=Peers(3, 3, 2)))
-    assert "of 3 peers 3 were alive before and 2 after" in shown
+    assert "of 3 peers 3 were alive before, 2 after" in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("| peers alive")]
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["3 of 3", "2 of 3"]
+    assert "of 3 peers 2 were alive before, – after" in record_tables(replace(record, peers=Peers(3, 2)))
     assert "were alive" not in record_tables(replace(record, peers=Peers(3, 3, 3)))
     assert "were alive" not in record_tables(replace(record, peers=Peers(0, 0, 0)))
 
