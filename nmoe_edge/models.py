@@ -28,6 +28,7 @@ CPU = "CPUExecutionProvider"
 PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": CPU}
 """Ours -> onnxruntime's name, the fastest first."""
 RUNTIME: str = onnxruntime.__version__
+_BRINGS = "; pip install 'nmoe[edge-gpu]' brings cuda and tensorrt"
 _FATAL_ONLY = 4
 """onnxruntime's log level: what goes wrong is raised as well, and said by us in one line."""
 
@@ -133,10 +134,17 @@ class Models:
         return self.extractor.provider
 
 
+def check_installed(provider: str) -> None:
+    """Refuse a provider that this onnxruntime does not have; whether the machine does shows when a graph is opened."""
+    if provider != "auto" and PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        raise ModelError(f"provider {provider} is not installed{_BRINGS}")
+
+
 def _opened(
     name: str, data: bytes, row_in: tuple[int, ...], row_out: tuple[int, ...], threads: int, provider: str
 ) -> Graph:
     """A graph on the provider that was asked for, or with `auto` on the first that this machine has."""
+    check_installed(provider)
     installed = onnxruntime.get_available_providers()
     wanted = list(PROVIDERS) if provider == "auto" else [provider]
     for short in wanted:
@@ -150,8 +158,7 @@ def _opened(
                 continue  # what a GPU cannot do, or has no driver for, the next may
             if graph.provider == full:
                 return graph
-    why = "is installed, but not to be had on this machine" if PROVIDERS[provider] in installed else "is not installed"
-    raise ModelError(f"provider {provider} {why}; pip install 'nmoe[edge-gpu]' brings cuda and tensorrt")
+    raise ModelError(f"provider {provider} is installed, but not to be had on this machine{_BRINGS}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,10 +82,10 @@ EDGE = LEAVES | {
     "bench.record": ("errors", "schema", "bench.samples", "bench.board"),
     "bench.tables": ("program", "bench.samples", "bench.board", "bench.probe", "bench.record"),
     "bench.measure": (
-        *("__init__", "errors", "schema", "bench.board", "bundle", "fleet", "keys", "place", "client"),
+        *("__init__", "errors", "schema", "bench.board", "bundle", "fleet", "keys", "place", "models", "client"),
         *("bench.probe", "bench.load", "bench.record"),
     ),
-    "bench.cli": ("program", "bench.samples", "bench.record", "bench.tables", "bench.measure"),
+    "bench.cli": ("errors", "schema", "program", "bench.samples", "bench.record", "bench.tables", "bench.measure"),
     "screens": ("program", "bundle", "fleet", "client"),
     "cli": (
         *(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from nmoe_edge.program import SETTINGS
+from nmoe_edge.program import SETTINGS, one_line
+from nmoe_edge.schema import nearest
 
 _LATENTS = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
 
@@ -25,7 +27,12 @@ class _DefaultGroup(click.Group):
         return super().resolve_command(ctx, self._named(args))
 
     def _named(self, args: list[str]) -> list[str]:
-        return args if args and args[0] in self.commands else ["run", *args]
+        if args and args[0] in self.commands:
+            return args
+        hint = nearest(args[0], self.commands) if args else ""
+        if hint and not os.path.lexists(args[0]):
+            raise click.UsageError(f"{one_line(args[0])!r} is no bundle here, and no command{hint}")
+        return ["run", *args]
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5 alone
@@ -33,11 +40,17 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5 
 
     name = "list"
 
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
+    def __init__(self, kind: Any, due: str) -> None:
+        self.kind, self.due = kind, due
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return tuple(dict.fromkeys(self.kind.convert(word.strip(), param, ctx) for word in value.split(",")))
+        found = []
+        for word in value.split(","):
+            try:
+                found.append(self.kind.convert(word.strip(), param, ctx))
+            except click.BadParameter:
+                self.fail(f"{word!r}: {self.due} are due, with commas between them", param, ctx)
+        return tuple(dict.fromkeys(found))
 
 
 @click.group(cls=_DefaultGroup, context_settings=SETTINGS)
@@ -47,6 +60,11 @@ def bench() -> None:
 
 @bench.command(
     epilog="""\b
+Commands:
+  run      This one; the word may be left out.
+  compare  Two records that --json has kept, side by side.
+
+\b
 Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before.json
           nmoe-edge bench device-00 --at tcp://192.0.2.7:7101 --fleet fleet.toml --rate 50
           nmoe-edge bench compare before.json after.json
@@ -54,7 +72,11 @@ Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--threads", type=_List(click.IntRange(1, 256)), default="1", show_default=True, help="CPU threads a graph."
+    "--threads",
+    type=_List(click.IntRange(1, 256), "numbers from 1 to 256"),
+    default="1",
+    show_default=True,
+    help="CPU threads a graph.",
 )
 @click.option(
     "--provider",
@@ -67,7 +89,7 @@ Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before
 @click.option(
     "--latents",
     "--precision",
-    type=_List(click.Choice(tuple(_LATENTS))),
+    type=_List(click.Choice(tuple(_LATENTS)), f"words of {', '.join(_LATENTS)}"),
     default="int8,fp16,fp32",
     show_default=True,
     help="On the wire to a peer.",
@@ -78,7 +100,11 @@ Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before
     "--duration", type=click.FloatRange(0.1, 3600), default=10, show_default=True, help="Seconds for each scenario."
 )
 @click.option(
-    "--rounds", type=click.IntRange(1, 30), default=5, show_default=True, help="That the time is divided into."
+    "--rounds",
+    type=click.IntRange(1, 30),
+    default=5,
+    show_default=True,
+    help="That the time is divided into; to compare, five are needed.",
 )
 @click.option(
     "--clients", type=click.IntRange(1, 256), default=1, show_default=True, help="That ask the fleet at a time."
@@ -101,46 +127,81 @@ def run(
 ) -> None:
     """Measure what BUNDLE takes here, time and memory; with --at a peer's expert, with --fleet the fleet.
 
-    The word `run` may be left out. `nmoe-edge bench compare` puts two measurements side by side.
-
     Inputs are those of the bundle's self-test. Every number of threads has a fresh process in every round. The device
     of this bundle is asked where it serves already, and learns from that if it adapts; else it is served meanwhile.
+    Ctrl-C and SIGTERM end it early, with the rounds that were whole by then.
     """
     import signal
+    from types import FrameType
 
     from nmoe_edge.bench.measure import Plan, measure
     from nmoe_edge.bench.record import check_writable, write_record
     from nmoe_edge.bench.tables import record_tables
+    from nmoe_edge.errors import BenchError
 
     if fleet is None and (rate is not None or clients > 1):
         raise click.UsageError("--rate and --clients are for a fleet: give --fleet too")
     if record_file is not None:
         check_writable(record_file)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended with it
+    signalled: list[int] = []
+
+    def stop(which: int, _frame: FrameType | None) -> None:
+        """What was started is ended with it."""
+        signalled.append(which)
+        raise KeyboardInterrupt
+
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, stop)
     types = tuple(_LATENTS[name] for name in latents)
     plan = Plan(bundle, threads, provider, at, types, fleet, key, duration, rounds, clients, rate)
-    record = measure(plan, lambda text: click.echo(text, err=True))
+    try:
+        record = measure(plan, lambda text: click.echo(text, err=True))
+    except KeyboardInterrupt:
+        click.echo("nmoe-edge: stopped before a round was whole; nothing is kept", err=True)
+        sys.exit(128 + signalled[0])
     if record_file is not None:
         write_record(record_file, record)
     click.echo(record_tables(record))
+    if signalled:
+        sys.exit(128 + signalled[0])
+    if record.stopped is not None:
+        raise BenchError(record.stopped)
 
 
-@bench.command(epilog="Example: nmoe-edge bench compare before.json after.json")
+@bench.command(
+    epilog="""\b
+Verdicts:
+  worse         all of the interval is over 1, and the ratio over 1.05
+  better        all of it is under 1, and the ratio under 1/1.05
+  same          all of it lies between 1/1.10 and 1.10
+  cannot tell   it is wider: take more --rounds, a longer --duration, an idle machine
+
+\b
+Example: nmoe-edge bench compare before.json after.json
+"""
+)
 @click.argument("old", type=click.Path(path_type=Path), metavar="A.json")
 @click.argument("new", type=click.Path(path_type=Path), metavar="B.json")
 def compare(old: Path, new: Path) -> None:
     """Compare two records that --json has kept; exit 1 when B is worse than A by more than chance.
 
-    The medians of rounds are compared by their ranks: worse is what is slower in nearly every pair of rounds, and by
-    more than 5 %. Another bundle or another machine is a warning.
+    The medians of rounds are compared by their ranks, which takes five rounds in each record: of every pair of rounds
+    the ratio, and an interval that holds the truth 99 times in a hundred.
+
+    Another bundle or another machine is a warning. Where no row has a verdict, that is exit 1 too.
     """
     from nmoe_edge.bench.record import read_record
     from nmoe_edge.bench.samples import change
     from nmoe_edge.bench.tables import comparison_tables
+    from nmoe_edge.errors import BenchError
 
     first, second = read_record(old), read_record(new)
     after = {row.name: row for row in second.rows}
     pairs = [(row, after[row.name]) for row in first.rows if row.name in after]
     changes = [(a, b, change(a.parts, b.parts)) for a, b in pairs]
     click.echo(comparison_tables(first, second, changes))
+    if not changes:
+        raise BenchError(f"{old} and {new} have no row in common: measure both with the same options")
+    if all(it.verdict == "too few rounds" for _, _, it in changes):
+        raise BenchError("no row has the five rounds in both that a verdict needs: measure again with --rounds 5")
     sys.exit(1 if any(it.verdict == "worse" for _, _, it in changes) else 0)

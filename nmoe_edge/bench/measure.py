@@ -25,10 +25,10 @@ from nmoe_edge import __version__
 from nmoe_edge.bench.board import Meter, read_machine, read_moment
 from nmoe_edge.bench.load import Drive, Question, asking, drive, greet, inferring, message_bytes, poisson, settled
 from nmoe_edge.bench.probe import BATCHES, Probe
-from nmoe_edge.bench.record import SCHEMA, Record, Row, Stage, Start, Subject, Tally
+from nmoe_edge.bench.record import SCHEMA, Peers, Record, Row, Stage, Start, Subject, Tally
 from nmoe_edge.bundle import Bundle, read_bundle
 from nmoe_edge.client import Client, Line
-from nmoe_edge.errors import BenchError, CallError
+from nmoe_edge.errors import BenchError, CallError, EdgeError
 from nmoe_edge.fleet import FLEET_FILE, Device, read_fleet
 from nmoe_edge.keys import keys_to
 from nmoe_edge.place import find_place
@@ -68,28 +68,48 @@ class Plan:
 
 
 def measure(plan: Plan, say: Say) -> Record:
-    """Carry a plan out; say: told what is being done."""
+    """Carry a plan out; say: told what is being done.
+
+    Whoever stops it, by Ctrl-C or by an error of ours on the way, has the rounds that were whole by then.
+    """
     bundle = read_bundle(plan.bundle)
     manifest = bundle.manifest
-    find_place(plan.fleet, manifest, plan.key)  # what does not fit is known before the first minute is over
     began, before = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), read_moment()
+    _try_out(plan, bundle, say)
     probes: dict[int, list[tuple[int, Probe]]] = {threads: [] for threads in plan.threads}
     numbers = itertools.count(secrets.randbits(60))
+    met: _Met | None = None
+    doing, stopped = "", None
+
+    def begin(turn: int, what: str) -> None:
+        nonlocal doing
+        doing = f"round {turn + 1} of {plan.rounds}: {what}"
+        say(doing)
+
     with contextlib.ExitStack() as stack:
         series = [one for address in dict.fromkeys(plan.at) for one in _peer(plan, bundle, address, stack)]
         if len({one.what for one in series}) < len(set(plan.at)):
             raise BenchError("two --at lead to the same device; name it once")
-        for turn in range(plan.rounds):
-            for threads, found in probes.items():
-                say(f"round {turn + 1} of {plan.rounds}: the graphs, {_threads(threads)}")
-                found.append(_probed(plan, threads, manifest.digest))
-        if plan.fleet is not None:
-            series += _fleet(plan, bundle, plan.fleet, stack, say)
-        for turn in range(plan.rounds):
-            for one in series:
-                say(f"round {turn + 1} of {plan.rounds}: {one.what}, {one.setting}, {one.rows} a message")
-                one.measure(numbers, plan.duration_s / plan.rounds)
-        remote = [one.row() for one in series]
+        try:
+            for turn in range(plan.rounds):
+                for threads, found in probes.items():
+                    begin(turn, f"the graphs, {_threads(threads)}")
+                    found.append(_probed(plan, threads, manifest.digest))
+            if plan.fleet is not None:
+                doing = "meeting the fleet"
+                met = stack.enter_context(_met(plan, bundle, plan.fleet, say))
+                series += _fleet(plan, bundle, met, stack)
+            for turn in range(plan.rounds):
+                for one in series:
+                    begin(turn, f"{one.what}, {one.setting}, {one.rows} a message")
+                    one.measure(numbers, plan.duration_s / plan.rounds)
+            peers = None if met is None else Peers(met.known, met.alive, _alive(met.client.status()))
+        except (KeyboardInterrupt, EdgeError) as why:
+            if not all(probes.values()):
+                raise
+            stopped = f"stopped in {doing}" + (f": {why}" if isinstance(why, EdgeError) else "")
+            peers = None if met is None else Peers(met.known, met.alive)
+        remote = [one.row() for one in series if one.drives]
     local = [row for threads, found in probes.items() for row in _local_rows(threads, found)]
     (_, probe), *_ = probes[plan.threads[0]]
     precision = manifest.precision
@@ -113,7 +133,21 @@ def measure(plan: Plan, say: Say) -> Record:
         duration_s=plan.duration_s,
         starts=tuple(_start(threads, found) for threads, found in probes.items()),
         rows=(*local, *remote),
+        peers=peers,
+        stopped=stopped,
     )
+
+
+def _try_out(plan: Plan, bundle: Bundle, say: Say) -> None:
+    """Refuse before the first round what would be refused after minutes."""
+    if plan.provider != "auto":
+        from nmoe_edge.models import check_installed  # and onnxruntime, which nothing else here needs
+
+        check_installed(plan.provider)
+    find_place(plan.fleet, bundle.manifest, plan.key)
+    if plan.fleet is not None:
+        with _met(plan, bundle, plan.fleet, lambda text: say(f"first a trial: {text}")):
+            pass
 
 
 def _threads(threads: int) -> str:
@@ -232,27 +266,59 @@ def _peer(plan: Plan, bundle: Bundle, address: str, stack: contextlib.ExitStack)
             yield _Series("peer", f"ask of expert {welcome.expert}", dtype, rows, line, question)
 
 
-def _fleet(plan: Plan, bundle: Bundle, fleet: Path, stack: contextlib.ExitStack, say: Say) -> Iterator[_Series]:
-    """The whole path through the device of this bundle."""
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """The device of this bundle, that serves and has met its peers."""
+
+    client: Client
+    access: tuple[Any, ...]
+    known: int
+    alive: int
+
+
+@contextlib.contextmanager
+def _met(plan: Plan, bundle: Bundle, fleet: Path, say: Say) -> Iterator[_Met]:
+    """It is served meanwhile, unless it is already; BenchError where the fleet is not there."""
     manifest = bundle.manifest
     device = read_fleet(fleet).named(manifest.device)
     access = keys_to(device.address, fleet, plan.key, device.name)
-    with Client(device.address, *access) as client:
-        facts = _facts(client)
-        if facts is None:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(Client(device.address, *access))
+        if _facts(client) is None:
             say(f"nobody answers at {device.address}: serving {device.name} for as long as it takes")
             stack.enter_context(_serving(plan, fleet, device, client))
-            facts = _acquainted(client)
-    if facts.get("bundle") != manifest.digest:
-        raise BenchError(f"{device.address}: serves another bundle than {plan.bundle}; stop it, or measure that one")
-    peers = facts.get("peers") or []
-    say(f"{device.name} knows {sum(peer['state'] == 'alive' for peer in peers)} of its {len(peers)} peers to be alive")
+        facts = _acquainted(client)
+        if facts.get("bundle") != manifest.digest:
+            raise BenchError(
+                f"{device.address}: serves another bundle than {plan.bundle}; stop it, or measure that one"
+            )
+        known, alive = len(_peers(facts)), _alive(facts)
+        if known and not alive:
+            raise BenchError(
+                f"{device.name} reaches none of the {known} peers in {fleet}: serve them too, or leave out --fleet"
+            )
+        say(f"{device.name} knows {alive} of its {known} peers to be alive")
+        yield _Met(client, access, known, alive)
+
+
+def _peers(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """None where it is no device that says of itself what ours do."""
+    return facts.get("peers") or []
+
+
+def _alive(facts: dict[str, Any]) -> int:
+    return sum(peer["state"] == "alive" for peer in _peers(facts))
+
+
+def _fleet(plan: Plan, bundle: Bundle, met: _Met, stack: contextlib.ExitStack) -> Iterator[_Series]:
+    """The whole path through the device of this bundle."""
+    manifest, address = bundle.manifest, met.client.address
     question = inferring(bundle.selftest.inputs)
 
     def series(what: str, clients: int, rate: float | None) -> _Series:
-        line = Line(device.address, *access, connections=clients)
+        line = Line(address, *met.access, connections=clients)
         stack.callback(line.close)
-        return _Series("fleet", what, device.name, 1, line, question, clients, rate, manifest.expert)
+        return _Series("fleet", what, manifest.device, 1, line, question, clients, rate, manifest.expert)
 
     yield series(f"closed loop, {plan.clients} client{'s' if plan.clients > 1 else ''}", plan.clients, None)
     if plan.rate is not None:
@@ -270,7 +336,7 @@ def _acquainted(client: Client) -> dict[str, Any]:
     until = time.monotonic() + _ACQUAINTED_S
     while True:
         facts = client.status()
-        if all(peer["state"] == "alive" for peer in facts["peers"]) or time.monotonic() > until:
+        if _alive(facts) == len(_peers(facts)) or time.monotonic() > until:
             return facts
         time.sleep(0.1)
 

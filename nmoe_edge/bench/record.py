@@ -107,6 +107,17 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
+class Peers:
+    """Of the device that a fleet was asked through."""
+
+    known: int
+    before: int
+    """Alive when it was first asked."""
+    after: int | None = None
+    """When it was last; None where it came to no end."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """All of it."""
 
@@ -126,6 +137,9 @@ class Record:
     """Of each scenario."""
     starts: tuple[Start, ...]
     rows: tuple[Row, ...]
+    peers: Peers | None = None
+    stopped: str | None = None
+    """Where it was when it was stopped, or could not go on; what was whole by then is here."""
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]

@@ -27,9 +27,12 @@ DOUBT = 0.005
 """On either side of an interval: it holds the true ratio 99 times in a hundred."""
 LEAST_CHANGE = 0.05
 """What two runs of one program may differ by, minutes apart, that neither shows within itself."""
+ROOM = 1.10
+"""How far from 1 either way an interval may reach for "same". As TOO_SPREAD, and not as LEAST_CHANGE: with five rounds
+the interval is as wide as these lie apart, and equals whose rounds differ by 2 % would rarely be told within 5 %."""
 MOST_ROUNDS = 30
 
-Verdict = Literal["same", "better", "worse", "too few rounds"]
+Verdict = Literal["same", "better", "worse", "cannot tell", "too few rounds"]
 
 
 def percentile(samples: Sequence[int], share: float) -> int | None:
@@ -80,7 +83,7 @@ def change(old: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> Change
     if cut is None:
         return Change(ratio, ratios[0], ratios[-1], "too few rounds")
     low, high = ratios[cut], ratios[-1 - cut]
-    verdict: Verdict = "same"
+    verdict: Verdict = "same" if low >= 1 / ROOM and high <= ROOM else "cannot tell"
     if low > 1 and ratio > 1 + LEAST_CHANGE:
         verdict = "worse"
     elif high < 1 and ratio < 1 / (1 + LEAST_CHANGE):

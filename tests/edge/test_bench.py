@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from edge.fleets import Processes, address_of, nodes, pinned
 
 from nmoe_edge.bench import probe
-from nmoe_edge.bench.measure import Plan, _probed, measure
+from nmoe_edge.bench.measure import Plan, _probed, _Series, measure
 from nmoe_edge.bench.probe import Probe
-from nmoe_edge.bench.record import read_record
+from nmoe_edge.bench.record import Peers, read_record
+from nmoe_edge.bench.samples import LEAST_CHANGE, ROOM, Verdict
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.cli import main
 from nmoe_edge.client import Client
 from nmoe_edge.errors import BenchError, CallError
-from nmoe_edge.fleet import FLEET_FILE
+from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.keys import keys_to
 from nmoe_edge.schema import from_plain
 
@@ -59,7 +62,8 @@ def test_a_bundle_is_measured_and_a_slower_one_is_worse(tiny_fleet, tmp_path, nm
     assert record.bundle.digest == read_bundle(tiny_fleet / "attic").manifest.digest
 
     same = nmoe_edge("bench", "compare", kept, kept)
-    assert (same.exit_code, same.output.count("| same ")) == (0, len(record.rows))
+    told = same.output.count("| same ") + same.output.count("| cannot tell ")
+    assert (same.exit_code, told) == (0, len(record.rows))
     plain = json.loads(kept.read_text())
     for name, ns in (("fast", 1000), ("slow", 2000)):  # what was measured may be too noisy to tell anything
         plain["rows"][-1]["parts"] = [[ns]] * 5
@@ -125,20 +129,70 @@ def test_peers_and_fleet_are_measured_with_keys_and_the_device_is_served_meanwhi
 
 
 @pytest.mark.socket
-def test_whoever_ends_the_measurement_ends_the_device_that_was_served_for_it(fleet):
+def test_whoever_ends_the_measurement_ends_the_device_that_was_served_for_it(fleet, tmp_path):
     command = [sys.executable, "-m", "nmoe_edge", "bench", str(fleet / "attic"), "--fleet", str(fleet / FLEET_FILE)]
-    process = subprocess.Popen([*command, "--rounds", "1", "--duration", "4"], stderr=subprocess.PIPE, text=True)
-    try:
-        while "closed loop" not in process.stderr.readline():
-            assert process.poll() is None
-        process.terminate()
-        assert process.wait(20) == 1
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    kept = tmp_path / "a.json"
+    command += ["--json", str(kept), "--rounds", "1", "--duration", "4"]
+    with Processes(fleet, "barn"):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            while "closed loop" not in process.stderr.readline():
+                assert process.poll() is None
+            process.terminate()
+            assert process.wait(20) == 143
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
     with Client(address_of(fleet, "attic")) as client, pytest.raises(CallError):
         client.status(0.3)
+    record = read_record(kept)
+    assert record.stopped == "stopped in round 1 of 1: closed loop, 1 client, attic, 1 a message"
+    assert {row.scenario for row in record.rows} == {"start", "local"}
+
+
+@pytest.mark.parametrize(("ended_by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_whole_rounds_outlive_whoever_stops_it(tiny_fleet, tmp_path, ended_by, status):
+    kept = tmp_path / "a.json"
+    command = [sys.executable, "-m", "nmoe_edge", "bench", str(tiny_fleet / "attic"), "--json", str(kept)]
+    for until_round in (1, 3):
+        process = subprocess.Popen([*command, "--duration", "3"], stderr=subprocess.PIPE, text=True)
+        try:
+            while f"round {until_round} of 5" not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(ended_by)
+            said = process.stderr.read()
+            assert process.wait(20) == status
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+        assert ("nothing is kept" in said) == (not kept.exists()) == (until_round == 1)
+    record = read_record(kept)
+    assert record.stopped == "stopped in round 3 of 5: the graphs, 1 thread"
+    assert {len(row.parts) for row in record.rows} == {2}
+
+
+@pytest.mark.socket
+def test_a_peer_that_dies_takes_no_round_with_it(fleet, tmp_path, nmoe_edge, monkeypatch):
+    kept, rounds = tmp_path / "a.json", []
+    with Processes(fleet, "barn") as running:
+
+        def measured(one, *arguments):
+            rounds.append(one)
+            if len(rounds) == 4:
+                running.kill("barn")
+            return as_it_is(one, *arguments)
+
+        as_it_is = _Series.measure
+        monkeypatch.setattr(_Series, "measure", measured)
+        wire = ("--at", address_of(fleet, "barn"), "--latents", "fp32", "--json", kept)
+        shown = nmoe_edge("bench", fleet / "attic", *wire, "--duration", "0.5", "--rounds", "3")
+    record = read_record(kept)
+    assert [len(row.parts) for row in record.rows if row.scenario == "peer"] == [2, 1]
+    assert record.stopped.startswith("stopped in round 2 of 3: ask of expert 1, float32, 8 a message: tcp://")
+    assert (shown.exit_code, shown.error.splitlines()[-1]) == (1, f"nmoe-edge: {record.stopped}")
+    assert f"- it was {record.stopped}" in shown.output
 
 
 @pytest.mark.socket
@@ -152,17 +206,35 @@ def test_one_peer_by_two_names_is_named_once(fleet, quiet):
 def test_a_device_that_serves_is_asked_as_it_is(fleet, quiet):
     said = []
     plan = Plan(fleet / "barn", fleet=fleet / FLEET_FILE, duration_s=0.2, rounds=1)
-    with nodes(fleet, "barn") as (barn,):
+    with nodes(fleet, "barn", "attic") as (barn, _attic):
         record = measure(plan, said.append)
         assert barn.status()["counts"]["rows"] > 0
     assert not any("serving" in text for text in said)
     (row,) = [row for row in record.rows if row.scenario == "fleet"]
-    assert row.tally.degraded > 0  # nobody else is there
+    assert row.tally.degraded > 0  # cellar is not there
+    assert record.peers == Peers(2, 1, 1)
+
+
+@pytest.mark.socket
+def test_a_fleet_of_which_nobody_else_is_there_is_refused_before_the_first_round(fleet):
+    said = []
+    with pytest.raises(BenchError, match="attic reaches none of the 2 peers in .*: serve them too, or leave out"):
+        measure(Plan(fleet / "attic", fleet=fleet / FLEET_FILE), said.append)
+    assert not any("round" in text for text in said)
+
+
+@pytest.mark.socket
+def test_a_fleet_of_one_device_is_a_fleet(fleet, quiet):
+    alone = fleet / "alone.toml"
+    described = read_fleet(fleet / FLEET_FILE)
+    write_fleet(alone, replace(described, device=(described.named("attic"),)))
+    record = measure(Plan(fleet / "attic", fleet=alone, duration_s=0.2, rounds=1), quiet)
+    assert record.peers == Peers(0, 0, 0)
 
 
 @pytest.mark.socket
 def test_another_bundle_at_the_devices_place_is_refused(fleet, quiet):
-    with nodes(fleet, "attic"):
+    with nodes(fleet, "attic", "barn"):
         bundle = read_bundle(fleet / "attic")
         pinned(fleet, write_bundle(fleet.parent / "attic", replace(bundle.manifest, target="pi"), bundle.contents))
         plan = Plan(fleet.parent / "attic", fleet=fleet / FLEET_FILE, duration_s=0.1, rounds=1)
@@ -197,10 +269,9 @@ def test_a_device_that_cannot_be_served_says_why(fleet, quiet):
 )
 def test_what_cannot_be_measured_is_one_line_and_exit_1(tiny_fleet, nmoe_edge, arguments, text):
     shown = nmoe_edge("bench", *(argument.replace("FLEET", str(tiny_fleet)) for argument in arguments))
-    *progress, error = shown.error.splitlines()
     assert (shown.exit_code, shown.output) == (1, "")
-    assert all(line.startswith("round 1 ") for line in progress)
-    assert text in error
+    assert text in shown.error
+    assert shown.error.count("\n") == 1  # before the first round
 
 
 @pytest.mark.parametrize(
@@ -221,7 +292,29 @@ def test_a_misspelt_bench_is_exit_2(nmoe_edge, arguments):
 def test_both_commands_explain_themselves(nmoe_edge):
     assert nmoe_edge("bench", "--help").output == nmoe_edge("bench", "run", "--help").output
     assert "Examples: nmoe-edge bench bundles/digits/device-00" in nmoe_edge("bench", "-h").output
-    assert "Example: nmoe-edge bench compare before.json after.json" in nmoe_edge("bench", "compare", "--help").output
+    assert "\n    compare  Two records" in nmoe_edge("bench", "--help").output
+    told = nmoe_edge("bench", "compare", "--help").output
+    assert "Example: nmoe-edge bench compare before.json after.json" in told
+    for what in (f"{1 + LEAST_CHANGE:.2f}", f"1/{ROOM:.2f} and {ROOM:.2f}", *get_args(Verdict)[:-1]):
+        assert what in told
+
+
+def test_a_misspelt_command_or_word_says_what_was_meant(nmoe_edge):
+    assert "did you mean 'compare'?" in nmoe_edge("bench", "compar", "a", "b").error
+    threads = nmoe_edge("bench", "x", "--threads", "1,x").error
+    assert "'x': numbers from 1 to 256 are due, with commas between them" in threads
+
+
+def test_two_records_without_a_row_to_judge_are_one_line_and_exit_1(tiny_fleet, tmp_path, nmoe_edge):
+    kept, other = tmp_path / "a.json", tmp_path / "b.json"
+    nmoe_edge("bench", tiny_fleet / "attic", "--json", kept, *BRIEF)
+    few = nmoe_edge("bench", "compare", kept, kept)
+    assert (few.exit_code, few.error.count("\n")) == (1, 1)
+    assert "the five rounds in both that a verdict needs" in few.error
+    other.write_text(json.dumps(json.loads(kept.read_text()) | {"rows": []}))
+    none = nmoe_edge("bench", "compare", kept, other)
+    assert (none.exit_code, none.error.count("\n")) == (1, 1)
+    assert "have no row in common" in none.error
 
 
 def test_a_bundle_that_is_swapped_meanwhile_is_said(tiny_fleet):
@@ -234,8 +327,9 @@ def test_a_bundle_that_is_swapped_meanwhile_is_said(tiny_fleet):
 @pytest.mark.socket
 def test_a_rate_at_which_nobody_comes_measures_nothing(fleet, quiet):
     plan = Plan(fleet / "barn", fleet=fleet / FLEET_FILE, duration_s=0.1, rounds=1, rate=0.01)
-    with nodes(fleet, "barn"), pytest.raises(BenchError, match="none was answered, 0 were refused; try another --rate"):
-        measure(plan, quiet)
+    with nodes(fleet, "barn", "attic"):
+        stopped = measure(plan, quiet).stopped
+    assert "none was answered, 0 were refused; try another --rate" in stopped
 
 
 def test_a_process_that_dies_or_hangs_is_one_line(tiny_fleet, quiet, monkeypatch):

@@ -6,7 +6,18 @@ from dataclasses import replace
 import pytest
 
 from nmoe_edge.bench.board import Machine, Moment
-from nmoe_edge.bench.record import Record, Row, Stage, Start, Subject, Tally, check_writable, read_record, write_record
+from nmoe_edge.bench.record import (
+    Peers,
+    Record,
+    Row,
+    Stage,
+    Start,
+    Subject,
+    Tally,
+    check_writable,
+    read_record,
+    write_record,
+)
 from nmoe_edge.bench.samples import change
 from nmoe_edge.bench.tables import comparison_tables, record_tables
 from nmoe_edge.errors import BenchError
@@ -22,7 +33,11 @@ def step(what, ns, **rest):
 
 @pytest.fixture
 def record():
-    stages = (Stage("python", (20_000_000,) * 5, (14_000_000,) * 5), Stage("ready", (300_000_000,) * 5, (None,) * 5))
+    stages = (
+        Stage("python", (20_000_000,) * 5, (14_000_000,) * 5),
+        Stage("ready", (300_000_000,) * 5, (None,) * 5),
+        Stage("steady", (900_000_000,) * 5, (62 * 2**20,) * 5),
+    )
     wire = {"sent_bytes": 132.0, "received_bytes": 104.5, "tally": Tally(100, 1, 2, 97, 50, 7)}
     return Record(
         schema=1,
@@ -128,10 +143,10 @@ def test_a_report_shows_figures_beside_their_conditions_and_dashes_for_what_is_u
     gate = next(line for line in lines if line.startswith("| gate"))
     assert [cell.strip() for cell in gate.split("|")[4:11]] == [
         "7,500",
-        "0.050",
-        "0.050",
-        "0.050",
-        "0.050",
+        "0.0500",
+        "0.0500",
+        "0.0500",
+        "0.0500",
         "0.0%",
         "–",
     ]
@@ -141,10 +156,60 @@ def test_a_report_shows_figures_beside_their_conditions_and_dashes_for_what_is_u
     assert [cell.strip() for cell in peer.split("|")[4:11]] == ["132", "104", "100", "–", "–", "1", "2"]
     fleet = next(line for line in lines if line.startswith("| closed loop") and "51.5%" in line)
     assert "7.2%" in fleet
-    assert any("| kernel" in line and "| –" in line for line in lines)
+    assert "Not told by this board: kernel, its peak." in lines
+    assert lines[2] == (
+        "p50 of one row: 1.010 ms at home, the whole path (1 thread); 1.000 ms to a peer's expert and back (int8);"
+        " 1.000 ms through the fleet (closed loop, 1 client)."
+    )
+    assert lines[4] == "Ready 0.30 s after its process began; 62.0 MB of memory when steady (1 thread)."
     captions = [line for line in lines if line.startswith(("Latency", "Over the wire"))]
     assert len(captions) == 2
     assert all("Arm Cortex-A76" in line and "performance" in line and "0123" in line for line in captions)
+
+
+def test_what_nobody_tells_has_no_line_and_no_column_but_is_named_once(record):
+    nothing = Moment(None, None, None, None, None, None, None)
+    rows = tuple(replace(row, parts=row.parts[:1], mean_w=None) for row in record.rows)
+    shown = record_tables(replace(record, before=nothing, after=replace(nothing, load=1.0), rows=rows))
+    (untold,) = [line for line in shown.splitlines() if line.startswith("Not told")]
+    for what in ("kernel", "governor", "MHz", "°C", "throttled", "power from", "power drawn"):
+        assert what in untold
+        assert shown.count(what) == 1
+    assert "| load average" in shown  # one of its two is known
+    assert "mJ" not in shown
+    assert "rounds apart" not in shown  # one round lies apart from none
+
+
+@pytest.mark.parametrize(
+    ("ns", "shown"), [(6_130, "0.00613"), (99, "0.0000990"), (48_951, "0.0490"), (605_000, "0.605"), (99_999, "0.1000")]
+)
+def test_times_have_three_digits_that_count(record, ns, shown):
+    rows = (Row("local", "gate", "1 thread", 1, ((ns,),)),)
+    assert f"| {shown} " in record_tables(replace(record, rows=rows))
+
+
+def test_rows_that_all_stayed_at_home_or_all_left_say_so(record):
+    fleet = record.rows[-1]
+    for at_home, text in ((97, "no row of fleet: closed loop, 1 client, attic, 1 row left"), (0, "answered at home")):
+        rows = (replace(fleet, tally=replace(fleet.tally, at_home=at_home)),)
+        assert text in record_tables(replace(record, rows=rows))
+    assert "no row of" not in record_tables(record)
+
+
+def test_peers_that_are_not_alive_are_said(record):
+    shown = record_tables(replace(record, peers=Peers(3, 3, 2)))
+    assert "of 3 peers 3 were alive before, 2 after" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("| peers alive")]
+    assert [cell.strip() for cell in line.split("|")[2:4]] == ["3 of 3", "2 of 3"]
+    assert "of 3 peers 2 were alive before, – after" in record_tables(replace(record, peers=Peers(3, 2)))
+    assert "were alive" not in record_tables(replace(record, peers=Peers(3, 3, 3)))
+    assert "were alive" not in record_tables(replace(record, peers=Peers(0, 0, 0)))
+
+
+def test_a_record_that_was_stopped_says_where(record):
+    assert "it was stopped in round 2 of 5: the graphs" in record_tables(
+        replace(record, stopped="stopped in round 2 of 5: the graphs")
+    )
 
 
 def test_graphs_that_do_not_sum_to_the_whole_path_say_how_much_is_elsewhere(record):
@@ -190,3 +255,16 @@ def test_rows_that_only_one_has_are_named(record):
     fewer = replace(record, rows=record.rows[1:])
     changes = [(row, row, change(row.parts, row.parts)) for row in fewer.rows]
     assert "only in the first: start: first answer" in comparison_tables(record, fewer, changes)
+    shown = comparison_tables(record, replace(record, rows=()), [])
+    assert shown.endswith("local: gate, 1 thread, 1 row; and 4 more")
+
+
+def test_a_comparison_notes_what_applies_to_what_it_shows(record):
+    noisy = replace(record.rows[-1], parts=((1_000_000,), (2_000_000,), *ALIKE[:3]), settled=False)
+    other = replace(record, rows=(*record.rows[:-1], noisy))
+    shown = compared(record, other)
+    assert "1 of 7 rows cannot be told" in shown
+    assert "in the second, the warm-up never settled" in shown
+    assert "percentile" not in shown
+    first = [(row, row, change(row.parts, row.parts)) for row in record.rows[:-1]]
+    assert "never settled" not in comparison_tables(record, other, first)  # the noisy row is not shown

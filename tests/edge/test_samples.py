@@ -71,12 +71,27 @@ def test_a_change_beyond_the_noise_is_seen_and_its_interval_holds_the_truth(by, 
 
 def test_what_rounds_themselves_differ_by_is_noise():
     it = change(rounds(random.Random(1), between=0.2), slower(rounds(random.Random(2), between=0.2), 1.1))
-    assert it.verdict == "same"
+    assert it.verdict == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("last", "verdict"), [(1.09, "same"), (1 / 1.09, "same"), (1.11, "cannot tell"), (1 / 1.11, "cannot tell")]
+)
+def test_two_are_the_same_only_where_the_whole_interval_is_close_to_1(last, verdict):
+    old = [[100_000]] * 5
+    assert change(old, [*old[:4], [int(100_000 * last)]]).verdict == verdict
+
+
+def test_five_rounds_are_enough_for_equals_to_be_called_the_same():
+    rng = random.Random(6)
+    pairs = [[rounds(rng, between=0.02) for _ in range(2)] for _ in range(100)]
+    verdicts = [change(old, new).verdict for old, new in pairs]
+    assert verdicts.count("same") > 90
 
 
 def test_one_round_that_somebody_disturbed_makes_nothing_worse():
     parts = rounds(random.Random(3))
-    assert change(parts, [*parts[:4], slower(parts[4:], 50)[0]]).verdict == "same"
+    assert change(parts, [*parts[:4], slower(parts[4:], 50)[0]]).verdict == "cannot tell"
 
 
 def test_three_rounds_are_too_few_to_say():
