@@ -191,8 +191,12 @@ def serve(
     click.echo(f"{ready_line(node.status())}, in {time.monotonic() - began:.2f} s")
     sys.stdout.flush()
     with _discovery(node) if discover else nullcontext():
-        node.ended.wait()
+        while not node.ended.wait(_LISTEN_S):  # a signal that another thread was given is heard when this one wakes
+            pass
     sys.exit(1 if node.broke else 0)
+
+
+_LISTEN_S = 0.5
 
 
 def _discovery(node: Node) -> AbstractContextManager[Any]:

@@ -66,6 +66,18 @@ def test_a_frozen_peer_is_cut_off_within_a_second_and_a_half_and_is_back_when_it
         assert load.sound, load.summary()
 
 
+def test_who_thaws_and_is_told_to_go_at_the_same_moment_goes(fleet):
+    for _ in range(3):
+        with Processes(fleet, "attic") as running, Load(running, "attic", deadline_s=0.1) as load:
+            until(lambda load=load: len(load.done) > 100)
+            running.signal("attic", signal.SIGSTOP)
+            refused = len(load.refused)
+            until(lambda load=load, refused=refused: len(load.refused) > refused + 4)
+            running.signal("attic", signal.SIGCONT)
+            running.signal("attic", signal.SIGTERM)
+            assert running.running["attic"].wait(12) == 0
+
+
 def test_peers_that_are_killed_and_come_back_cost_no_row(keyed):
     with Processes(keyed) as running:
         running.acquainted("attic")
