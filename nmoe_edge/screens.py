@@ -33,7 +33,8 @@ def bundle_table(bundle: Bundle) -> str:
         "routing": f"top-{routing.top_k}, {at_home}, {routing.combination} are combined",
         "precision": f"extractor {precision.extractor}, gate {precision.gate}, expert {precision.expert}",
         "target": f"{manifest.target}, opset {manifest.opset}, IR {manifest.ir_version}",
-        "accuracy": ", ".join(f"{name} {share:.1%}" for name, share in manifest.accuracy.items()) or "not measured",
+        "accuracy": ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in manifest.accuracy.items())
+        or "not measured",
     }
     lines = [f"{key:<10} {value}" for key, value in facts.items()]
     lines += [f"{'':<10} {name:<15} {entry.bytes:>10,} bytes" for name, entry in manifest.files.items()]
