@@ -153,10 +153,10 @@ def _key_here(path: Path, first: str, known: Collection[str | None]) -> KeyPair:
 def with_keys(
     fleet: Fleet, names: Sequence[str], folder: Path | None, path: Path = Path(FLEET_FILE), *, force: bool = False
 ) -> Fleet:
-    """Make and keep a pair for each of these devices that has none where it is looked for, with the fleet.toml at
-    `path`; the fleet with their public keys.
+    """Make and keep a pair for each of these devices that has no key file; the fleet with their public keys.
 
-    force: also where another public key stands there; it is replaced.
+    folder: where the files go, None for the usual one; path: the fleet.toml, beside which they may lie as well.
+    force: also where that replaces a public key.
     """
     files, pairs = {name: key_path(path, name, folder) for name in names}, {}
     for name, file in files.items():
