@@ -191,7 +191,7 @@ def of_modules(
 
 def of_factory(path: str) -> Source:
     """What `package.module:factory` returns: a mapping of of_modules' arguments by name."""
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
+    if ".py:" in path or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
         raise SourceError(
             f"--modules {path}: MODULE:FACTORY is due, such as theirs:fleet for fleet() in a theirs.py"
             " that lies in the current folder"

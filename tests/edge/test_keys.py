@@ -10,7 +10,17 @@ import zmq
 
 from nmoe_edge.errors import FleetError, KeyFileError
 from nmoe_edge.fleet import read_fleet, write_fleet
-from nmoe_edge.keys import KeyPair, key_path, keys_folder, keys_to, make_pair, read_key, with_keys, write_key
+from nmoe_edge.keys import (
+    KeyPair,
+    address_of,
+    key_path,
+    keys_folder,
+    keys_to,
+    make_pair,
+    read_key,
+    with_keys,
+    write_key,
+)
 
 
 @pytest.fixture
@@ -201,6 +211,7 @@ def test_whoever_asks_is_himself_else_the_one_that_is_asked_else_anybody_whose_k
     with pytest.raises(FleetError, match=r"attic\.key: the key of no device in .*fleet\.toml"):
         keys_to("attic", keyed_file, secrets / "attic.key")
     assert keys_to("cellar", keyed_file, None) == (None, None)
+    assert address_of("barn", keyed_file) == address_of(barn.address, keyed_file.parent) == barn.address
 
 
 def test_with_keys_makes_a_pair_for_each_and_keeps_those_there_are(tiny_fleet, tmp_path):

@@ -95,6 +95,7 @@ def test_the_command_takes_modules_and_says_what_int8_is_worth(run_main, tmp_pat
         (("--modules", "nowhere:fleet"), "no module nowhere lies in the current folder, nor is installed"),
         (("--modules", "their_fleet.inner:fleet"), "no module their_fleet.inner lies in"),
         (("--modules", "their_fleet"), "MODULE:FACTORY is due"),
+        (("--modules", "their_fleet.py:fleet"), "MODULE:FACTORY is due"),
         (("--modules", "../theirs:fleet"), "MODULE:FACTORY is due, such as theirs:fleet"),
         (("--modules", "their_fleet:flet"), "has no attribute 'flet'"),
         (("--modules", "their_fleet:fleet", "run"), "two sources"),
