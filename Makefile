@@ -6,10 +6,12 @@ EDGE := .venv-edge/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-edge test-runtimes test-arm cov soak fuzz bench clean
+.PHONY: help install demo test check test-edge test-runtimes test-arm cov soak fuzz bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/ready  ## the three commands, in .venv/bin
 
 demo: .venv/ready  ## train, export and serve ten devices, kill two, draw a page of it: runs/demo-fleet/report.html
 	$(BIN)/python examples/demo.py

@@ -8,6 +8,7 @@ other 5 to 9; a gate learns which of them to ask. Each alone is right on half of
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -107,6 +108,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # there are none, but for --help
     try:
         with tempfile.TemporaryDirectory() as temporary:
             main(Path(temporary) / "fleet")

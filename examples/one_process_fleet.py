@@ -9,6 +9,7 @@ silent that was asked most. Local-first is left out, so that there is something 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import secrets
 import sys
@@ -97,9 +98,9 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} FLEET")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fleet", metavar="FLEET")
     try:
-        main(sys.argv[1])
+        main(parser.parse_args().fleet)
     except EdgeError as error:
         sys.exit(str(error))

@@ -2,9 +2,11 @@
 
     python examples/quickstart.py FLEET
 
-FLEET is a folder that nmoe-export wrote, such as bundles/digits; its addresses are on this machine.
+FLEET is a folder that nmoe-export wrote, such as bundles/digits; its addresses are on this machine. The devices are
+served by this very process: end those that serve there already.
 """
 
+import argparse
 import sys
 import time
 from contextlib import ExitStack
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from nmoe_edge.bundle import read_bundle
 from nmoe_edge.client import Client
-from nmoe_edge.errors import EdgeError
+from nmoe_edge.errors import EdgeError, NetworkError
 from nmoe_edge.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.keys import key_path, read_key
 from nmoe_edge.node import Node
@@ -42,9 +44,11 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} FLEET")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fleet", metavar="FLEET", type=Path)
     try:
-        main(Path(sys.argv[1]))
+        main(parser.parse_args().fleet)
+    except NetworkError as error:
+        sys.exit(f"{error} (this example serves the devices by itself)")
     except EdgeError as error:
         sys.exit(str(error))

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import click
 
 from nmoe_edge.bench.cli import bench
 from nmoe_edge.errors import EdgeError
-from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
+from nmoe_edge.program import EXIT_STATUS, SETTINGS, counted, one_line, run_program
 from nmoe_edge.screens import answer_lines, bundle_table, fleet_table, ready_line, status_table
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
             click.echo(json.dumps({"bundle": str(folder), **to_plain(result)}))
             continue
         click.echo(
-            f"{folder}: {'passed' if result.passed else 'FAILED'} on {result.rows} inputs;"
+            f"{folder}: {'passed' if result.passed else 'FAILED'} on {counted(result.rows, 'input')};"
             f" latents differ by {result.latent_difference:.2g} (allowed {bundle.selftest.latent_tolerance:.2g}),"
             f" outputs by {result.output_difference:.2g} (allowed {bundle.selftest.output_tolerance:.2g}),"
-            f" {result.other_choices} other choices of the gate"
+            f" {counted(result.other_choices, 'other choice')} of the gate"
         )
     sys.exit(1 if failed else 0)
 
@@ -144,7 +144,7 @@ def serve(
     import time
 
     from nmoe_edge.errors import FleetError
-    from nmoe_edge.fleet import FLEET_FILE
+    from nmoe_edge.fleet import FLEET_FILE, fleet_file
     from nmoe_edge.log import Log
     from nmoe_edge.memory import trim
     from nmoe_edge.node import Node
@@ -155,7 +155,7 @@ def serve(
     if os.path.isfile(bundle / FLEET_FILE):
         raise FleetError(f"{bundle} is a whole fleet; serve one of its devices: {bundle}/NAME")
     beside = bundle.resolve().parent / FLEET_FILE
-    fleet = fleet if fleet is not None else beside if os.path.isfile(beside) else None
+    fleet = fleet_file(fleet) if fleet is not None else beside if os.path.isfile(beside) else None
     log = Log(bundle.resolve().name, log_json)
     rules = Rules(top_k, local_first, adapt, _LATENTS.get(latents), deadline_ms / 1000, prefer_near, hedge)
     state = state if state is not None else default_state()
@@ -217,34 +217,43 @@ _LATENTS: dict[str | None, Any] = {"int8": "int8", "fp16": "float16", "fp32": "f
 
 def _access(f: Any) -> Any:
     """Options of a command that speaks to a device."""
-    f = click.option("--key", type=click.Path(path_type=Path), help="A key file that the fleet knows.")(f)
-    return click.option("--fleet", type=click.Path(path_type=Path), help="Needed with keys: whose key is whose.")(f)
+    f = click.option(
+        "--key",
+        type=click.Path(path_type=Path),
+        help="Key file of a device.  [default: one that lies beside fleet.toml, or in FLEET-keys beside its folder]",
+    )(f)
+    return click.option(
+        "--fleet", type=click.Path(path_type=Path), help="fleet.toml, or its folder: names, and needed with keys."
+    )(f)
 
 
-def _client(address: str, fleet: Path | None, key: Path | None) -> Client:
-    """A client of the device at this address; its keys from the fleet's file and a device's own."""
+_AT = "The device to ask; with --fleet its name will do."
+
+
+def _client(place: str, fleet: Path | None, key: Path | None) -> Client:
+    """A client of the device at this address, or of this name; its keys from the fleet's file and a device's own."""
     from nmoe_edge.client import Client
-    from nmoe_edge.keys import keys_to
+    from nmoe_edge.keys import address_of, keys_to
 
-    return Client(address, *keys_to(address, fleet, key))
+    return Client(address_of(place, fleet), *keys_to(place, fleet, key))
 
 
 @cli.command(
     epilog="""\b
 Examples: nmoe-edge infer photo.jpg --at tcp://127.0.0.1:7101
-          nmoe-edge infer test.npz --at tcp://127.0.0.1:7101 --fleet bundles/digits/fleet.toml --json
+          nmoe-edge infer test.npz --at device-00 --fleet bundles/digits --json
           nmoe-edge infer photo.jpg --bundle bundles/digits/device-00
 """
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--at", "address", metavar="tcp://HOST:PORT", help="The device to ask.")
+@click.option("--at", "place", metavar="tcp://HOST:PORT", help=_AT)
 @click.option("--bundle", type=click.Path(path_type=Path), help="Or a bundle, to answer here and alone.")
 @_access
 @click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="To wait.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a row.")
 def infer(
     files: tuple[Path, ...],
-    address: str | None,
+    place: str | None,
     bundle: Path | None,
     fleet: Path | None,
     key: Path | None,
@@ -253,41 +262,54 @@ def infer(
 ) -> None:
     """Have pictures, or rows in .npy or .npz files, answered.
 
-    One line a row: the label, how sure, who answered with which weight, and milliseconds.
+    A picture is one row, whatever Pillow reads; an .npy holds one row or many, an .npz one such array, or one called
+    inputs. One line a row: the label, how sure, who answered with which weight, and milliseconds.
     """
-    from nmoe_edge.errors import CallError
-    from nmoe_edge.image import read_rows
+    from nmoe_edge.errors import InputError
+    from nmoe_edge.image import outside, read_rows
     from nmoe_edge.manifest import InputSpec
     from nmoe_edge.node import Node
     from nmoe_edge.schema import from_plain
 
-    if (address is None) == (bundle is None):
-        raise CallError("say who is to answer: --at a device's address, or --bundle a folder")
-    with Node(bundle) if bundle is not None else _client(address or "", fleet, key) as device:
+    if place is None and bundle is None:
+        raise click.UsageError("Say who is to answer: --at a device, or --bundle a folder.")
+    if place is not None and bundle is not None:
+        raise click.UsageError("--at and --bundle are two who may answer: give one of them.")
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: there is no such file, or it may not be read")
+    with Node(bundle) if bundle is not None else _client(place or "", fleet, key) as device:
         facts = device.status()
         spec = from_plain(InputSpec, facts["input"])
         for path in files:
             rows = read_rows(path, spec)
+            if unlike := outside(rows, spec):
+                click.echo(f"nmoe-edge: warning: {one_line(f'{path}: {unlike}')}", err=True)
             together = max(1, min(_ROWS_A_CALL, _BYTES_A_CALL // rows[0].nbytes))
             for start in range(0, len(rows), together):
                 answers = device.infer(rows[start : start + together], deadline_ms / 1000)
-                for line in answer_lines(path, start, answers, facts, as_json):
+                for line in answer_lines(path, start, len(rows), answers, facts, as_json):
                     click.echo(line)
 
 
 _ROWS_A_CALL, _BYTES_A_CALL = 64, 8 * 1024 * 1024
 
 
-@cli.command(epilog="Example: nmoe-edge status --at tcp://127.0.0.1:7101 --watch")
-@click.option("--at", "address", required=True, metavar="tcp://HOST:PORT", help="The device to ask.")
+@cli.command(
+    epilog="""\b
+Examples: nmoe-edge status --at tcp://127.0.0.1:7101 --watch
+          nmoe-edge status --at device-00 --fleet bundles/digits
+"""
+)
+@click.option("--at", "place", required=True, metavar="tcp://HOST:PORT", help=_AT)
 @_access
 @click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def status(address: str, fleet: Path | None, key: Path | None, watch: bool, as_json: bool) -> None:
+def status(place: str, fleet: Path | None, key: Path | None, watch: bool, as_json: bool) -> None:
     """How a device is: its peers, round trips, counts and versions."""
     import time
 
-    with _client(address, fleet, key) as device:
+    with suppress(KeyboardInterrupt) if watch else nullcontext(), _client(place, fleet, key) as device:
         while True:
             facts = device.status()
             if watch and not as_json and sys.stdout.isatty():
@@ -307,27 +329,33 @@ Examples: nmoe-edge keygen bundles/digits               every device's pair, at 
 @click.argument("fleet", type=click.Path(path_type=Path))
 @click.option("--device", "names", multiple=True, help="Only this device's; may be given again.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where key files go.  [default: FLEET-keys, beside FLEET]")
-def keygen(fleet: Path, names: tuple[str, ...], out: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Give a device another key although its key file is not here.")
+def keygen(fleet: Path, names: tuple[str, ...], out: Path | None, force: bool) -> None:
     """Make a CURVE key pair for devices of FLEET, a folder with a fleet.toml, and write the public keys into that.
 
     Secret keys go to NAME.key, readable by their owner alone. Copy a device's key file to it, beside its fleet.toml,
-    and fleet.toml to everybody. A pair that is there already is kept.
+    and fleet.toml to everybody. A pair that is there already is kept; a public key in fleet.toml whose key file is
+    not here is not replaced without --force.
     """
-    from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
-    from nmoe_edge.keys import keys_folder, with_keys
+    from nmoe_edge.fleet import fleet_file, read_fleet, write_fleet
+    from nmoe_edge.keys import key_path, with_keys
 
-    path = fleet / FLEET_FILE if os.path.isdir(fleet) else fleet
+    path = fleet_file(fleet)
     described = read_fleet(path)
     names = names or tuple(device.name for device in described.device)
     for name in names:
         described.named(name)
-    folder = out if out is not None else keys_folder(path)
-    keyed = with_keys(described, names, folder)
-    write_fleet(path, keyed)
+    keyed = with_keys(described, names, out, path, force=force)
+    if keyed == described:
+        click.echo(f"{path}: nothing has changed, every public key is there already")
+        return
+    write_fleet(path, keyed)  # running devices read it again whenever it is written
     for device in keyed.device:
         if device.name in names:
-            click.echo(f"{folder / device.name}.key  public {device.public_key}")
-    click.echo(f"{path}: {len(names)} public keys written; copy each key file to its device, and {path.name} to all")
+            click.echo(f"{key_path(path, device.name, out)}  public {device.public_key}")
+    click.echo(
+        f"{path}: {counted(len(names), 'public key')} written; copy each key file to its device, and {path.name} to all"
+    )
 
 
 def _members(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ import zmq
 from numpy.typing import NDArray
 
 from nmoe_edge.errors import CallError, RemoteProtocolError
+from nmoe_edge.fleet import port_of
 from nmoe_edge.frames import receive_frames, send_frames, waiting, writable
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.protocol.combine import softmax
@@ -31,6 +32,7 @@ from nmoe_edge.schema import parse_json
 
 _CAPS = Caps(text_bytes=4 * 1024 * 1024)
 """The status of a thousand peers is long."""
+_BARE = "? asked without keys, as no --fleet was given (or it has none); a device with keys does not answer that"
 _GRACE_S = 0.25
 """For the way there and back, beyond what the device may take."""
 
@@ -84,6 +86,10 @@ class Line:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         """Several connections take turns, as if as many clients asked; context: None: one of its own."""
+        if not port_of(address):
+            raise CallError(
+                f"{address}: tcp://HOST:PORT is due, with a port in 1..65535, or with --fleet a device's name"
+            )
         self.address = address
         self._context = zmq.Context() if context is None else context
         self._lent = context is not None
@@ -100,7 +106,7 @@ class Line:
                 self._socket.connect(address)
         except zmq.ZMQError as error:
             self.close()
-            raise CallError(f"{address}: {error.strerror or error}; tcp://HOST:PORT is due") from error
+            raise CallError(f"{address}: {error.strerror or error}") from error
 
     def send(self, message: Message, wait_s: float) -> bool:
         """False when there was no way to the device in all that time."""
@@ -195,9 +201,8 @@ class Client:
             while (left := until - time.monotonic()) > 0 and (reply := line.receive(left)) is not None:
                 if getattr(reply, "request", None) == number:
                     return reply
-            raise CallError(
-                f"{self.address}: no answer within {wait_s:.3g} s; is it serving, and does it know this key?"
-            )
+            why = ", and does it know this key?" if self._keys is not None else _BARE
+            raise CallError(f"{self.address}: no answer within {wait_s:.3g} s; is it serving{why}")
 
     @contextlib.contextmanager
     def _borrowed(self) -> Iterator[Line]:

@@ -48,6 +48,16 @@ def _require(holds: bool, text: str) -> None:
         raise ValueError(text)
 
 
+_PORT = re.compile(r"tcp://[^\s/]+:(\*|[0-9]{1,5})")
+
+
+def port_of(address: str) -> int | None:
+    """The port of tcp://HOST:PORT, 0 for * and any; None where it is no such address, or there is no such port."""
+    match = _PORT.fullmatch(address)
+    port = None if match is None else 0 if match[1] == "*" else int(match[1])
+    return port if port is not None and port <= 65535 else None  # libzmq would take its lowest 16 bits
+
+
 _LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+")
 
 
@@ -119,6 +129,14 @@ class Fleet:
                 return device
         raise FleetError(f"no device is named {name!r}; there are {', '.join(d.name for d in self.device)}")
 
+    def at(self, place: str) -> Device:
+        """The device of this name or at this address; FleetError when there is none."""
+        for device in self.device:
+            if place in (device.name, device.address):
+                return device
+        there = ", ".join(f"{device.name} at {device.address}" for device in self.device)
+        raise FleetError(f"no device is {place!r}, by its name or its address; there are {there}")
+
     def render(self) -> str:
         """fleet.toml, in the one way in which it is written."""
         lines = [f"schema = {self.schema}"]
@@ -129,6 +147,11 @@ class Fleet:
             if device.public_key is not None:
                 lines.append(f"public_key = {json.dumps(device.public_key)}")
         return "\n".join(lines) + "\n"
+
+
+def fleet_file(given: Path) -> Path:
+    """The fleet.toml that was named, or that lies in the folder that was."""
+    return given / FLEET_FILE if os.path.isdir(given) else given
 
 
 def parse_fleet(text: str) -> Fleet:

@@ -67,6 +67,15 @@ def as_rows(array: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
     return rows
 
 
+def outside(rows: NDArray[Any], spec: InputSpec) -> str:
+    """What is unlike what the model was calibrated on; empty when all is within it, give or take a hundredth."""
+    low, high = spec.range
+    least, most, slack = float(rows.min()), float(rows.max()), (high - low) / 100
+    if low - slack <= least and most <= high + slack:
+        return ""
+    return f"values from {least:g} to {most:g}; the model was calibrated on {low:g} to {high:g}"
+
+
 def _array(data: bytes) -> NDArray[Any]:
     try:
         return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False, max_header_size=MOST_HEADER))

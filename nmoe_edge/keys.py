@@ -6,17 +6,18 @@ fleet.toml. Every device whose key stands there may ask, and nobody else.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import zmq
 
 from nmoe_edge.errors import FleetError, KeyFileError
-from nmoe_edge.fleet import Fleet, read_fleet
+from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, fleet_file, read_fleet
 
 _Z85_KEY = re.compile(rb"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\n?")
 
@@ -77,10 +78,10 @@ def read_key(path: Path) -> KeyPair:
         raise KeyFileError(f"{path}: no key file: 40 characters of Z85 are due") from None
 
 
-def key_path(fleet_file: Path, name: str) -> Path:
-    """Where a device's key file is looked for: beside fleet.toml, else in the folder `…-keys` beside the fleet's."""
+def key_path(fleet_file: Path, name: str, folder: Path | None = None) -> Path:
+    """Where a device's key file is looked for: beside fleet.toml, else in `folder`, or `…-keys` beside the fleet's."""
     beside = fleet_file.parent / f"{name}.key"
-    return beside if os.path.lexists(beside) else keys_folder(fleet_file) / f"{name}.key"
+    return beside if os.path.lexists(beside) else (folder or keys_folder(fleet_file)) / f"{name}.key"
 
 
 def keys_folder(fleet_file: Path) -> Path:
@@ -89,35 +90,88 @@ def keys_folder(fleet_file: Path) -> Path:
     return folder.with_name(f"{folder.name}-keys")
 
 
-def keys_to(
-    address: str, fleet_file: Path | None, key: Path | None, asker: str | None = None
-) -> tuple[KeyPair, str] | tuple[None, None]:
-    """Whom to be and whom to meet at an address: one's own pair, and the device's public key; nothing without keys.
+def address_of(place: str, fleet: Path | None) -> str:
+    """The address of a device of this fleet.toml that is called by its name or its address."""
+    return place if fleet is None else _placed(fleet_file(fleet), place)[1].address
 
-    asker: the device that asks, where that is not the one at the address itself; key: its key file.
+
+def keys_to(
+    place: str, fleet: Path | None, key: Path | None, asker: str | None = None
+) -> tuple[KeyPair, str] | tuple[None, None]:
+    """Whom to be and whom to meet at a device's address or name: a pair of one's own, and the device's public key;
+    nothing without keys.
+
+    asker: the device that asks, where that is not the one at the address itself; key: its key file. Without one any
+    that lies where keys are looked for and that the fleet knows will do, the asker's first.
     """
-    if fleet_file is None:
+    if fleet is None:
         if key is not None:
             raise FleetError("--key needs --fleet, which says what key the device has")
         return None, None
-    devices = [device for device in read_fleet(fleet_file).device if device.address == address]
-    if not devices:
-        raise FleetError(f"{fleet_file}: no device has the address {address}")
-    if devices[0].public_key is None:
+    path = fleet_file(fleet)
+    members, device = _placed(path, place)
+    if device.public_key is None:
         return None, None
-    path = key if key is not None else key_path(fleet_file, asker if asker is not None else devices[0].name)
-    return read_key(path), devices[0].public_key
+    known = {member.public_key for member in members.device}
+    if key is not None:
+        pair = read_key(key)
+        if pair.public not in known:
+            raise FleetError(f"{key}: the key of no device in {path}; give that of one")
+        return pair, device.public_key
+    return _key_here(path, asker if asker is not None else device.name, known), device.public_key
 
 
-def with_keys(fleet: Fleet, names: Sequence[str], folder: Path) -> Fleet:
-    """Make and keep a pair for each of these devices that has none in `folder`; the fleet with their public keys."""
-    pairs = {}
-    for name in names:
-        path = folder / f"{name}.key"
-        if os.path.lexists(path):
-            pairs[name] = read_key(path)
-        else:
+def _placed(path: Path, place: str) -> tuple[Fleet, Device]:
+    fleet = read_fleet(path)
+    try:
+        return fleet, fleet.at(place)
+    except FleetError as error:
+        raise FleetError(f"{path}: {error}") from None
+
+
+def _key_here(path: Path, first: str, known: Collection[str | None]) -> KeyPair:
+    """The pair of a device that this fleet.toml knows, of whichever has its key file here; of `first` if it has."""
+    others = (sorted(folder.glob("*.key")) for folder in (path.parent, keys_folder(path)))
+    unreadable: KeyFileError | None = None
+    for candidate in (key_path(path, first), *itertools.chain(*others)):
+        if os.path.lexists(candidate):
+            try:
+                pair = read_key(candidate)
+            except KeyFileError as error:
+                unreadable = unreadable or error
+                continue
+            if pair.public in known:
+                return pair
+    if unreadable is not None:
+        raise unreadable
+    raise KeyFileError(
+        f"no key file of a device in {path} lies beside it or in {keys_folder(path)}:"
+        " give --key, the key file of a device that you have"
+    )
+
+
+def with_keys(
+    fleet: Fleet, names: Sequence[str], folder: Path | None, path: Path = Path(FLEET_FILE), *, force: bool = False
+) -> Fleet:
+    """Make and keep a pair for each of these devices that has no key file; the fleet with their public keys.
+
+    folder: where the files go, None for the usual one; path: the fleet.toml, beside which they may lie as well.
+    force: also where that replaces a public key.
+    """
+    files, pairs = {name: key_path(path, name, folder) for name in names}, {}
+    for name, file in files.items():
+        stands = fleet.named(name).public_key
+        if os.path.lexists(file):
+            pairs[name] = read_key(file)
+        if not force and stands is not None and (name not in pairs or pairs[name].public != stands):
+            why = "is not here" if name not in pairs else "is of another key"
+            raise FleetError(
+                f"{path}: a public key of {name} stands there, and its key file {file} {why};"
+                " copy the right one here, or --force to give it another key"
+            )
+    for name, file in files.items():
+        if name not in pairs:
             pairs[name] = make_pair()
-            write_key(path, pairs[name])
+            write_key(file, pairs[name])
     devices = (replace(d, public_key=pairs[d.name].public) if d.name in pairs else d for d in fleet.device)
     return replace(fleet, device=tuple(devices))

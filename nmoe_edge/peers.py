@@ -159,8 +159,10 @@ class Peers:
             peer.answered += 1
             return message
         elif isinstance(message, Refuse) and message.request == 0:
-            self.fail(expert, "left" if message.reason == Reason.SHUTTING_DOWN else "foreign", now)
-            self._log.rarely(f"{peer.device.name} refuses us", message.detail, peer=peer.device.name)
+            leaves = message.reason == Reason.SHUTTING_DOWN
+            self.fail(expert, "left" if leaves else "foreign", now)
+            if not leaves:
+                self._log.rarely(f"{peer.device.name} refuses us", message.detail, peer=peer.device.name)
         elif isinstance(message, Refuse):
             peer.health.heard(message.request, now, sound=False)
             peer.refused += 1

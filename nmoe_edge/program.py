@@ -17,6 +17,11 @@ def one_line(text: str, longest: int = 500) -> str:
     return clean if len(clean) <= longest else clean[: longest - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of them: 1 bundle, 2 bundles."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def run_program(
     command: click.Command, name: str, errors: type[Exception], extra: str, brings: Collection[str]
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmoe_edge.program import one_line
+from nmoe_edge.program import counted, one_line
 
 if TYPE_CHECKING:
     from nmoe_edge.bundle import Bundle
@@ -33,7 +33,8 @@ def bundle_table(bundle: Bundle) -> str:
         "routing": f"top-{routing.top_k}, {at_home}, {routing.combination} are combined",
         "precision": f"extractor {precision.extractor}, gate {precision.gate}, expert {precision.expert}",
         "target": f"{manifest.target}, opset {manifest.opset}, IR {manifest.ir_version}",
-        "accuracy": ", ".join(f"{name} {share:.1%}" for name, share in manifest.accuracy.items()) or "not measured",
+        "accuracy": ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in manifest.accuracy.items())
+        or "not measured",
     }
     lines = [f"{key:<10} {value}" for key, value in facts.items()]
     lines += [f"{'':<10} {name:<15} {entry.bytes:>10,} bytes" for name, entry in manifest.files.items()]
@@ -50,11 +51,14 @@ def fleet_table(fleet: Fleet, bundles: dict[str, Bundle]) -> str:
         for device in fleet.device
     ]
     trunk = next(iter(bundles.values())).manifest.trunk
-    return "\n".join([*lines, f"verified: {len(bundles)} bundles of one trunk, {trunk}"])
+    return "\n".join([*lines, f"verified: {counted(len(bundles), 'bundle')} of one trunk, {trunk}"])
 
 
-def answer_lines(path: Path, start: int, answers: Answers, facts: dict[str, Any], as_json: bool) -> Iterator[str]:
-    """A line for each row, the first of which is `start` of its file; facts: the device's status."""
+def answer_lines(
+    path: Path, start: int, rows: int, answers: Answers, facts: dict[str, Any], as_json: bool
+) -> Iterator[str]:
+    """A line for each row, the first of which is `start` of the `rows` of its file; facts: the device's status."""
+    width = len(str(rows - 1))
     labels = facts["labels"] or [str(number) for number in range(answers.outputs.shape[1])]
     p = answers.probabilities(facts["combination"], facts["class_mix"]["adapt"])
     for i, (row, shares) in enumerate(zip(answers.rows, p, strict=True)):
@@ -75,7 +79,9 @@ def answer_lines(path: Path, start: int, answers: Answers, facts: dict[str, Any]
             continue
         who = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True)) or "nobody"
         missing = f"; degraded: without expert {', '.join(map(str, row.missing))}" if row.missing else ""
-        yield one_line(f"{path}[{start + i}]  {labels[best]}  {shares[best]:.1%}  by {who}{missing}  {ms:.1f} ms")
+        yield one_line(
+            f"{path}[{start + i:>{width}}]  {labels[best]}  {shares[best]:.1%}  by {who}{missing}  {ms:.1f} ms"
+        )
 
 
 def status_table(facts: dict[str, Any]) -> str:
@@ -84,7 +90,7 @@ def status_table(facts: dict[str, Any]) -> str:
     learnt = f"{mix['rows']} rows seen, " + ("in use" if mix["mix"] else "200 are needed") if mix["adapt"] else "off"
     head = {
         "device": f"{facts['device']}, expert {facts['expert']} of {facts['experts']}, at {facts['address']}",
-        "version": f"nmoe {facts['version']}, {facts['provider']}, {facts['threads']} thread(s)",
+        "version": f"nmoe {facts['version']}, {facts['provider']}, {counted(facts['threads'], 'thread')}",
         "bundle": f"{facts['bundle'][:12]}, trunk {facts['trunk'][:12]}",
         "up": f"{facts['uptime_s']:.0f} s, {facts['under_way']} requests under way",
         "rules": ", ".join(f"{name} {value}" for name, value in rules.items()),
@@ -107,9 +113,9 @@ def status_table(facts: dict[str, Any]) -> str:
 
 def ready_line(facts: dict[str, Any]) -> str:
     """What a device serves, and how, when it begins to."""
-    keys = "without keys" if facts["known_keys"] is None else f"CURVE with {facts['known_keys']} known keys"
+    keys = "without keys" if facts["known_keys"] is None else f"CURVE with {counted(facts['known_keys'], 'known key')}"
     where = f"at {facts['address']}, {keys}" if facts["address"] else "for nobody but this process"
     return (
         f"ready: {facts['device']}, expert {facts['expert']} of {facts['experts']}, {where};"
-        f" extractor {facts['extractor']} on {facts['provider']}, {facts['threads']} thread(s)"
+        f" extractor {facts['extractor']} on {facts['provider']}, {counted(facts['threads'], 'thread')}"
     )

@@ -8,6 +8,7 @@ socket is bound, and without keys nothing but loopback is bound.
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import struct
@@ -21,7 +22,7 @@ from zmq.utils import z85
 
 from nmoe_edge.counts import Counts
 from nmoe_edge.errors import NetworkError, RemoteProtocolError
-from nmoe_edge.fleet import Device, is_loopback
+from nmoe_edge.fleet import Device, is_loopback, port_of
 from nmoe_edge.frames import receive_frames, send_frames, waiting
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.log import Log
@@ -59,6 +60,8 @@ class Sockets:
         caps: Caps = DEFAULT_CAPS,
     ) -> None:
         """listen: where others connect, None for nowhere; allowed: public key -> device."""
+        if listen is not None and port_of(listen) is None:
+            raise NetworkError(f"{listen}: tcp://HOST:PORT is due, with a port in 1..65535, or 0 for any")
         if listen is not None and keys is None and not is_loopback(listen):
             raise NetworkError(
                 f"{listen} is not loopback, and without keys nothing else will do; nmoe-edge keygen makes keys"
@@ -218,7 +221,8 @@ class Sockets:
             made.bind(address)
         except zmq.ZMQError as error:
             made.close(0)
-            raise NetworkError(f"{address}: {error.strerror or error}") from error
+            hint = "; is it served already?" if error.errno == errno.EADDRINUSE else ""
+            raise NetworkError(f"{address}: {error.strerror or error}{hint}") from error
         self._regard(made)
         return made
 

@@ -61,7 +61,7 @@ class Writer:
             target=self.target,  # type: ignore[arg-type]  # one of the targets, or any
             opset=OPSET,
             ir_version=IR_VERSION,
-            accuracy={} if source.labels is None else {"held_out": self._accuracy(number, source.labels)},
+            accuracy={} if source.labels is None else {source.samples: self._accuracy(number, source.labels)},
             extractor_source=source.extractor_source,
             trunk=trunk_digest(source.extractor_source, source.latent_dim, experts, source.outputs),
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
+from nmoe_edge.program import EXIT_STATUS, SETTINGS, counted, run_program
 from nmoe_export.errors import ExportError, SourceError
 from nmoe_export.progress import Terminal
 
@@ -29,7 +29,11 @@ Examples: nmoe-export
 {EXIT_STATUS}""",
 )
 @click.argument("run", type=click.Path(path_type=Path), required=False)
-@click.option("--modules", metavar="MODULE:FACTORY", help="Your own torch modules in place of a run; see README.")
+@click.option(
+    "--modules",
+    metavar="MODULE:FACTORY",
+    help="Your own torch modules: fleet() of ./theirs.py is theirs:fleet; see README.",
+)
 @click.option("--int8", "precision", flag_value="int8", help="Integer graphs, where they are faster and right.")
 @click.option("--fp16", "precision", flag_value="fp16", help="Float16 graphs: half the bytes, and for GPUs.")
 @click.option("--fp32", "precision", flag_value="fp32", help="Float graphs.  [default]")
@@ -100,7 +104,7 @@ def cli(
     for line in _table(done.report):
         click.echo(line)
     bundles = sum(os.path.isdir(out / device.name) for device in done.fleet.device)
-    click.echo(f"{out}: {bundles} bundles; next: nmoe-edge inspect {out}")
+    click.echo(f"{out}: {counted(bundles, 'bundle')}; next: nmoe-edge inspect {out}")
 
 
 def _devices(text: str) -> tuple[int, ...]:

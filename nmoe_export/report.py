@@ -54,7 +54,7 @@ def _accuracy(report: Mapping[str, Any]) -> str:
     ]
     first = report["local_first"]
     told = (
-        f"Of {report['measured_samples']} held-out samples that had no part in ranges or thresholds, on"
+        f"Of {report['measured_samples']} samples that had no part in ranges or thresholds, on"
         " every device, through the device's own code. "
         + (
             "The gate alone decides who answers."
@@ -71,7 +71,7 @@ def _routing(report: Mapping[str, Any]) -> str:
         [str(expert), *(f"{100 * share:.1f} %" for share in both), _bar(both[1], max(load["written"]))]
         for expert, both in enumerate(zip(load["float"], load["written"], strict=True))
     ]
-    told = "Share of the held-out samples for which the gates prefer each expert, the mean over gates."
+    told = "Share of those samples for which the gates prefer each expert, the mean over gates."
     return _table("Routing before and after", ["expert", "float", "as written", ""], rows, told, drawn=3)
 
 

@@ -6,8 +6,9 @@ import hashlib
 import importlib
 import inspect
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nmoe_edge.manifest import InputSpec, sha256
+from nmoe_edge.program import counted
 from nmoe_export.errors import SourceError
 from nmoe_train.run import Inference, Run, RunRecord
 
@@ -36,7 +38,9 @@ class Source:
     """One that all share, or one a device."""
     experts: Sequence[nn.Module]
     inputs: NDArray[Any]
-    """Samples that nothing was trained on (n, …): one half of them is shown, the other measures."""
+    """Samples (n, …): one half of them is shown, the other measures."""
+    samples: Literal["held_out", "samples_given"]
+    """What they are called: a run knows that nothing was trained on them, of somebody's modules nobody said so."""
     labels: NDArray[np.int64] | None
     """(n,)"""
     clients: NDArray[np.int64] | None
@@ -85,6 +89,7 @@ def of_run(run: Run) -> Source:
         gates=[run.gate(device) for device in owners],
         experts=[run.expert(device) for device in range(record.experts)],
         inputs=inputs,
+        samples="held_out",
         labels=arrays.get("labels"),
         clients=arrays.get("clients"),
         input=InputSpec(record.data.dtype, record.data.shape, record.data.layout, resize, span),
@@ -143,7 +148,8 @@ def of_modules(
     outputs = [_tried(net, latents, f"expert {i}") for i, net in enumerate(experts)]
     if any(s.shape[1] != len(experts) for s in scores) or len(gates) not in (1, len(experts)):
         raise SourceError(
-            f"{len(gates)} gates with {scores[0].shape[1]} scores do not choose among {len(experts)} experts"
+            f"{counted(len(gates), 'gate')} with {counted(scores[0].shape[1], 'score')} cannot choose among"
+            f" {counted(len(experts), 'expert')}"
         )
     if len({o.shape[1] for o in outputs}) != 1:
         raise SourceError(
@@ -152,7 +158,7 @@ def of_modules(
     if labels is not None and not 0 <= labels.min() <= labels.max() < outputs[0].shape[1]:
         raise SourceError(f"labels are not in 0..{outputs[0].shape[1] - 1}, the outputs")
     if names is not None and len(names) != outputs[0].shape[1]:
-        raise SourceError(f"{len(names)} names for {outputs[0].shape[1]} outputs")
+        raise SourceError(f"{counted(len(names), 'name')} for {counted(outputs[0].shape[1], 'output')}")
     image = calibration.ndim == 4 and calibration.shape[1] in (1, 3)
     span = (
         (0.0, 255.0) if calibration.dtype == np.uint8 else (float(calibration.min()), float(calibration.max()) + 1e-6)
@@ -163,6 +169,7 @@ def of_modules(
         gates=gates,
         experts=list(experts),
         inputs=calibration,
+        samples="samples_given",
         labels=labels,
         clients=None,
         input=InputSpec(
@@ -184,13 +191,24 @@ def of_modules(
 
 def of_factory(path: str) -> Source:
     """What `package.module:factory` returns: a mapping of of_modules' arguments by name."""
+    if ".py:" in path or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
+        raise SourceError(
+            f"--modules {path}: MODULE:FACTORY is due, such as theirs:fleet for fleet() in a theirs.py"
+            " that lies in the current folder"
+        )
     module, _, name = path.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # an installed command does not look where it is called, as python does
     try:
         arguments = getattr(importlib.import_module(module), name)()
     except Exception as error:  # whatever somebody's module does
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise SourceError(f"{path}: no module {error.name} lies in the current folder, nor is installed") from error
         raise SourceError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(arguments, Mapping):
+        raise SourceError(
+            f"{path} must return a dict of extractor, gate, experts and calibration, not {type(arguments).__name__}"
+        )
     try:
         inspect.signature(of_modules).bind(**arguments)
     except TypeError as error:

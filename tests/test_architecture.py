@@ -54,6 +54,7 @@ EDGE = LEAVES | {
     "client": (
         "errors",
         "schema",
+        "fleet",
         "frames",
         "keys",
         *(f"protocol.{part}" for part in ("combine", "messages", "tensor", "wire")),

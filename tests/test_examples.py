@@ -15,12 +15,45 @@ from PIL import Image
 EXAMPLES = TESTS.parent / "examples"
 
 
+def ended(script, *arguments):
+    """An example that has ended."""
+    command = [sys.executable, "-W", "error", EXAMPLES / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 def run(script, *arguments):
     """What an example prints, once it has ended well."""
-    command = [sys.executable, "-W", "error", EXAMPLES / script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = ended(script, *arguments)
     assert done.returncode == 0, done.stderr
+    assert "refuses" not in done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong"),
+    [
+        ("quickstart.py", ()),
+        ("quickstart.py", ("one", "two")),
+        ("quickstart.py", ("--quick",)),
+        ("one_process_fleet.py", ()),
+        ("bring_your_own_model.py", ("model.py",)),
+    ],
+)
+def test_an_example_that_is_called_wrongly_says_how_to_call_it(script, wrong):
+    for arguments, code in ((wrong, 2), (("--help",), 0)):
+        done = ended(script, *arguments)
+        assert (done.returncode, f"{script} " in done.stdout + done.stderr) == (code, True)
+        assert "usage: " in (done.stderr if code else done.stdout)
+
+
+@pytest.mark.socket
+def test_the_quickstart_beside_a_fleet_that_is_served_says_that_it_serves_by_itself(tiny_fleet, tmp_path):
+    folder = settled(tiny_fleet, tmp_path / "fleet")
+    with Processes(folder, "attic"):
+        done = ended("quickstart.py", folder)
+    assert done.returncode == 1
+    assert "Address already in use" in done.stderr
+    assert "serves the devices by itself" in done.stderr
 
 
 def test_a_fleet_in_one_process_answers_also_without_an_expert(tiny_fleet):

@@ -30,7 +30,7 @@ from nmoe_edge.bundle import Bundle, read_bundle
 from nmoe_edge.client import Client, Line
 from nmoe_edge.errors import BenchError, CallError, EdgeError
 from nmoe_edge.fleet import FLEET_FILE, Device, read_fleet
-from nmoe_edge.keys import keys_to
+from nmoe_edge.keys import address_of, keys_to
 from nmoe_edge.place import find_place
 from nmoe_edge.schema import from_plain, parse_json
 
@@ -257,7 +257,7 @@ class _Series:
 def _peer(plan: Plan, bundle: Bundle, address: str, stack: contextlib.ExitStack) -> Iterator[_Series]:
     """A remote expert, for every dtype that latents travel in."""
     manifest = bundle.manifest
-    line = Line(address, *keys_to(address, plan.fleet, plan.key, manifest.device))
+    line = Line(address_of(address, plan.fleet), *keys_to(address, plan.fleet, plan.key, manifest.device))
     stack.callback(line.close)
     welcome = greet(line, manifest)
     for dtype in plan.latents:

@@ -50,7 +50,7 @@ def test_inspect_says_which_bundles_of_a_fleet_are_not_here(nmoe_edge, tiny_flee
     assert shown.exit_code == 0
     lines = shown.output.splitlines()
     assert [line.split()[0] for line in lines if line.endswith("not here")] == ["attic", "cellar"]
-    assert lines[-1].startswith("verified: 1 bundles of one trunk")
+    assert lines[-1].startswith("verified: 1 bundle of one trunk")
 
 
 def test_inspect_speaks_json(nmoe_edge, tiny_fleet):

@@ -8,7 +8,7 @@ import pytest
 
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.errors import BundleError, FleetError
-from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, parse_fleet, read_fleet, read_fleet_folder
+from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, parse_fleet, port_of, read_fleet, read_fleet_folder
 from nmoe_edge.manifest import RoutingSpec, trunk_digest
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
@@ -178,3 +178,27 @@ def test_what_is_here_in_a_bundles_place_must_be_one(folder, kind):
         (folder / "cellar").symlink_to(folder / "nowhere")
     with pytest.raises(BundleError, match="cellar"):
         read_fleet_folder(folder)
+
+
+@pytest.mark.parametrize("place", ["barn", "tcp://127.0.0.1:7102"])
+def test_a_device_is_found_by_its_name_or_its_address(tiny_fleet, place):
+    fleet = read_fleet(tiny_fleet / "fleet.toml")
+    assert fleet.at(place).name == "barn"
+    with pytest.raises(FleetError, match="there are attic at tcp://127.0.0.1:7101, barn at"):
+        fleet.at(place + "0")
+
+
+@pytest.mark.parametrize(
+    ("address", "port"),
+    [
+        ("tcp://127.0.0.1:7640", 7640),
+        ("tcp://[::1]:1", 1),
+        ("tcp://*:65535", 65535),
+        ("tcp://127.0.0.1:0", 0),
+        ("tcp://127.0.0.1:*", 0),
+        *((text, None) for text in ("7640", "tcp://127.0.0.1", "tcp://127.0.0.1:65536", "tcp://:7640", "tcp://a:-1")),
+        *((text, None) for text in ("ipc://a:1", "tcp://a b:1", "tcp://a:１", "tcp://a:1\n", "tcp://a:b")),
+    ],
+)
+def test_a_port_is_one_that_there_is(address, port):
+    assert port_of(address) == port

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nmoe_edge.errors import InputError
-from nmoe_edge.image import as_rows, read_rows
+from nmoe_edge.image import as_rows, outside, read_rows
 from nmoe_edge.manifest import InputSpec
 from nmoe_edge.npz import write_npz
 
@@ -303,3 +303,17 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, ki
     path.write_bytes(WHOLE[kind][:at] + new + WHOLE[kind][at + cut :])
     with contextlib.suppress(InputError):
         assert read_rows(path, spec("stretch", 4, 6)).shape == (1, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ((0.0, 1.0), ""),
+        ((-0.01, 1.005), ""),
+        ((0.0, 16.0), "values from 0 to 16; the model was calibrated on 0 to 1"),
+        ((-5.0, 0.5), "values from -5 to 0.5; the model was calibrated on 0 to 1"),
+    ],
+)
+def test_values_that_the_model_was_not_calibrated_on_are_told_of(values, told):
+    narrow = InputSpec("float32", (2,), "none", "exact", (0.0, 1.000001))
+    assert outside(np.array([values], np.float32), narrow) == told

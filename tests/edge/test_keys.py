@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 import zmq
 
-from nmoe_edge.errors import KeyFileError
-from nmoe_edge.fleet import read_fleet
-from nmoe_edge.keys import KeyPair, key_path, keys_folder, make_pair, read_key, with_keys, write_key
+from nmoe_edge.errors import FleetError, KeyFileError
+from nmoe_edge.fleet import read_fleet, write_fleet
+from nmoe_edge.keys import (
+    KeyPair,
+    address_of,
+    key_path,
+    keys_folder,
+    keys_to,
+    make_pair,
+    read_key,
+    with_keys,
+    write_key,
+)
 
 
 @pytest.fixture
@@ -166,6 +176,42 @@ def test_a_key_is_looked_for_beside_fleet_toml_first(tmp_path):
     assert key_path(fleet_file, "attic") == tmp_path / "fleet-keys" / "attic.key"
     beside.symlink_to("nothing")  # what lies there is meant, even where it cannot be read
     assert key_path(fleet_file, "attic") == beside
+
+
+@pytest.fixture
+def keyed_file(tiny_fleet, tmp_path):
+    (tmp_path / "fleet").mkdir()
+    path = tmp_path / "fleet" / "fleet.toml"
+    write_fleet(path, with_keys(read_fleet(tiny_fleet / "fleet.toml"), ["attic", "barn"], None, path))
+    return path
+
+
+def test_whoever_asks_is_himself_else_the_one_that_is_asked_else_anybody_whose_key_is_here(keyed_file, tmp_path):
+    fleet, secrets = read_fleet(keyed_file), tmp_path / "fleet-keys"
+    attic, barn = fleet.named("attic"), fleet.named("barn")
+
+    def is_asked_by(asker=None):
+        pair, server = keys_to("attic", keyed_file.parent, None, asker)
+        assert server == attic.public_key
+        return pair.public
+
+    assert is_asked_by("barn") == barn.public_key
+    assert is_asked_by() == attic.public_key
+    (secrets / "attic.key").unlink()
+    assert is_asked_by() == barn.public_key
+    (secrets / "barn.key").rename(keyed_file.parent / "mine.key")
+    assert is_asked_by("cellar") == barn.public_key
+    (keyed_file.parent / "mine.key").chmod(0o644)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        is_asked_by()
+    (keyed_file.parent / "mine.key").unlink()
+    write_key(secrets / "attic.key", make_pair())  # of an earlier fleet
+    with pytest.raises(KeyFileError, match="give --key, the key file of a device that you have"):
+        is_asked_by()
+    with pytest.raises(FleetError, match=r"attic\.key: the key of no device in .*fleet\.toml"):
+        keys_to("attic", keyed_file, secrets / "attic.key")
+    assert keys_to("cellar", keyed_file, None) == (None, None)
+    assert address_of("barn", keyed_file) == address_of(barn.address, keyed_file.parent) == barn.address
 
 
 def test_with_keys_makes_a_pair_for_each_and_keeps_those_there_are(tiny_fleet, tmp_path):

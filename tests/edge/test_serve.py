@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from edge.fleets import Load, Processes, bright, free_ports, pinned, serve_comma
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.cli import main
 from nmoe_edge.fleet import FLEET_FILE, read_fleet
+from nmoe_edge.keys import make_pair, write_key
 
 pytestmark = pytest.mark.socket
 
@@ -145,7 +147,9 @@ def test_a_peer_that_is_not_where_the_fleet_says_is_found(fleet):
         (("--provider", "tensorrt"), "pip install 'nmoe[edge-gpu]'"),
         (("--fleet", "nowhere.toml"), "nowhere.toml: No such file"),
         (("--listen", "tcp://0.0.0.0:1"), "nmoe-edge keygen makes keys"),
-        (("--listen", "nonsense"), "not loopback"),
+        (("--listen", "7640"), "tcp://HOST:PORT is due"),
+        (("--listen", "tcp://127.0.0.1:99999"), "with a port in 1..65535"),
+        (("--listen", "tcp://127.0.0.1:-1"), "with a port in 1..65535"),
         (("--key", "missing.key"), "missing.key"),
     ],
 )
@@ -188,17 +192,100 @@ def test_keygen_keeps_pairs_and_writes_nothing_that_others_may_read(tiny_fleet, 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("infer", "x.png"), "say who is to answer"),
-        (("infer", "x.png", "--at", "tcp://127.0.0.1:1", "--deadline-ms", "50"), "no answer within"),
-        (("infer", "x.png", "--at", "nonsense"), "tcp://HOST:PORT is due"),
+        (("infer", "x.npy", "missing.npy", "--at", "tcp://127.0.0.1:1"), "missing.npy: there is no such file"),
+        (("infer", "x.npy", "--at", "tcp://127.0.0.1:1"), "asked without keys, as no --fleet was given"),
+        (("infer", "x.npy", "--at", "nonsense"), "tcp://HOST:PORT is due"),
+        (("status", "--at", "tcp://127.0.0.1:99999"), "tcp://HOST:PORT is due, with a port in 1..65535"),
+        (("status", "--at", "nobody", "--fleet", "."), "there are attic at tcp://127.0.0.1:7101, barn at"),
         (("status", "--at", "tcp://127.0.0.1:1", "--key", "some.key"), "--key needs --fleet"),
         (("keygen", "nowhere"), "nowhere"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(nmoe_edge, arguments, text):
+def test_what_cannot_be_asked_is_one_line(nmoe_edge, tiny_fleet, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_fleet / FLEET_FILE, tmp_path)
+    np.save("x.npy", bright(0))
     shown = nmoe_edge(*arguments)
     assert (shown.exit_code, shown.output, shown.error.count("\n")) == (1, "", 1)
     assert text in shown.error
+
+
+@pytest.mark.parametrize("who", [(), ("--at", "tcp://127.0.0.1:1", "--bundle", "attic")])
+def test_whoever_is_to_answer_is_one(nmoe_edge, who):
+    shown = nmoe_edge("infer", "x.npy", *who)
+    assert shown.exit_code == 2
+    assert "--at" in shown.error
+    assert "--bundle" in shown.error
+
+
+def test_rows_are_aligned_and_values_unlike_the_models_are_told_of(tiny_fleet, tmp_path, nmoe_edge):
+    bundle = read_bundle(tiny_fleet / "attic")
+    least, most = bundle.manifest.input.range
+    narrow = replace(bundle.manifest, input=replace(bundle.manifest.input, range=(least, most / 16)))
+    write_bundle(tmp_path / "attic", narrow, bundle.contents)
+    np.save(tmp_path / "eleven.npy", bright(*[0] * 11))
+    shown = nmoe_edge("infer", tmp_path / "eleven.npy", "--bundle", tmp_path / "attic")
+    assert shown.exit_code == 0, shown.error
+    lines = shown.output.splitlines()
+    assert ["eleven.npy[ 0]  top" in lines[0], "eleven.npy[10]  top" in lines[10]] == [True, True]
+    warning = "eleven.npy: values from 10 to 200; the model was calibrated on 0 to 15.9375\n"
+    assert [line.endswith(warning) for line in shown.error.splitlines(keepends=True) if "warning" in line] == [True]
+
+
+def test_a_board_asks_another_with_its_own_key_and_by_name(keyed, nmoe_edge, tmp_path):
+    board = tmp_path / "board"
+    board.mkdir()
+    shutil.copy(keyed / FLEET_FILE, board)
+    ask = ("status", "--at", "attic", "--fleet", board)
+    with Processes(keyed, "attic"):
+        bare = nmoe_edge(*ask)
+        assert (bare.exit_code, bare.error.count("\n")) == (1, 1)
+        assert "give --key, the key file of a device that you have" in bare.error
+        shutil.copy(tmp_path / "fleet-keys" / "cellar.key", board)
+        shown = nmoe_edge(*ask)
+        assert (shown.exit_code, shown.error) == (0, "")
+        assert "attic, expert 0 of 3" in shown.output
+        write_key(board / "strange.key", make_pair())
+        assert "the key of no device" in nmoe_edge(*ask, "--key", board / "strange.key").error
+
+
+def test_watching_a_device_ends_well_by_ctrl_c(fleet, tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "nmoe_edge", "status", "--watch", "--json", "--at", "attic"]
+    with (
+        Processes(fleet, "attic"),
+        subprocess.Popen(
+            [*command, "--fleet", str(fleet)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as watch,
+    ):
+        try:
+            assert json.loads(watch.stdout.readline())["device"] == "attic"
+            watch.send_signal(signal.SIGINT)
+            _, error = watch.communicate(timeout=30)
+        finally:
+            watch.kill()
+    assert (watch.returncode, error) == (0, "")
+
+
+def test_keygen_replaces_no_key_that_is_elsewhere_unless_it_is_forced_to(keyed, nmoe_edge, tmp_path):
+    path, key = keyed / FLEET_FILE, tmp_path / "fleet-keys" / "barn.key"
+    before = path.stat().st_mtime_ns
+    assert "nothing has changed" in nmoe_edge("keygen", keyed).output
+    assert path.stat().st_mtime_ns == before
+    key.rename(keyed / "barn.key")  # where a device has it
+    assert "nothing has changed" in nmoe_edge("keygen", keyed, "--device", "barn").output
+    (keyed / "barn.key").rename(tmp_path / "barn.key")
+    for wrong in (None, make_pair()):
+        if wrong is not None:
+            write_key(key, wrong)
+        refused = nmoe_edge("keygen", keyed)
+        assert (refused.exit_code, refused.error.count("\n")) == (1, 1)
+        for named in ("barn", str(path), str(key)):
+            assert named in refused.error
+    assert path.stat().st_mtime_ns == before
+    others = [read_fleet(path).named(name) for name in ("attic", "cellar")]
+    assert nmoe_edge("keygen", keyed, "--force").exit_code == 0
+    assert read_fleet(path).named("barn").public_key == wrong.public
+    assert [read_fleet(path).named(name) for name in ("attic", "cellar")] == others
 
 
 def test_a_bundle_answers_a_picture_alone(tiny_fleet, tmp_path, nmoe_edge):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from export.foreign import modules
 from torch import nn
 
+from nmoe_edge.cli import main as edge_main
 from nmoe_export.calibrate import Recipe
 from nmoe_export.cli import main
 from nmoe_export.errors import SourceError
+from nmoe_export.fleet import export_fleet
 from nmoe_export.samples import samples_of
 from nmoe_export.source import of_factory, of_modules
 
@@ -39,13 +42,13 @@ def test_what_a_module_answers_belongs_to_the_key_and_so_do_names_and_top_k(imag
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"gate": nn.Linear(8, 2)}, "1 gates with 2 scores do not choose among 3 experts"),
+        ({"gate": nn.Linear(8, 2)}, "1 gate with 2 scores cannot choose among 3 experts"),
         ({"experts": [nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 5)]}, "all must put out as many"),
         ({"experts": [nn.Linear(9, 4)] * 3}, "expert 0 fails on rows of"),
         ({"calibration": np.zeros((3, 4))}, "calibration is float64"),
         ({"labels": np.zeros(3)}, "labels are float64"),
         ({"labels": np.full(80, 9)}, "labels are not in 0..3"),
-        ({"names": ["a"]}, "1 names for 4 outputs"),
+        ({"names": ["a"]}, "1 name for 4 outputs"),
         ({"names": 4}, "names are text"),
         ({"top_k": 9}, "top_k is 9, not in 1..3"),
         ({"experts": []}, "one of each at least"),
@@ -88,8 +91,13 @@ def test_the_command_takes_modules_and_says_what_int8_is_worth(run_main, tmp_pat
     assert set(json.loads(again.output)) >= {"is", "drop", "speed"}
     for arguments, text in (
         (("--modules", "their_fleet:wrong"), "returns no arguments"),
-        (("--modules", "their_fleet:nothing"), "returns no arguments"),
-        (("--modules", "nowhere:fleet"), "ModuleNotFoundError"),
+        (("--modules", "their_fleet:nothing"), "must return a dict of extractor, gate, experts and calibration"),
+        (("--modules", "nowhere:fleet"), "no module nowhere lies in the current folder, nor is installed"),
+        (("--modules", "their_fleet.inner:fleet"), "no module their_fleet.inner lies in"),
+        (("--modules", "their_fleet"), "MODULE:FACTORY is due"),
+        (("--modules", "their_fleet.py:fleet"), "MODULE:FACTORY is due"),
+        (("--modules", "../theirs:fleet"), "MODULE:FACTORY is due, such as theirs:fleet"),
+        (("--modules", "their_fleet:flet"), "has no attribute 'flet'"),
         (("--modules", "their_fleet:fleet", "run"), "two sources"),
         (("--modules", "their_fleet:fleet", "--int8", "--target", "watch"), "no target is called 'watch'"),
         (("--modules", "their_fleet:fleet", "--int8", "--calibration", "best"), "there are default"),
@@ -98,6 +106,13 @@ def test_the_command_takes_modules_and_says_what_int8_is_worth(run_main, tmp_pat
         refused = run_main(main, *arguments)
         assert (refused.exit_code, refused.error.count("\n")) == (1, 1), refused.error
         assert text in refused.error
+
+
+def test_samples_that_nobody_said_were_held_out_are_not_called_so(source, tmp_path, run_main):
+    export_fleet(source, tmp_path / "fleet")
+    shown = run_main(edge_main, "inspect", tmp_path / "fleet" / "device-00").output
+    assert re.search(r"^accuracy +samples given [0-9.]+%$", shown, re.M)
+    assert "held" not in shown
 
 
 def test_of_each_clients_samples_every_second_one_is_shown_and_the_others_measure(source):
