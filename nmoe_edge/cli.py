@@ -275,6 +275,8 @@ def infer(
         raise click.UsageError("Say who is to answer: --at a device, or --bundle a folder.")
     if place is not None and bundle is not None:
         raise click.UsageError("--at and --bundle are two who may answer: give one of them.")
+    if place is None and (fleet is not None or key is not None):
+        raise click.UsageError("--fleet and --key are for asking a device; a --bundle answers here and alone.")
     for path in files:
         if not os.access(path, os.R_OK):
             raise InputError(f"{path}: there is no such file, or it may not be read")

@@ -86,7 +86,16 @@ EDGE = LEAVES | {
         *("__init__", "errors", "schema", "bench.board", "bundle", "fleet", "keys", "place", "models", "client"),
         *("bench.probe", "bench.load", "bench.record"),
     ),
-    "bench.cli": ("errors", "schema", "program", "bench.samples", "bench.record", "bench.tables", "bench.measure"),
+    "bench.cli": (
+        "errors",
+        "schema",
+        "program",
+        "bench.samples",
+        "bench.record",
+        "bench.tables",
+        "bench.measure",
+        "fleet",
+    ),
     "screens": ("program", "bundle", "fleet", "client"),
     "cli": (
         *(

@@ -85,7 +85,9 @@ Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before
     show_default=True,
     help="What runs the models.",
 )
-@click.option("--at", metavar="tcp://HOST:PORT", multiple=True, help="Measure this peer's expert; may be given again.")
+@click.option(
+    "--at", metavar="DEVICE", multiple=True, help="A peer to measure: tcp://HOST:PORT, or its name; may be given again."
+)
 @click.option(
     "--latents",
     "--precision",
@@ -138,6 +140,7 @@ def run(
     from nmoe_edge.bench.record import check_writable, write_record
     from nmoe_edge.bench.tables import record_tables
     from nmoe_edge.errors import BenchError
+    from nmoe_edge.fleet import fleet_file
 
     if fleet is None and (rate is not None or clients > 1):
         raise click.UsageError("--rate and --clients are for a fleet: give --fleet too")
@@ -152,6 +155,7 @@ def run(
 
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, stop)
+    fleet = fleet_file(fleet) if fleet is not None else None
     types = tuple(_LATENTS[name] for name in latents)
     plan = Plan(bundle, threads, provider, at, types, fleet, key, duration, rounds, clients, rate)
     try:
