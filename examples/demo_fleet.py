@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from nmoe_edge.client import Client
 from nmoe_edge.errors import CallError
 from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
-from nmoe_edge.keys import key_path, read_key
+from nmoe_edge.keys import keys_to
 
 DEADLINE_S = 0.25
 """Of a row; its application waits a little longer and then turns to a neighbour."""
@@ -170,8 +170,7 @@ def clients(folder: Path) -> Iterator[dict[str, Client]]:
     with ExitStack() as stack:
         found = {}
         for device in read_fleet(path).device:
-            keys = (read_key(key_path(path, device.name)), device.public_key) if device.public_key else ()
-            found[device.name] = stack.enter_context(Client(device.address, *keys))
+            found[device.name] = stack.enter_context(Client(device.address, *keys_to(device.name, path, None)))
         yield found
 
 

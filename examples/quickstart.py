@@ -16,7 +16,7 @@ from nmoe_edge.bundle import read_bundle
 from nmoe_edge.client import Client
 from nmoe_edge.errors import EdgeError, NetworkError
 from nmoe_edge.fleet import FLEET_FILE, read_fleet
-from nmoe_edge.keys import key_path, read_key
+from nmoe_edge.keys import keys_to
 from nmoe_edge.node import Node
 from nmoe_edge.origin import Rules
 
@@ -26,12 +26,11 @@ def main(folder):
     path = folder / FLEET_FILE
     first, *_ = devices = read_fleet(path).device[:3]
     names = [device.name for device in devices]
-    keys = (read_key(key_path(path, first.name)), first.public_key) if first.public_key else ()
     rows = read_bundle(folder / names[0]).selftest.inputs  # any array of inputs would do
     away = Rules(local_first=1.0)  # let the gate alone decide, so that there is something to see
     with ExitStack() as running:
         nodes = [running.enter_context(Node(folder / name, path, rules=away)) for name in names]
-        client = running.enter_context(Client(first.address, *keys))
+        client = running.enter_context(Client(first.address, *keys_to(first.name, path, None)))
         while sum(peer["state"] == "alive" for peer in client.status()["peers"]) < len(nodes) - 1:
             time.sleep(0.05)  # they are getting to know each other
         for told in (f"{', '.join(names)} serve; {names[0]} is asked:", f"the same without {names[-1]}:"):
