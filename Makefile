@@ -26,7 +26,7 @@ check: .venv/ready  ## lint, format, types
 
 test-edge: .venv-edge/ready  ## the device's tests, with what a device has and no torch
 	$(EDGE)/python -c "import importlib.util as u; assert not (u.find_spec('torch') or u.find_spec('onnx'))"
-	$(EDGE)/python -m pytest tests/edge tests/test_golden.py
+	$(EDGE)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 50000
 
 test-runtimes: .venv/ready  ## bundles on the onnxruntimes that boards have; RUNTIMES="1.15.1 newest" for some
 	$(BIN)/python tests/runtimes.py $(RUNTIMES)
@@ -37,7 +37,7 @@ test-arm: .venv/ready  ## the device on an emulated Raspberry Pi, and with 512 M
 cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
 	$(BIN)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 2000 --cov --cov-report term
 
-soak: .venv/ready  ## processes killed, frozen, overloaded and lied to, at length: about three minutes
+soak: .venv/ready  ## processes killed, frozen, overloaded and lied to, at length: about six minutes
 	$(BIN)/python tests/soak.py
 
 fuzz: .venv/ready  ## ten million hostile messages, other ones each time: about two hours

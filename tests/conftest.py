@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz-examples", type=int, default=50_000, help="examples for each fuzz test")
+    parser.addoption("--fuzz-examples", type=int, default=10_000, help="examples for each fuzz test")
     parser.addoption("--fuzz-random", action="store_true", help="other examples in every run")
 
 

@@ -206,7 +206,7 @@ def overload(folder, seconds=8.0):
     show("  memory grew", f"{grown / 1024:.1f} MB", "bounded", grown < 64 * 1024)
 
 
-def hostile(folder, count=100_000):
+def hostile(folder, count=1_000_000):
     """Random and mutated frames into a live node."""
     rng = np.random.default_rng(0)
     with Processes(folder) as fleet:
