@@ -37,7 +37,7 @@ test-arm: .venv/ready  ## the device on an emulated Raspberry Pi, and with 512 M
 cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
 	$(BIN)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 2000 --cov --cov-report term
 
-soak: .venv/ready  ## processes killed, frozen, overloaded and lied to, at length: about six minutes
+soak: .venv/ready  ## processes killed, frozen, overloaded and lied to, at length: about four minutes
 	$(BIN)/python tests/soak.py
 
 fuzz: .venv/ready  ## ten million hostile messages, other ones each time: about two hours
