@@ -62,6 +62,8 @@ class Graph:
             self._session = onnxruntime.InferenceSession(data, options, providers=providers)
         except Exception as error:
             raise ModelError(f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_one_line(error)}") from error
+        if provider == CPU:  # a GPU that fails would start anew from them
+            self._session._model_bytes = None  # the whole file, which Python's session keeps beside its own weights
         self._name = name
         self.provider: str = self._session.get_providers()[0]
         """What it runs on."""

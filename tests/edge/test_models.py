@@ -60,6 +60,14 @@ def test_rows_of_another_shape_are_an_error_of_ours(bundle):
         Models(bundle).extractor(np.zeros((1, 1, 5, 6), np.uint8))
 
 
+def test_a_session_does_not_keep_the_file_that_it_was_made_of(bundle):
+    data = bundle.contents["extractor.onnx"]
+    known = sys.getrefcount(data)
+    extractor = Graph("extractor.onnx", data, (1, 6, 6), (4,))
+    assert sys.getrefcount(data) == known
+    assert extractor(np.zeros((1, 1, 6, 6), np.uint8)).shape == (1, 4)
+
+
 def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle):
     with pytest.raises(ModelError, match="onnxruntime .* refuses it") as refused:
         Graph("gate.onnx", b"\x08\x08", (4,), (3,))
