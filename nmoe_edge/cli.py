@@ -102,7 +102,7 @@ Examples: nmoe-edge serve bundles/digits/device-00
 @click.option("--top-k", type=int, help="Experts a row is sent to.  [default: as the bundle says]")
 @click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="Of a request.")
 @click.option("--latents", type=click.Choice(("int8", "fp16", "fp32")), help="On the wire.  [default: the bundle's]")
-@click.option("--local-first", type=click.FloatRange(0, 1), help="Sureness that keeps a row here; 1: none stays.")
+@click.option("--local-first", type=click.FloatRange(0, 1), help="Sureness that keeps a row here; 1: the gate decides.")
 @click.option("--adapt/--no-adapt", default=None, help="Learn this device's class mix.  [default: the bundle's]")
 @click.option("--forget", is_flag=True, help="Forget the class mix that was learnt before.")
 @click.option("--prefer-near", type=click.FloatRange(0), default=0.0, help="Score a peer loses for each ms it takes.")

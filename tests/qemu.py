@@ -152,6 +152,7 @@ def debian():
             say("configuring it, as an Arm machine")
             run(*ALONE, "chroot", partial, "/debootstrap/debootstrap", "--second-stage")
             run(*ALONE, "chroot", partial, "apt-get", "clean")
+            (partial / "etc" / "hosts").write_text("127.0.0.1 localhost\n")  # debootstrap leaves that to an installer
             partial.rename(tree)
     return tree
 

@@ -116,7 +116,8 @@ class Meter:
 
     def __init__(self, now_ns: int, root: Path = ROOT) -> None:
         """Find what there is to be read."""
-        packages = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]"))
+        domains = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]"))
+        packages = [path for path in domains if (_text(path / "name") or "").startswith("package")]  # psys has them too
         self._counters = {path: _number(path / "energy_uj") for path in packages}
         labels = root.glob("sys/bus/i2c/drivers/ina3221*/*/hwmon/hwmon*/in*_label")
         self._rails = [path for path in labels if _RAIL.search(_text(path) or "")][:1]

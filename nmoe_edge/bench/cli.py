@@ -99,14 +99,18 @@ Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before
 @click.option("--fleet", type=click.Path(path_type=Path), help="Measure the whole path among the devices of this file.")
 @click.option("--key", type=click.Path(path_type=Path), help="This device's key file.  [default: see keygen]")
 @click.option(
-    "--duration", type=click.FloatRange(0.1, 3600), default=10, show_default=True, help="Seconds for each scenario."
+    "--duration",
+    type=click.FloatRange(0.1, 3600),
+    default=10,
+    show_default=True,
+    help="Seconds for the graphs, with each number of threads; and for each row over the wire.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(1, 30),
     default=5,
     show_default=True,
-    help="That the time is divided into; to compare, five are needed.",
+    help="That the time is divided into; to compare, five in each record are enough.",
 )
 @click.option(
     "--clients", type=click.IntRange(1, 256), default=1, show_default=True, help="That ask the fleet at a time."
@@ -130,8 +134,8 @@ def run(
     """Measure what BUNDLE takes here, time and memory; with --at a peer's expert, with --fleet the fleet.
 
     Inputs are those of the bundle's self-test. Every number of threads has a fresh process in every round. The device
-    of this bundle is asked where it serves already, and learns from that if it adapts; else it is served meanwhile.
-    Ctrl-C and SIGTERM end it early, with the rounds that were whole by then.
+    of this bundle is asked where it serves already, and learns from that if it adapts; else it is served meanwhile,
+    with the first number of threads. Ctrl-C, SIGTERM and SIGHUP end it early, with the rounds that were whole by then.
     """
     import signal
     from types import FrameType
@@ -147,14 +151,17 @@ def run(
     if record_file is not None:
         check_writable(record_file)
     signalled: list[int] = []
+    measuring = True
 
     def stop(which: int, _frame: FrameType | None) -> None:
-        """What was started is ended with it."""
+        """End the measuring, once: what was started is ended, what was found is kept, and neither is cut short."""
         signalled.append(which)
-        raise KeyboardInterrupt
+        if measuring and len(signalled) == 1:
+            raise KeyboardInterrupt
 
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, stop)
+    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(which) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(which, stop)
     fleet = fleet_file(fleet) if fleet is not None else None
     types = tuple(_LATENTS[name] for name in latents)
     plan = Plan(bundle, threads, provider, at, types, fleet, key, duration, rounds, clients, rate)
@@ -163,9 +170,12 @@ def run(
     except KeyboardInterrupt:
         click.echo("nmoe-edge: stopped before a round was whole; nothing is kept", err=True)
         sys.exit(128 + signalled[0])
-    if record_file is not None:
-        write_record(record_file, record)
-    click.echo(record_tables(record))
+    measuring = False
+    try:
+        if record_file is not None:
+            write_record(record_file, record)
+    finally:
+        click.echo(record_tables(record))
     if signalled:
         sys.exit(128 + signalled[0])
     if record.stopped is not None:
@@ -187,25 +197,25 @@ Example: nmoe-edge bench compare before.json after.json
 @click.argument("old", type=click.Path(path_type=Path), metavar="A.json")
 @click.argument("new", type=click.Path(path_type=Path), metavar="B.json")
 def compare(old: Path, new: Path) -> None:
-    """Compare two records that --json has kept; exit 1 when B is worse than A by more than chance.
+    """Compare two records that --json has kept; exit 1 when B is worse than A beyond their noise.
 
     The medians of rounds are compared by their ranks, which takes five rounds in each record: of every pair of rounds
-    the ratio, and an interval that holds the truth 99 times in a hundred.
+    the ratio, and an interval that holds the truth 99 times in a hundred. So is memory. One in 250 that have not
+    changed looks worse by chance: measure that one again.
 
-    Another bundle or another machine is a warning. Where no row has a verdict, that is exit 1 too.
+    A fleet or a peer is worse also where more of its answers were missing, refused or degraded. Another bundle or
+    another machine is a warning. Where no row has a verdict, that is exit 1 too.
     """
+    from nmoe_edge.bench.compare import compared
     from nmoe_edge.bench.record import read_record
-    from nmoe_edge.bench.samples import change
     from nmoe_edge.bench.tables import comparison_tables
     from nmoe_edge.errors import BenchError
 
     first, second = read_record(old), read_record(new)
-    after = {row.name: row for row in second.rows}
-    pairs = [(row, after[row.name]) for row in first.rows if row.name in after]
-    changes = [(a, b, change(a.parts, b.parts)) for a, b in pairs]
-    click.echo(comparison_tables(first, second, changes))
-    if not changes:
+    comparison = compared(first, second)
+    click.echo(comparison_tables(first, second, comparison))
+    if not comparison.times:
         raise BenchError(f"{old} and {new} have no row in common: measure both with the same options")
-    if all(it.verdict == "too few rounds" for _, _, it in changes):
+    if not comparison.told:
         raise BenchError("no row has the five rounds in both that a verdict needs: measure again with --rounds 5")
-    sys.exit(1 if any(it.verdict == "worse" for _, _, it in changes) else 0)
+    sys.exit(1 if comparison.worse else 0)

@@ -28,7 +28,7 @@ from nmoe_edge.protocol.wire import encode
 BUDGET_S = 1.0
 """What a question gives a device, as nmoe-edge infer does."""
 _GIVEN_UP_NS = 1_250_000_000
-"""After it was sent: the budget, and the way there and back."""
+"""After it was sent, the budget and the way there and back; not sent at all so long after it was due."""
 _CONNECT_S, _FULL_S = 3.0, 0.05
 """The longest that a way to the device is waited for: at first, and when it takes no more."""
 _LOOK_NS = 100_000_000
@@ -46,6 +46,8 @@ class Drive:
     asked: int = 0
     refused: int = 0
     unanswered: int = 0
+    unsent: int = 0
+    """Of these."""
     rows: int = 0
     at_home: int = 0
     degraded: int = 0
@@ -75,9 +77,9 @@ def drive(
     def moment() -> int:
         return until if arrivals is None else began + int(next(arrivals) * 1e9)
 
-    def ask(due: int) -> None:
-        number = next(numbers)
-        sent = line.send(question(number), _FULL_S if found.asked else _CONNECT_S)
+    def ask(due: int, now: int) -> None:
+        number, late = next(numbers), now - due > _GIVEN_UP_NS
+        sent = not late and line.send(question(number), _FULL_S if found.asked else _CONNECT_S)
         if not sent and not found.asked:
             raise BenchError(f"{line.address}: no way there for {_CONNECT_S:.0f} s; is it serving?")
         found.asked += 1
@@ -85,6 +87,7 @@ def drive(
             under_way[number] = (due, clock())
         else:
             found.unanswered += 1
+            found.unsent += 1
 
     due = moment()
     while True:
@@ -94,19 +97,21 @@ def drive(
         while under_way and now - next(iter(under_way.values()))[1] > _GIVEN_UP_NS:
             del under_way[next(iter(under_way))]
             found.unanswered += 1
-        asking = now < until and found.asked < MOST_SAMPLES
+        # Who comes by chance is asked for also when we are behind; clients stop in time.
+        asking = (now < until if arrivals is None else due < until) and found.asked < MOST_SAMPLES
+        wake = now  # what came meanwhile is taken before the next goes out
         if asking and len(under_way) < clients:
-            ask(now)
-        elif asking and due <= now:
-            ask(due)
+            ask(now, now)
+        elif asking and arrivals is not None and due <= now:
+            ask(due, now)
             due = moment()
         elif asking or under_way:
-            wake = min(due, until, now + _LOOK_NS) if asking else now + _LOOK_NS
-            reply = line.receive((wake - now) / 1e9)
-            if reply is not None:
-                _take(found, reply, under_way.pop(getattr(reply, "request", -1), None), own)
+            wake = min(due, now + _LOOK_NS) if asking else now + _LOOK_NS
         else:
             return found
+        reply = line.receive((wake - now) / 1e9)
+        if reply is not None:
+            _take(found, reply, under_way.pop(getattr(reply, "request", -1), None), own)
 
 
 def _take(found: Drive, reply: Message, asked: tuple[int, int] | None, own: int) -> None:

@@ -272,6 +272,7 @@ class _Met:
 
     client: Client
     access: tuple[Any, ...]
+    setting: str
     known: int
     alive: int
 
@@ -298,7 +299,8 @@ def _met(plan: Plan, bundle: Bundle, fleet: Path, say: Say) -> Iterator[_Met]:
                 f"{device.name} reaches none of the {known} peers in {fleet}: serve them too, or leave out --fleet"
             )
         say(f"{device.name} knows {alive} of its {known} peers to be alive")
-        yield _Met(client, access, known, alive)
+        # Whoever serves it already may have chosen other threads than ours.
+        yield _Met(client, access, f"{device.name}, {_threads(facts['threads'])}", known, alive)
 
 
 def _peers(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -318,7 +320,7 @@ def _fleet(plan: Plan, bundle: Bundle, met: _Met, stack: contextlib.ExitStack) -
     def series(what: str, clients: int, rate: float | None) -> _Series:
         line = Line(address, *met.access, connections=clients)
         stack.callback(line.close)
-        return _Series("fleet", what, manifest.device, 1, line, question, clients, rate, manifest.expert)
+        return _Series("fleet", what, met.setting, 1, line, question, clients, rate, manifest.expert)
 
     yield series(f"closed loop, {plan.clients} client{'s' if plan.clients > 1 else ''}", plan.clients, None)
     if plan.rate is not None:
@@ -344,13 +346,18 @@ def _acquainted(client: Client) -> dict[str, Any]:
 @contextlib.contextmanager
 def _serving(plan: Plan, fleet: Path, device: Device, client: Client) -> Iterator[None]:
     """`nmoe-edge serve` in a process of its own; what it learns is forgotten."""
-    with tempfile.TemporaryDirectory() as state, tempfile.TemporaryFile("w+") as log:
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise BenchError(f"no temporary folder: {error.strerror}; set TMPDIR to one that can be written") from error
+    with folder as state, (Path(state) / "log").open("w+") as log:
         options = ["--fleet", fleet, "--state", state, "--threads", plan.threads[0], "--provider", plan.provider]
         if plan.key is not None:
             options += ["--key", plan.key]
         absolute = [str(o.absolute() if isinstance(o, Path) else o) for o in (plan.bundle, *options)]
         command = [sys.executable, "-m", "nmoe_edge", "serve", *absolute]
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=_HERE)  # noqa: S603  # ourselves
+        # In a session of its own: a terminal that is closed would tell it to reload, and Ctrl-C to leave before we do.
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=_HERE, start_new_session=True)  # noqa: S603
         try:
             until = time.monotonic() + _READY_S
             while _facts(client) is None:

@@ -30,6 +30,8 @@ class Tally:
     asked: int
     refused: int
     unanswered: int
+    unsent: int
+    """Of these, because the benchmark itself, or the way there, was over a second behind."""
     rows: int
     """Answered."""
     at_home: int
@@ -169,22 +171,29 @@ def read_record(path: Path) -> Record:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place that `write_record` could not write to: worth asking before minutes of work."""
-    folder = path.absolute().parent
+    """Refuse a place that `write_record` could not or should not write to: worth asking before minutes of work."""
+    folder = path.resolve().parent
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise BenchError(f"{path}: cannot be written there; choose another place")
+    if os.path.lexists(path) and not (os.path.isfile(path) and path.stat().st_size == 0):
+        try:
+            read_record(path)
+        except BenchError as error:
+            raise BenchError(f"{path} is no record that could be replaced; choose another name") from error
 
 
 def write_record(path: Path, record: Record) -> None:
     """Replace a record: a reader sees the old one or the new one."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
+    place = path.resolve()  # where a link leads to
+    staged = place.with_name(f".{os.getpid()}.new")
     try:
         with staged.open("w") as file:
             json.dump(to_plain(record), file, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
-        staged.replace(path)
+        staged.replace(place)
     except OSError as error:
+        raise BenchError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
         with contextlib.suppress(OSError):
             staged.unlink()
-        raise BenchError(f"{path}: cannot be written: {error.strerror}") from error

@@ -30,6 +30,8 @@ LEAST_CHANGE = 0.05
 ROOM = 1.10
 """How far from 1 either way an interval may reach for "same". As TOO_SPREAD, and not as LEAST_CHANGE: with five rounds
 the interval is as wide as these lie apart, and equals whose rounds differ by 2 % would rarely be told within 5 %."""
+MORE = 0.01
+"""Of answers that are missing or degraded: what so small a share of them does is not worth a word."""
 MOST_ROUNDS = 30
 
 Verdict = Literal["same", "better", "worse", "cannot tell", "too few rounds"]
@@ -89,6 +91,14 @@ def change(old: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> Change
     elif high < 1 and ratio < 1 / (1 + LEAST_CHANGE):
         verdict = "better"
     return Change(ratio, low, high, verdict)
+
+
+def more_often(old: int, of_old: int, new: int, of_new: int) -> bool:
+    """Whether something happens a point more often than before, and not by chance: three of its standard errors."""
+    if not of_old or not of_new:
+        return False
+    rise, pooled = new / of_new - old / of_old, (old + new) / (of_old + of_new)
+    return rise > MORE and rise > 3 * math.sqrt(pooled * (1 - pooled) * (1 / of_old + 1 / of_new))
 
 
 def _cut(n: int, m: int) -> int | None:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 
 from nmoe_edge.bench.board import Moment
+from nmoe_edge.bench.compare import Comparison
 from nmoe_edge.bench.probe import WHOLE
 from nmoe_edge.bench.record import Record, Row, Stage
-from nmoe_edge.bench.samples import LEAST_SAMPLES, MOST_WARM_S, ROOM, TOO_SPREAD, Change, percentile, spread
+from nmoe_edge.bench.samples import LEAST_SAMPLES, MOST_WARM_S, ROOM, TOO_SPREAD, percentile, spread
 from nmoe_edge.program import one_line
 
 _MOST_LOAD = 0.5
@@ -35,7 +36,7 @@ def record_tables(record: Record) -> str:
     blocks += [f"Not told by this board: {untold}."] if untold else []
     blocks += ["Milliseconds since a process began (medians of its rounds; files are in the page cache):"]
     blocks += [_stages(record, lambda stage: _ms(median(stage.at_ns)))]
-    blocks += ["Resident memory after each, MB:", _stages(record, lambda stage: _mb(stage.rss), memory=True)]
+    blocks += ["Resident memory after each, MiB:", _stages(record, lambda stage: _mib(stage.rss), memory=True)]
     blocks += [f"Latency, ms. {_caption(record)}", _latencies(local)]
     if remote:
         blocks += [f"Over the wire, ms and bytes a row. {_caption(record)}", _latencies(remote), _wire(remote)]
@@ -62,8 +63,8 @@ def _headline(record: Record) -> Iterator[str]:
     yield f"p50 of one row: {'; '.join(parts)}."
     start = record.starts[0]
     stages = {stage.name: stage for stage in start.stages}
-    ready_s, steady_mb = median(stages["ready"].at_ns) / 1e9, _mb(stages["steady"].rss)
-    yield f"Ready {ready_s:.2f} s after its process began; {steady_mb} MB of memory when steady ({start.setting})."
+    ready_s, steady = median(stages["ready"].at_ns) / 1e9, _mib(stages["steady"].rss)
+    yield f"Models ready {ready_s:.2f} s after a process began; {steady} MiB when steady, no sockets ({start.setting})."
 
 
 def doubts(record: Record, rows: Sequence[Row]) -> Iterator[str]:
@@ -84,6 +85,12 @@ def doubts(record: Record, rows: Sequence[Row]) -> Iterator[str]:
     if apart:
         most = f"most those of {apart[0].name}, by {spread(apart[0].parts) - 1:.0%}"
         yield f"rounds of {len(apart)} of {len(steady)} rows differ by more than {TOO_SPREAD - 1:.0%}, {most}: {CALM}"
+    for row in rows:
+        if row.tally is not None and row.tally.unsent:
+            yield (
+                f"{row.tally.unsent:,} of {row.tally.asked:,} requests of {row.name} could not be sent in time:"
+                " that many a second do not get through; take a lower --rate"
+            )
     peers = record.peers
     if peers is not None and any(row.scenario == "fleet" for row in rows):
         alive = [count for count in (peers.before, peers.after) if count is not None]
@@ -115,25 +122,32 @@ def _elsewhere(record: Record) -> Iterator[str]:
             groups.setdefault((row.setting, row.rows), {})[row.what] = median(row.samples)
     for (setting, rows), steps in groups.items():
         whole = steps.pop(WHOLE, None)
-        if whole is not None and abs(whole - sum(steps.values())) > _ELSEWHERE * whole:
-            elsewhere = whole - sum(steps.values())
-            yield (
-                f"of the whole path, {setting}, {rows} row{'s' if rows > 1 else ''}, {_ms(elsewhere)} ms,"
-                f" {elsewhere / whole:.0%}, are in none of the graphs but in route, exchange and combination"
-            )
+        if whole is None:
+            continue
+        elsewhere, path = (
+            whole - sum(steps.values()),
+            f"the whole path, {setting}, {rows} row{'s' if rows > 1 else ''},",
+        )
+        if elsewhere > _ELSEWHERE * whole:
+            where = "are in none of the graphs but in route, exchange and combination"
+            yield f"of {path} {_ms(elsewhere)} ms, {elsewhere / whole:.0%}, {where}"
+        elif -elsewhere > _ELSEWHERE * whole:
+            yield f"{path} takes {_ms(-elsewhere)} ms less than its graphs one by one: these samples are noise"
 
 
-def comparison_tables(old: Record, new: Record, changes: Sequence[tuple[Row, Row, Change]]) -> str:
-    """What became of every row that both have."""
+def comparison_tables(old: Record, new: Record, comparison: Comparison) -> str:
+    """What became of everything that both have."""
     blocks = [one_line(f"WARNING: another {what} in the second: {a} → {b}") for what, a, b in _differences(old, new)]
+    times = [(a.name, _ms(median(a.samples)), _ms(median(b.samples)), it) for a, b, it in comparison.times]
+    memory = [(it.name, _mib(it.before), _mib(it.after), became) for it, became in comparison.memory]
+    for what, lines in (("p50 ms", times), ("MiB", memory)):
+        if lines:
+            heads = ("", f"{what} before", "after", "ratio", "99 % interval", "verdict")
+            cells = [(*figures, f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}", c.verdict) for *figures, c in lines]
+            blocks.append(_table(heads, cells))
+    blocks += map(one_line, comparison.answers)
     found: list[str] = []
-    lines = []
-    for before, after, it in changes:
-        p50 = (_ms(median(before.samples)), _ms(median(after.samples)))
-        lines.append((before.name, *p50, f"{it.ratio:.3f}", f"{it.low:.3f} to {it.high:.3f}", it.verdict))
-    if lines:
-        blocks.append(_table(("", "p50 ms before", "after", "ratio", "99 % interval", "verdict"), lines))
-    verdicts = [it.verdict for _, _, it in changes]
+    verdicts = [it.verdict for *_, it in times + memory]
     if "cannot tell" in verdicts:
         found.append(
             f"- {verdicts.count('cannot tell')} of {len(verdicts)} rows cannot be told: their intervals reach beyond"
@@ -141,11 +155,11 @@ def comparison_tables(old: Record, new: Record, changes: Sequence[tuple[Row, Row
         )
     if "too few rounds" in verdicts:
         found.append(
-            f"- {verdicts.count('too few rounds')} of {len(verdicts)} rows have too few rounds: five in each are needed"
+            f"- {verdicts.count('too few rounds')} of {len(verdicts)} rows have too few rounds: five in each will do"
         )
     for which, one, other, rows in (
-        ("first", old, new, [a for a, _, _ in changes]),
-        ("second", new, old, [b for _, b, _ in changes]),
+        ("first", old, new, [a for a, _, _ in comparison.times]),
+        ("second", new, old, [b for _, b, _ in comparison.times]),
     ):
         there = {row.name for row in other.rows}
         alone = [row.name for row in one.rows if row.name not in there]
@@ -201,7 +215,7 @@ def _conditions(record: Record) -> Iterator[tuple[str, str | None, str | None]]:
     if record.peers is not None:
         before, after, known = record.peers.before, record.peers.after, record.peers.known
         yield "peers alive", f"{before} of {known}", None if after is None else f"{after} of {known}"
-    yield "UTC, seconds", f"{record.began}, {record.duration_s:g} for each scenario", ""
+    yield "UTC, seconds", f"{record.began}, {record.duration_s:g} for the graphs and for each row over the wire", ""
 
 
 def _untold(record: Record) -> Iterator[str]:
@@ -237,7 +251,7 @@ def _stages(record: Record, cell: Callable[[Stage], str], memory: bool = False) 
     names = [stage.name for stage in record.starts[0].stages[shown]]
     lines = []
     for start in record.starts:
-        rest = (_mb(start.peak), _mb(start.pss)) if memory else ()
+        rest = (_mib(start.peak), _mib(start.pss)) if memory else ()
         lines.append((start.setting, *map(cell, start.stages[shown]), *rest))
     return _table(("", *names, *(("peak", "PSS") if memory else ())), lines)
 
@@ -300,6 +314,6 @@ def _ms(ns: float | None) -> str:
     return f"{ms:.3f}" if abs(ms) < 10 else f"{ms:.1f}"
 
 
-def _mb(sizes: Sequence[int | None]) -> str:
+def _mib(sizes: Sequence[int | None]) -> str:
     known = [size for size in sizes if size is not None]
     return f"{median(known) / 2**20:.1f}" if known and len(known) == len(sizes) else "–"

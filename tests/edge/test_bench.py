@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import get_args
 
@@ -63,7 +65,7 @@ def test_a_bundle_is_measured_and_a_slower_one_is_worse(tiny_fleet, tmp_path, nm
 
     same = nmoe_edge("bench", "compare", kept, kept)
     told = same.output.count("| same ") + same.output.count("| cannot tell ")
-    assert (same.exit_code, told) == (0, len(record.rows))
+    assert (same.exit_code, told) == (0, len(record.rows) + 2 * len(record.starts))
     plain = json.loads(kept.read_text())
     for name, ns in (("fast", 1000), ("slow", 2000)):  # what was measured may be too noisy to tell anything
         plain["rows"][-1]["parts"] = [[ns]] * 5
@@ -119,7 +121,9 @@ def test_peers_and_fleet_are_measured_with_keys_and_the_device_is_served_meanwhi
             assert row.sent_bytes == 64 / n + width
             assert row.tally.rows == n * len(row.samples)
             assert (row.tally.refused, row.tally.unanswered) == (0, 0)
-    closed, opened = (rows["fleet", what, "attic", 1] for what in ("closed loop, 2 clients", "open loop, 200/s"))
+    closed, opened = (
+        rows["fleet", what, "attic, 1 thread", 1] for what in ("closed loop, 2 clients", "open loop, 200/s")
+    )
     for row in (closed, opened):
         assert row.tally.asked == row.tally.rows + row.tally.refused + row.tally.unanswered
         assert 0 < row.tally.at_home < row.tally.rows  # of attic's three inputs one is its own
@@ -147,11 +151,11 @@ def test_whoever_ends_the_measurement_ends_the_device_that_was_served_for_it(fle
     with Client(address_of(fleet, "attic")) as client, pytest.raises(CallError):
         client.status(0.3)
     record = read_record(kept)
-    assert record.stopped == "stopped in round 1 of 1: closed loop, 1 client, attic, 1 a message"
+    assert record.stopped == "stopped in round 1 of 1: closed loop, 1 client, attic, 1 thread, 1 a message"
     assert {row.scenario for row in record.rows} == {"start", "local"}
 
 
-@pytest.mark.parametrize(("ended_by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("ended_by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_whole_rounds_outlive_whoever_stops_it(tiny_fleet, tmp_path, ended_by, status):
     kept = tmp_path / "a.json"
     command = [sys.executable, "-m", "nmoe_edge", "bench", str(tiny_fleet / "attic"), "--json", str(kept)]
@@ -161,8 +165,10 @@ def test_whole_rounds_outlive_whoever_stops_it(tiny_fleet, tmp_path, ended_by, s
             while f"round {until_round} of 5" not in process.stderr.readline():
                 assert process.poll() is None
             process.send_signal(ended_by)
+            time.sleep(0.01)
+            process.send_signal(ended_by)  # who is impatient loses nothing either
             said = process.stderr.read()
-            assert process.wait(20) == status
+            assert process.wait(20) in (status, -ended_by)  # the second may find it over
         finally:
             process.kill()
             process.wait()
@@ -193,6 +199,15 @@ def test_a_peer_that_dies_takes_no_round_with_it(fleet, tmp_path, nmoe_edge, mon
     assert record.stopped.startswith("stopped in round 2 of 3: ask of expert 1, float32, 8 a message: tcp://")
     assert (shown.exit_code, shown.error.splitlines()[-1]) == (1, f"nmoe-edge: {record.stopped}")
     assert f"- it was {record.stopped}" in shown.output
+
+
+@pytest.mark.parametrize("kind", ["fifo", "bundle", "another"])
+def test_what_is_no_record_is_not_replaced(tiny_fleet, tmp_path, nmoe_edge, kind):
+    place = tmp_path / "place"
+    os.mkfifo(place) if kind == "fifo" else place.write_text('{"schema": 1}' if kind == "another" else "[[device]]")
+    shown = nmoe_edge("bench", tiny_fleet / "attic", "--json", place, *BRIEF)
+    assert (shown.exit_code, shown.output) == (1, "")
+    assert shown.error == f"nmoe-edge: {place} is no record that could be replaced; choose another name\n"
 
 
 @pytest.mark.socket

@@ -31,9 +31,12 @@ INTEL = {
     "sys/class/power_supply/AC/online": "1\n",
     "sys/class/power_supply/BAT0/type": "Battery\n",
     "sys/class/power_supply/BAT0/status": "Charging\n",
+    "sys/class/powercap/intel-rapl:0/name": "package-0\n",
     "sys/class/powercap/intel-rapl:0/energy_uj": "9000000\n",
     "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "10000000\n",
     "sys/class/powercap/intel-rapl:0:0/energy_uj": "1\n",
+    "sys/class/powercap/intel-rapl:1/name": "psys\n",  # the package is in it as well
+    "sys/class/powercap/intel-rapl:1/energy_uj": "1\n",
 }
 SENSORS = "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1"
 JETSON = {

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nmoe_edge.bench.board import Machine, Moment
+from nmoe_edge.bench.compare import compared
 from nmoe_edge.bench.record import (
     Peers,
     Record,
@@ -18,7 +19,6 @@ from nmoe_edge.bench.record import (
     read_record,
     write_record,
 )
-from nmoe_edge.bench.samples import change
 from nmoe_edge.bench.tables import comparison_tables, record_tables
 from nmoe_edge.errors import BenchError
 from nmoe_edge.schema import to_plain
@@ -38,7 +38,7 @@ def record():
         Stage("ready", (300_000_000,) * 5, (None,) * 5),
         Stage("steady", (900_000_000,) * 5, (62 * 2**20,) * 5),
     )
-    wire = {"sent_bytes": 132.0, "received_bytes": 104.5, "tally": Tally(100, 1, 2, 97, 50, 7)}
+    wire = {"sent_bytes": 132.0, "received_bytes": 104.5, "tally": Tally(100, 1, 2, 0, 97, 50, 7)}
     return Record(
         schema=1,
         began="2025-11-21T12:00:00Z",
@@ -73,9 +73,8 @@ def changed(record, name, by):
     return replace(record, rows=tuple(rows))
 
 
-def compared(old, new):
-    changes = [(a, b, change(a.parts, b.parts)) for a, b in zip(old.rows, new.rows, strict=True)]
-    return comparison_tables(old, new, changes)
+def shown_beside(old, new):
+    return comparison_tables(old, new, compared(old, new))
 
 
 def test_what_was_written_is_read(record, tmp_path):
@@ -161,7 +160,7 @@ def test_a_report_shows_figures_beside_their_conditions_and_dashes_for_what_is_u
         "p50 of one row: 1.010 ms at home, the whole path (1 thread); 1.000 ms to a peer's expert and back (int8);"
         " 1.000 ms through the fleet (closed loop, 1 client)."
     )
-    assert lines[4] == "Ready 0.30 s after its process began; 62.0 MB of memory when steady (1 thread)."
+    assert lines[4] == "Models ready 0.30 s after a process began; 62.0 MiB when steady, no sockets (1 thread)."
     captions = [line for line in lines if line.startswith(("Latency", "Over the wire"))]
     assert len(captions) == 2
     assert all("Arm Cortex-A76" in line and "performance" in line and "0123" in line for line in captions)
@@ -229,12 +228,12 @@ def test_doubts_say_what_to_do(record):
 
 
 def test_a_comparison_shows_what_became_of_every_row(record):
-    shown = compared(record, changed(record, "gate", 1.5))
+    shown = shown_beside(record, changed(record, "gate", 1.5))
     assert "WARNING" not in shown
     (gate,) = [line for line in shown.splitlines() if "local: gate" in line]
     assert "1.500 to 1.500" in gate
     assert gate.rstrip(" |").endswith("worse")
-    assert shown.count("| same ") == len(record.rows) - 1
+    assert shown.count("| same ") == len(record.rows) - 1 + 1  # memory
 
 
 def test_another_bundle_and_another_machine_are_a_warning_that_cannot_write_on_the_screen(record):
@@ -244,7 +243,7 @@ def test_another_bundle_and_another_machine_are_a_warning_that_cannot_write_on_t
         machine=replace(record.machine, board="Pi\n| 4 |", cores=None),
         before=replace(CALM, governor="powersave"),
     )
-    shown = compared(record, other)
+    shown = shown_beside(record, other)
     for what in ("bundle", "machine", "governor"):
         assert f"WARNING: another {what} in the second" in shown
     assert "\x1b" not in shown
@@ -253,18 +252,64 @@ def test_another_bundle_and_another_machine_are_a_warning_that_cannot_write_on_t
 
 def test_rows_that_only_one_has_are_named(record):
     fewer = replace(record, rows=record.rows[1:])
-    changes = [(row, row, change(row.parts, row.parts)) for row in fewer.rows]
-    assert "only in the first: start: first answer" in comparison_tables(record, fewer, changes)
-    shown = comparison_tables(record, replace(record, rows=()), [])
+    assert "only in the first: start: first answer" in shown_beside(record, fewer)
+    shown = shown_beside(record, replace(record, rows=()))
     assert shown.endswith("local: gate, 1 thread, 1 row; and 4 more")
 
 
 def test_a_comparison_notes_what_applies_to_what_it_shows(record):
     noisy = replace(record.rows[-1], parts=((1_000_000,), (2_000_000,), *ALIKE[:3]), settled=False)
     other = replace(record, rows=(*record.rows[:-1], noisy))
-    shown = compared(record, other)
-    assert "1 of 7 rows cannot be told" in shown
+    shown = shown_beside(record, other)
+    assert "1 of 8 rows cannot be told" in shown
     assert "in the second, the warm-up never settled" in shown
     assert "percentile" not in shown
-    first = [(row, row, change(row.parts, row.parts)) for row in record.rows[:-1]]
-    assert "never settled" not in comparison_tables(record, other, first)  # the noisy row is not shown
+    calm = replace(record, rows=record.rows[:-1])
+    assert "never settled" not in shown_beside(calm, other)  # the noisy row is not shown
+
+
+def test_a_fleet_that_answers_less_is_worse_however_fast_it_is(record):
+    fleet = record.rows[-1]
+    for what in ("refused", "unanswered", "degraded"):
+        tally = replace(fleet.tally, **{what: 60})
+        other = replace(record, rows=(*record.rows[:-1], replace(fleet, tally=tally)))
+        comparison = compared(record, other)
+        assert comparison.worse
+        assert f"WORSE: {fleet.name}: " in comparison_tables(record, other, comparison)
+        assert f"% {what} before, 6" in comparison_tables(record, other, comparison)
+        assert not compared(other, record).worse
+
+
+def test_more_memory_is_worse(record):
+    (start,) = record.starts
+    (*stages, steady) = start.stages
+    larger = replace(start, stages=(*stages, replace(steady, rss=(70 * 2**20,) * 5)))
+    comparison = compared(record, replace(record, starts=(larger,)))
+    assert comparison.worse
+    (line,) = [x for x in comparison_tables(record, record, comparison).splitlines() if "steady, 1 thread" in x]
+    assert line.rstrip(" |").endswith("worse")
+    untold = replace(start, stages=(*stages, replace(steady, rss=(None,) * 5)))
+    assert not compared(record, replace(record, starts=(untold,))).worse
+
+
+def test_requests_that_could_not_be_sent_are_named(record):
+    fleet = record.rows[-1]
+    behind = replace(fleet, tally=replace(fleet.tally, unanswered=12, unsent=10))
+    shown = record_tables(replace(record, rows=(behind,)))
+    assert f"10 of 100 requests of {fleet.name} could not be sent in time" in shown
+
+
+def test_a_whole_path_that_is_shorter_than_its_graphs_is_said_to_be_noise(record):
+    shown = record_tables(changed(record, "whole path", 0.5))
+    assert "the whole path, 1 thread, 1 row, takes 0.495 ms less than its graphs one by one" in shown
+
+
+def test_a_link_to_a_record_stays_a_link(record, tmp_path):
+    kept, link = tmp_path / "kept.json", tmp_path / "link.json"
+    write_record(kept, record)
+    link.symlink_to(kept)
+    check_writable(link)
+    write_record(link, replace(record, began="later"))
+    assert link.is_symlink()
+    assert read_record(kept).began == "later"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "link.json"]
