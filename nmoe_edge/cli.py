@@ -143,7 +143,7 @@ def serve(
     import signal
     import time
 
-    from nmoe_edge.errors import FleetError
+    from nmoe_edge.errors import CallError, FleetError
     from nmoe_edge.fleet import FLEET_FILE, fleet_file
     from nmoe_edge.log import Log
     from nmoe_edge.memory import trim
@@ -188,8 +188,9 @@ def serve(
     gc.collect()
     gc.freeze()  # what stays is never looked at again
     trim()
-    click.echo(f"{ready_line(node.status())}, in {time.monotonic() - began:.2f} s")
-    sys.stdout.flush()
+    with suppress(CallError):  # it was told to go meanwhile
+        click.echo(f"{ready_line(node.status())}, in {time.monotonic() - began:.2f} s")
+        sys.stdout.flush()
     with _discovery(node) if discover else nullcontext():
         while not node.ended.wait(_LISTEN_S):  # a signal that another thread was given is heard when this one wakes
             pass
@@ -203,6 +204,9 @@ def _discovery(node: Node) -> AbstractContextManager[Any]:
     """mDNS for this node, until it ends."""
     from nmoe_edge.errors import NetworkError
 
+    if not node.address:
+        node.close()
+        raise NetworkError("--discover: this device listens nowhere; give --fleet or --listen")
     try:
         from nmoe_edge.discover import Discovery
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import secrets
 import select
 import threading
@@ -33,6 +34,7 @@ from nmoe_edge.schema import parse_json
 _CAPS = Caps(text_bytes=4 * 1024 * 1024)
 """The status of a thousand peers is long."""
 _BARE = "? asked without keys, as no --fleet was given (or it has none); a device with keys does not answer that"
+MOST_DEADLINE_S = 3600.0
 _GRACE_S = 0.25
 """For the way there and back, beyond what the device may take."""
 
@@ -67,10 +69,17 @@ def refusal(refuse: Refuse) -> str:
     """A Refuse as a line for a person."""
     what = {
         Reason.BUSY: "the device is busy: its queue is full for longer than this deadline; ask again later",
-        Reason.EXPIRED: "the deadline was over before the device could begin; give it more time",
+        Reason.EXPIRED: "the deadline was over first; give it more time",
         Reason.SHUTTING_DOWN: "the device is shutting down",
     }.get(refuse.reason, f"the device refuses: {refuse.reason.name.lower().replace('_', ' ')}")
     return what + (f": {refuse.detail}" if refuse.detail else "")
+
+
+def budget_of(deadline_s: float) -> int:
+    """A deadline in the milliseconds of a message."""
+    if not 0 < deadline_s <= MOST_DEADLINE_S:  # so written, NaN is refused too
+        raise CallError(f"a deadline of {deadline_s} s is not over 0 and at most {MOST_DEADLINE_S}")
+    return max(1, int(deadline_s * 1000))
 
 
 class Line:
@@ -150,16 +159,18 @@ class Client:
         self._context = zmq.Context()
         self._idle: list[Line] = []
         self._lock = threading.Lock()
-        self._lent, self._closed = 0, False
+        self._lent, self._closed, self._process = 0, False, os.getpid()
         self._numbers = itertools.count(secrets.randbits(60))
 
     def infer(self, inputs: NDArray[Any], deadline_s: float = 1.0) -> Answers:
         """What the fleet makes of these rows (rows, …); CallError when it refuses or nothing comes in time."""
         inputs = np.asarray(inputs)
-        budget_ms = max(1, int(deadline_s * 1000))
+        budget_ms = budget_of(deadline_s)
         packed = Tensor.pack(inputs, inputs.dtype.name)
         if len(packed.data) > _CAPS.payload_bytes:
             raise CallError(f"{len(packed.data)} bytes of inputs are over {_CAPS.payload_bytes}; ask with fewer rows")
+        if len(inputs) > _CAPS.rows:
+            raise CallError(f"{len(inputs)} rows are over {_CAPS.rows}; ask with fewer")
         reply = self._call(lambda number: Infer(number, 0, budget_ms, packed), deadline_s + _GRACE_S)
         return answers_of(reply)
 
@@ -216,6 +227,10 @@ class Client:
             self._given_back(line, well)
 
     def _taken(self) -> Line:
+        if self._process != os.getpid():  # forked: libzmq's threads stayed behind, and closing would wait for them
+            self._left_behind = self._context, self._idle
+            self._context, self._idle, self._lock = zmq.Context(), [], threading.Lock()
+            self._lent, self._process = 0, os.getpid()
         with self._lock:
             if self._closed:
                 raise CallError("the client is closed")

@@ -58,7 +58,7 @@ def port_of(address: str) -> int | None:
     return port if port is not None and port <= 65535 else None  # libzmq would take its lowest 16 bits
 
 
-_LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+")
+_LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):(\d+|\*)")
 
 
 def is_loopback(address: str) -> bool:

@@ -22,6 +22,16 @@ _STAGED = ".staged"
 """How the names of unfinished folders end, so that nobody else's is taken for one."""
 
 
+def stamps(folder: Path, beside: Path | None = None) -> list[tuple[int, int, int]]:
+    """What changes when a file of the folder does, or the one beside it; less than all while it is being replaced."""
+    found = []
+    with suppress(OSError):
+        for path in (*sorted(folder.iterdir()), *([] if beside is None else [beside])):
+            it = path.stat()
+            found.append((it.st_ino, it.st_mtime_ns, it.st_size))
+    return found
+
+
 @contextmanager
 def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
     """An empty folder that takes the place of `destination` when the block ends well, and is gone when it does not.

@@ -41,9 +41,14 @@ class Job:
     scores: NDArray[np.float32] | None = None
     own: NDArray[np.float32] | None = None
     error: str | None = None
-    """What broke; a job with neither this nor latents was too late to begin."""
+    """What broke; a job with neither this nor latents was given up."""
     dropped: bool = False
     """Nobody waits for it any more."""
+
+    @property
+    def given_up(self) -> bool:
+        """Whether what is not done by now is not worth doing."""
+        return self.dropped or time.monotonic() >= self.deadline
 
 
 class Front:
@@ -117,11 +122,11 @@ class Front:
 
     def _do(self, batch: list[Job]) -> None:
         began = time.monotonic()
-        ready = [job for job in batch if not job.dropped and began < job.deadline]
+        ready = [job for job in batch if not job.given_up]
         if ready:
             _compute(ready)
         took = time.monotonic() - began
-        rows = sum([len(job.inputs) for job in ready])
+        rows = sum([len(job.inputs) for job in ready if job.latents is not None])  # what was given up teaches nothing
         with self._changed:
             self._rows -= sum([len(job.inputs) for job in batch])
             if rows:
@@ -141,17 +146,28 @@ class Front:
 
 
 def _compute(jobs: list[Job]) -> None:
-    models = jobs[0].models
+    """Latents and scores of each, or what broke; one that breaks takes no other with it."""
     try:
-        inputs = np.concatenate([job.inputs for job in jobs]) if len(jobs) > 1 else jobs[0].inputs
-        pieces = [models.extractor(inputs[at : at + BATCH_ROWS]) for at in range(0, len(inputs), BATCH_ROWS)]
-        latents = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-        scores = models.gate(latents)
-        own = models.expert(latents) if any(job.own_too for job in jobs) else None
+        _computed(jobs)
     except Exception as error:  # noqa: BLE001  # no memory, say: this thread must outlive whatever inputs do
-        for job in jobs:
-            job.error = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
-        return
+        if len(jobs) > 1:
+            for job in jobs:
+                _compute([job])
+        else:
+            jobs[0].error = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+
+
+def _computed(jobs: list[Job]) -> None:
+    models = jobs[0].models
+    inputs = np.concatenate([job.inputs for job in jobs]) if len(jobs) > 1 else jobs[0].inputs
+    pieces = []
+    for at in range(0, len(inputs), BATCH_ROWS):
+        if at and all(job.given_up for job in jobs):
+            return
+        pieces.append(models.extractor(inputs[at : at + BATCH_ROWS]))
+    latents = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+    scores = models.gate(latents)
+    own = models.expert(latents) if any(job.own_too for job in jobs) else None
     start = 0
     for job in jobs:
         rows = slice(start, start + len(job.inputs))

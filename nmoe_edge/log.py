@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
 _EVERY_S = 60.0
 
@@ -30,8 +31,9 @@ class Log:
             else:
                 stamp = time.strftime("%H:%M:%S")
                 line = _one_line(f"{stamp} {self._device} {event}{': ' if text else ''}{text}")
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+            with suppress(OSError, ValueError, AttributeError):  # full, closed or none: a device serves without it
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
 
     def rarely(self, event: str, text: str = "", **facts: object) -> None:
         """Say it, unless the same was said within a minute: then count it."""

@@ -25,30 +25,19 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nmoe_edge import __version__
-from nmoe_edge.bundle import MANIFEST
-from nmoe_edge.client import Answers, answers_of
+from nmoe_edge.client import Answers, answers_of, budget_of
 from nmoe_edge.counts import Counts
-from nmoe_edge.errors import BundleError, CallError, EdgeError
+from nmoe_edge.errors import BundleError, CallError, EdgeError, FleetError
+from nmoe_edge.folders import stamps
 from nmoe_edge.front import Front
 from nmoe_edge.log import Log
 from nmoe_edge.memory import trim
 from nmoe_edge.models import Models, open_bundle
+from nmoe_edge.names import Names
 from nmoe_edge.origin import Origin, Rules
 from nmoe_edge.peers import Peers
 from nmoe_edge.place import Place, find_place
-from nmoe_edge.protocol.messages import (
-    Answer,
-    Ask,
-    Hello,
-    Infer,
-    Leave,
-    Ping,
-    Reason,
-    Refuse,
-    Report,
-    Result,
-    Status,
-)
+from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Leave, Ping, Reason, Refuse, Report, Result, Status
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.schema import to_plain
 from nmoe_edge.service import Service
@@ -101,6 +90,7 @@ class Node:
         self._provider, self._threads, self._force = provider, threads, force
         self._state = state
         self._log = log if log is not None else Log(self._folder.name)
+        self._stamp = self._seen = stamps(self._folder, self._fleet_file)
         self._models = open_bundle(self._folder, threads, provider, force, self._log)
         manifest = self._models.manifest
         self._rules.of(manifest)  # what cannot be is known before a socket is open
@@ -112,7 +102,12 @@ class Node:
         self._numbers = itertools.count(secrets.randbits(60))
         where = place.listen if listen is None else listen
         self._sockets = Sockets(where, place.keys, dict(place.allowed), self.counts, self._log)
-        self._peers = Peers(self._hello, self._sockets, self._numbers, self.counts, self._log)
+        self._address = self._sockets.address
+        self._inbox: deque[Callable[[float], None]] = deque()
+        self.ended = threading.Event()
+        """Set when the device serves no more."""
+        names = Names(lambda name, address: self._told(lambda: self._peers.placed(name, address)))
+        self._peers = Peers(self._hello, self._sockets, self._numbers, self.counts, self._log, names.look_up)
         try:
             self._peers.become(place.others)
         except BaseException:
@@ -123,23 +118,19 @@ class Node:
         self._origin = Origin(self._models, self._rules, self._front, self._peers, self._numbers, self.counts)
         if state is not None:
             kept_mix(state, manifest, self._origin.mix, self._log)
-        self._inbox: deque[Callable[[float], None]] = deque()
         self._began, self._looked_at, self._kept_at = time.monotonic(), time.monotonic(), time.monotonic()
-        self._stamp = self._file_stamps()
         self._reload_wanted, self._reload_lock = threading.Event(), threading.Lock()
         self._leaving_at: float | None = None
         self._busy_s = 0.0
         self.broke = False
-        """Whether it ended by a bug."""
-        self.ended = threading.Event()
-        """Set when the device serves no more."""
+        """Whether it ended by a bug, once it has."""
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
         self._thread.start()
 
     @property
     def address(self) -> str:
         """Where it listens; empty where it does not."""
-        return self._sockets.address
+        return self._address
 
     @property
     def models(self) -> Models:
@@ -148,7 +139,7 @@ class Node:
 
     def infer(self, inputs: NDArray[Any], deadline_s: float = 1.0) -> Answers:
         """What the fleet makes of these rows (rows, …); CallError when it cannot."""
-        infer = Infer(0, 0, max(1, int(deadline_s * 1000)), Tensor.pack(inputs, inputs.dtype.name))
+        infer = Infer(0, 0, budget_of(deadline_s), Tensor.pack(inputs, inputs.dtype.name))
         done: Future[Result | Refuse] = Future()
         self._do(lambda now: self._begin(infer, done.set_result, now))
         try:
@@ -172,8 +163,7 @@ class Node:
 
     def found(self, name: str, address: str) -> None:
         """A device of the fleet may be at this address; any thread may say so."""
-        if not self.ended.is_set():
-            self._do(lambda _now: self._peers.moved(name, address))
+        self._told(lambda: self._peers.found(name, address))
 
     def leave(self) -> None:
         """Say goodbye, take nothing new, finish what is begun, end: `ended` is set then."""
@@ -193,6 +183,11 @@ class Node:
     ) -> None:
         self.close()
 
+    def _told(self, task: Callable[[], None]) -> None:
+        """Something that is of no use to a node that has ended."""
+        with contextlib.suppress(CallError):
+            self._do(lambda _now: task())
+
     def _do(self, task: Callable[[float], None]) -> None:
         """Have the node's own thread do something."""
         if self.ended.is_set():
@@ -202,6 +197,7 @@ class Node:
 
     def _run(self) -> None:
         bugs = 0
+        self.broke = True  # until it ends as it should
         try:
             while self._leaving_at is None or not self._over(self._leaving_at):
                 try:
@@ -212,21 +208,24 @@ class Node:
                     self.counts.events["bugs"] += 1
                     self._log.rarely("bug", traceback.format_exc())
                     if bugs > _MOST_BUGS:
-                        self.broke = True
                         return
+            self.broke = False
         finally:
             self.ended.set()
             self._leaving_at = self._leaving_at or time.monotonic()
-            while self._inbox:  # whoever waits for it is told
-                self._inbox.popleft()(time.monotonic())
-            self._origin.abandon()
-            self._keep()
-            self._front.close()
-            self._sockets.close()
+            try:
+                while self._inbox:  # whoever waits for it is told
+                    self._inbox.popleft()(time.monotonic())
+            finally:
+                self._origin.abandon()
+                self._keep()
+                self._front.close()
+                self._sockets.close()
 
     def _turn(self) -> None:
         """Hear what has come, do what is due."""
-        wake_at = 0.0 if self._front.finished else min(self._peers.wake_at, self._origin.wake_at)
+        more = self._front.finished or self._service
+        wake_at = 0.0 if more else min(self._peers.wake_at, self._origin.wake_at)
         began = self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S))
         for heard in self._sockets.heard():
             self._hear(heard, time.monotonic())
@@ -308,8 +307,9 @@ class Node:
         """What needs a look now and then."""
         self._looked_at = now
         self._origin.sweep(now)
-        stamp = self._file_stamps()
-        if stamp != self._stamp:
+        stamp, before = stamps(self._folder, self._fleet_file), self._seen
+        self._seen = stamp
+        if stamp != self._stamp and stamp == before:  # nothing is being copied any more
             self._stamp = stamp
             self.reload()
         if now - self._kept_at > _KEEP_S:
@@ -320,14 +320,6 @@ class Node:
     def _keep(self) -> None:
         if self._state is not None and self._origin.rules.adapt:
             keep_mix(self._state, self._models.manifest, self._origin.mix, self._log)
-
-    def _file_stamps(self) -> list[tuple[int, int, int]]:
-        stamps = []
-        for path in (self._folder / MANIFEST, *([] if self._fleet_file is None else [self._fleet_file])):
-            with contextlib.suppress(OSError):  # being replaced, or gone: what is served was read long ago
-                found = path.stat()
-                stamps.append((found.st_ino, found.st_mtime_ns, found.st_size))
-        return stamps
 
     def _reload(self) -> None:
         """In a thread of its own, one at a time; one that has begun takes up whatever was wanted until then."""
@@ -343,12 +335,13 @@ class Node:
             place = find_place(self._fleet_file, models.manifest, self._key)
             if models.manifest.device != self._models.manifest.device:
                 raise BundleError(f"{self._folder} is of {models.manifest.device} now")
+            if (place.keys is not None) != self._sockets.guarded:
+                raise FleetError(f"{self._fleet_file}: keys came or went; that takes a restart")
         except EdgeError as error:
             self.counts.events["reloads refused"] += 1
             self._log("reload", f"goes on with the old bundle: {error}")
             return
-        with contextlib.suppress(CallError):  # it has ended meanwhile
-            self._do(lambda _now: self._swap(models, place))
+        self._told(lambda: self._swap(models, place))
 
     def _swap(self, models: Models, place: Place) -> None:
         self._models = self._service.models = models

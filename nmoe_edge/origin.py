@@ -26,9 +26,10 @@ from nmoe_edge.peers import Peers
 from nmoe_edge.protocol.classmix import ClassMix
 from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.exchange import Action, Call, Exchange, Fault
-from nmoe_edge.protocol.messages import MAX_ANSWERED, MAX_DETAIL, Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer
+from nmoe_edge.protocol.messages import MAX_ANSWERED, Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer, detail_of
 from nmoe_edge.protocol.routing import route
 from nmoe_edge.protocol.tensor import Tensor
+from nmoe_edge.protocol.wire import DEFAULT_CAPS
 
 LatentType = Literal["int8", "float16", "float32"]
 _HEDGES = 0.05
@@ -37,6 +38,8 @@ _SAVED_HEDGES = 5.0
 _LOADED = 0.8
 """How much of its budget a request may have to wait for others: what one takes is an estimate."""
 _SWEPT_S = 2.0
+_MOST_BYTES = DEFAULT_CAPS.payload_bytes
+_SPARE_ALARMS = 64
 _MOST_RESERVE_S = 0.02
 """Of a budget a tenth, but no more, is kept for combining and for the own expert as last resort."""
 
@@ -61,6 +64,8 @@ class Rules:
     def __post_init__(self) -> None:
         if not 0 < self.deadline_s <= 3600:
             raise ModelError(f"a deadline of {self.deadline_s} s is not over 0 and at most an hour")
+        if self.local_first is not None and not 0 <= self.local_first <= 1:
+            raise ModelError(f"local-first is {self.local_first}, not a number from 0 to 1")
         if not 0 <= self.prefer_near < float("inf"):
             raise ModelError(f"prefer-near is {self.prefer_near}, not a number from 0 on")
 
@@ -171,7 +176,7 @@ class Origin:
             return
         request.job = None
         if job.error is not None:
-            self._close(request, Refuse(request.number, Reason.FAILED, _printable(job.error)))
+            self._close(request, Refuse(request.number, Reason.FAILED, detail_of(job.error)))
         elif job.latents is None or job.scores is None or now >= request.deadline:
             self._close(request, Refuse(request.number, Reason.EXPIRED))
         else:
@@ -343,12 +348,15 @@ class Origin:
 
     def _refuse(self, infer: Infer, reply: Reply, reason: Reason, detail: str) -> None:
         self._counts.events[f"requests refused {reason.name.lower()}"] += 1
-        reply(Refuse(infer.request, reason, _printable(detail)))
+        reply(Refuse(infer.request, reason, detail_of(detail)))
 
     def _close(self, request: _Request, reply: Result | Refuse) -> None:
         request.closed, request.job, request.exchange, request.own = True, None, None, None
-        request.latents = np.zeros((0, 0), np.float32)  # its alarm may lie in the heap for long
+        request.latents = np.zeros((0, 0), np.float32)  # its alarm may lie in the heap for a while
         self.open.discard(request)
+        if len(self._alarms) > 2 * len(self.open) + _SPARE_ALARMS:  # for as long as the deadline of who is answered
+            self._alarms = [alarm for alarm in self._alarms if not alarm[2].closed]
+            heapq.heapify(self._alarms)
         for number in request.asks:
             self._by_ask.pop(number, None)
         self.finished += 1
@@ -374,8 +382,6 @@ def _objection(infer: Infer, manifest: Manifest) -> str | None:
     due, inputs = manifest.input, infer.inputs
     if (inputs.dtype, inputs.shape[1:]) != (due.dtype, due.shape):
         return f"inputs are {inputs.dtype} {list(inputs.shape[1:])}, not {due.dtype} {list(due.shape)}"
+    if inputs.shape[0] * max(manifest.latent.dim, manifest.outputs) * 4 > _MOST_BYTES:
+        return f"what is made of {inputs.shape[0]} rows is over {_MOST_BYTES} bytes; ask with fewer"
     return None
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:MAX_DETAIL]

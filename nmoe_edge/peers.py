@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nmoe_edge.counts import Counts
-from nmoe_edge.fleet import Device, is_loopback
+from nmoe_edge.errors import NetworkError
+from nmoe_edge.fleet import Device, is_loopback, port_of
 from nmoe_edge.log import Log
+from nmoe_edge.names import is_numbers
 from nmoe_edge.protocol.health import Failure, Health
 from nmoe_edge.protocol.messages import (
     PROTOCOL,
@@ -30,16 +32,24 @@ from nmoe_edge.protocol.messages import (
 )
 from nmoe_edge.sockets import Sender, Sockets
 
-_PING_S, _PING_A_PEER_S = 0.5, 0.05
+_PING_S, _PING_A_PEER_S = 0.5, 0.1
 """A quiet peer is pinged so often; in a large fleet more rarely, so that pings stay a small work."""
+_PROBES = 8
+"""At one place, before another is tried."""
 
 
 @dataclass(slots=True)
 class _Peer:
     device: Device
     health: Health
-    reached_at: str
-    """Where the fleet says, or where it was found."""
+    placed_at: str
+    """Where the fleet says, in numbers; empty while nobody knows what a name there stands for."""
+    found_at: str = ""
+    """Where it was found by mDNS."""
+    reached_at: str = ""
+    """Which of the two is tried, or is it."""
+    probes: int = 0
+    """Since it was alive, or tried elsewhere."""
     bundle: str = ""
     """Digest of what it said it serves."""
     asked: int = 0
@@ -51,10 +61,16 @@ class Peers:
     """Everybody but this device, by expert."""
 
     def __init__(
-        self, hello: Callable[[], Hello], sockets: Sockets, numbers: Iterator[int], counts: Counts, log: Log
+        self,
+        hello: Callable[[], Hello],
+        sockets: Sockets,
+        numbers: Iterator[int],
+        counts: Counts,
+        log: Log,
+        look_up: Callable[[Device], None],
     ) -> None:
-        """hello: how this device introduces itself at present."""
-        self._hello, self._sockets, self._numbers = hello, sockets, numbers
+        """hello: how this device introduces itself at present; look_up: what a host name stands for, see `placed`."""
+        self._hello, self._sockets, self._numbers, self._look_up = hello, sockets, numbers, look_up
         self._counts, self._log = counts, log
         self._peers: dict[int, _Peer] = {}
         self._lost: list[int] = []
@@ -71,6 +87,7 @@ class Peers:
         for expert in [e for e in self._peers if e not in wanted]:
             del self._peers[expert]
             self._sockets.disconnect(expert)
+            self._gone_at.pop(expert, None)
             self._lost.append(expert)
         for expert, device in wanted.items():
             known = self._peers.get(expert)
@@ -78,24 +95,35 @@ class Peers:
                 known.device = device
                 continue
             if known is not None:
+                self._gone_at.pop(expert, None)
+                self._sockets.disconnect(expert)
                 self._lost.append(expert)
-            self._peers[expert] = _Peer(device, Health(random.random, ping_s), device.address)
-            self._sockets.connect(expert, device)
+            peer = self._peers[expert] = _Peer(device, Health(random.random, ping_s), "")
+            if is_numbers(device.address):
+                peer.placed_at = device.address
+                self._reach(expert, peer, device.address)
+            else:
+                self._look_up(device)
 
-    def moved(self, name: str, address: str) -> None:
+    def placed(self, name: str, address: str) -> None:
+        """What a host name of the fleet stands for at present."""
+        for expert, peer in self._peers.items():
+            if peer.device.name == name and peer.placed_at != address:
+                peer.placed_at = address
+                self._try(expert, peer, address)
+
+    def found(self, name: str, address: str) -> None:
         """A device of the fleet is said to be elsewhere: believed only while it is not where it was.
 
         Without keys anybody could say so, and only loopback is listened to.
         """
         for expert, peer in self._peers.items():
-            if peer.device.name != name or peer.reached_at == address or peer.health.alive:
+            if peer.device.name != name or peer.reached_at == address or not port_of(address):
                 continue
             if not self._sockets.guarded and not is_loopback(address):
                 continue
-            peer.reached_at = address
-            peer.health.returns(0.0)
-            self.wake_at = 0.0
-            self._sockets.connect(expert, replace(peer.device, address=address))
+            peer.found_at = address
+            self._try(expert, peer, address)
             self._log.rarely(f"{name} found", address, peer=name)
 
     def trusted(self, now: float) -> frozenset[int]:
@@ -214,6 +242,7 @@ class Peers:
                 self.fail(expert, "silent", now)
             due = health.due(now)
             if due == "probe":
+                self._look_elsewhere(expert, peer)
                 if not self._sockets.send(expert, self._hello()):
                     health.unreachable(now)
             elif due == "ping":
@@ -241,7 +270,7 @@ class Peers:
             {
                 "name": peer.device.name,
                 "expert": expert,
-                "address": peer.reached_at,
+                "address": peer.reached_at or peer.device.address,
                 "state": peer.health.state,
                 "rtt_ms": _ms(peer.health.rtt_s),
                 "p95_ms": _ms(peer.health.p95_s),
@@ -254,6 +283,31 @@ class Peers:
             for expert, peer in sorted(self._peers.items())
         ]
 
+    def _reach(self, expert: int, peer: _Peer, address: str) -> None:
+        peer.reached_at, peer.probes = address, 0
+        self._sockets.connect(expert, replace(peer.device, address=address))
+
+    def _try(self, expert: int, peer: _Peer, address: str) -> None:
+        """Look for it at another place, unless it is alive where it is."""
+        if peer.health.alive or peer.reached_at == address:
+            return
+        try:
+            self._reach(expert, peer, address)
+        except NetworkError as error:
+            self._log.rarely(f"{peer.device.name} cannot be reached", str(error), peer=peer.device.name)
+        peer.health.returns(0.0)
+        self.wake_at = 0.0
+
+    def _look_elsewhere(self, expert: int, peer: _Peer) -> None:
+        """What the fleet says and what was found take turns, and names may stand for something else by now."""
+        peer.probes += 1
+        if peer.probes % _PROBES == 0:
+            if not is_numbers(peer.device.address):
+                self._look_up(peer.device)
+            elsewhere = peer.found_at if peer.reached_at == peer.placed_at else peer.placed_at
+            if elsewhere:
+                self._try(expert, peer, elsewhere)
+
     def _welcomed(self, expert: int, peer: _Peer, welcome: Welcome, now: float) -> None:
         mine = self._hello()
         if (welcome.device, welcome.expert) != (peer.device.name, expert) or welcome.trunk != mine.trunk:
@@ -262,8 +316,12 @@ class Peers:
             return
         was = peer.health.alive
         peer.health.welcomed(now)
+        self.wake_at = min(self.wake_at, peer.health.wake_at)
         if peer.health.alive and not was:
-            peer.bundle = welcome.bundle
+            peer.bundle, peer.probes = welcome.bundle, 0
+            if self._gone_at.pop(expert, None) is not None:  # what it was asked before it left, nobody knows there
+                self._lost.append(expert)
+                self.wake_at = 0.0
             self._log.rarely(f"{peer.device.name} alive", peer=peer.device.name)
 
 

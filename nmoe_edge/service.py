@@ -15,12 +15,14 @@ import numpy as np
 from nmoe_edge.counts import Counts
 from nmoe_edge.errors import LocalProtocolError, ModelError
 from nmoe_edge.models import Models
-from nmoe_edge.protocol.messages import Answer, Ask, Message, Ping, Pong, Reason, Refuse
+from nmoe_edge.protocol.messages import Answer, Ask, Message, Ping, Pong, Reason, Refuse, detail_of
 from nmoe_edge.protocol.tensor import Tensor
+from nmoe_edge.protocol.wire import DEFAULT_CAPS
 from nmoe_edge.sockets import Sender
 
 MOST_ASKS = 512
 MOST_ROWS = 8192
+MOST_BYTES = DEFAULT_CAPS.payload_bytes
 BATCH_ROWS = 256
 """Run together at most; an ask of more is run as it came."""
 
@@ -47,6 +49,7 @@ class Service:
         manifest = models.manifest
         self._models = models
         self._trunk, self._expert, self._dim = manifest.trunk_bytes, manifest.expert, manifest.latent.dim
+        self._outputs = manifest.outputs
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -65,11 +68,10 @@ class Service:
         self._queue.append((sender, message, now))
 
     def run(self) -> None:
-        """Answer everything that is queued."""
-        while self._queue:
-            batch = self._batch()
-            if batch:
-                self._answer(batch)
+        """Answer the first that are queued, as many as are run together: others than these have deadlines too."""
+        batch = self._batch()
+        if batch:
+            self._answer(batch)
 
     def _objection(self, ask: Ask) -> tuple[Reason, str] | None:
         rows, dim = ask.latents.shape
@@ -79,6 +81,8 @@ class Service:
             return Reason.BAD_REQUEST, f"expert {self._expert} lives here, not {ask.expert}"
         if dim != self._dim:
             return Reason.BAD_REQUEST, f"latents have {self._dim} numbers, not {dim}"
+        if rows * self._outputs * 4 > MOST_BYTES:
+            return Reason.BAD_REQUEST, f"the answer to {rows} rows is over {MOST_BYTES} bytes; ask with fewer"
         if len(self._queue) >= MOST_ASKS or (self._queue and self._rows + rows > MOST_ROWS):
             return Reason.BUSY, ""
         return None
@@ -120,7 +124,7 @@ class Service:
             outputs = self._models.expert(np.concatenate(latents) if len(latents) > 1 else latents[0])
         except ModelError as error:
             for sender, ask in ready:
-                self._refuse(sender, ask.request, Reason.FAILED, str(error)[:100])
+                self._refuse(sender, ask.request, Reason.FAILED, detail_of(str(error)))
             return
         compute_us = min(int((time.monotonic() - began) * 1e6), 2**32 - 1)
         start = 0
@@ -130,7 +134,7 @@ class Service:
             try:
                 answer = Answer(ask.request, self._expert, compute_us, Tensor.pack(outputs[rows], "float32"))
             except LocalProtocolError as error:  # NaN of latents that no extractor makes
-                self._refuse(sender, ask.request, Reason.FAILED, str(error)[:100])
+                self._refuse(sender, ask.request, Reason.FAILED, detail_of(str(error)))
                 continue
             self._reply(sender, answer)
         self._counts.events["rows answered for others"] += start

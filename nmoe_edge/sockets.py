@@ -26,11 +26,13 @@ from nmoe_edge.fleet import Device, is_loopback, port_of
 from nmoe_edge.frames import receive_frames, send_frames, waiting
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.log import Log
-from nmoe_edge.protocol.messages import Message, Reason, Refuse
+from nmoe_edge.protocol.messages import Message, Reason, Refuse, detail_of
 from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode
 
-_MOST_QUEUED = 64
-"""Messages that libzmq keeps for one connection, either way; beyond them TCP slows the sender down."""
+_MOST_COME, _MOST_GO = 64, 1024
+"""Messages that libzmq keeps for one connection. What comes beyond them makes TCP slow the sender down; what goes must
+be more than a device answers in one turn, since what finds no place is lost."""
+_MOST_SOCKETS = 4096
 _TURN_S = 0.02
 """How long messages are taken off one socket before others are looked at."""
 _HANDSHAKE_MS = 5000
@@ -69,6 +71,7 @@ class Sockets:
         self._allowed, self._revoked = dict(allowed), False
         self._keys, self._counts, self._log, self._caps = keys, counts, log, caps
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, _MOST_SOCKETS)
         self._peers: dict[int, zmq.Socket[bytes]] = {}
         self._experts: dict[zmq.Socket[bytes], int] = {}
         self._descriptors, self._by_descriptor = select.poll(), dict[int, zmq.Socket[bytes]]()
@@ -115,8 +118,13 @@ class Sockets:
 
     def connect(self, expert: int, device: Device) -> None:
         """Keep a connection to this peer; libzmq makes it anew whenever it is lost."""
+        if self._keys is None and not is_loopback(device.address):
+            raise NetworkError(f"{device.name}: {device.address} is not loopback, and there are no keys here")
         self.disconnect(expert)
-        peer = self._made(zmq.DEALER)
+        try:
+            peer = self._made(zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise NetworkError(f"{device.name}: no socket for it: {error.strerror or error}") from error
         peer.setsockopt(zmq.IMMEDIATE, 1)  # what cannot leave now is for another expert, not for later
         peer.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         peer.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MOST_MS)
@@ -161,8 +169,11 @@ class Sockets:
     def wait(self, seconds: float) -> float:
         """Until something has come, somebody wakes us, or so many seconds are over; the moment at which it ended."""
         self._ready = self._waiting()
-        if not self._ready:
-            for descriptor, _ in self._descriptors.poll(max(0, int(seconds * 1000 + 0.999))):
+        # Also when something waits already: a socket that is never empty must not hide the others.
+        came = self._descriptors.poll(0 if self._ready else max(0, int(seconds * 1000 + 0.999)))
+        if came:
+            self._touched.update(source for source, _ in self._ready)
+            for descriptor, _ in came:
                 source = self._by_descriptor.get(descriptor)
                 if source is None:
                     self._woken.recv(4096)
@@ -199,8 +210,8 @@ class Sockets:
         made = self._context.socket(kind)
         for option, value in (
             (zmq.LINGER, 0),
-            (zmq.RCVHWM, _MOST_QUEUED),
-            (zmq.SNDHWM, _MOST_QUEUED),
+            (zmq.RCVHWM, _MOST_COME),
+            (zmq.SNDHWM, _MOST_GO),
             (zmq.MAXMSGSIZE, self._caps.payload_bytes),
             (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
@@ -263,7 +274,7 @@ class Sockets:
             self._counts.events["malformed messages"] += 1
             self._log.rarely("malformed", str(error)[:200])
             if sender is not None and error.request is not None:
-                self.reply(sender, Refuse(error.request, Reason.BAD_REQUEST, "not understood"))
+                self.reply(sender, Refuse(error.request, Reason.BAD_REQUEST, detail_of(str(error))))
             return None, error.request, sender, expert
 
     def _admit(self) -> None:

@@ -183,6 +183,11 @@ class Answer:
         _check_rows("outputs", self.outputs, ("float32", "float16"))
 
 
+def detail_of(text: str) -> str:
+    """Any text, as a refusal may say it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:MAX_DETAIL]
+
+
 @dataclass(frozen=True, slots=True)
 class Refuse:
     """No answer to this request, and why."""

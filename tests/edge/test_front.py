@@ -261,6 +261,41 @@ def test_a_model_that_breaks_marks_every_job_of_the_batch_and_no_other(room):
     assert (other.error, other.latents is not None) == (None, True)
 
 
+def test_inputs_that_break_a_model_take_no_others_with_them(room):
+    class Picky(Fake):
+        """Does not bear sevens."""
+
+        def extractor(self, inputs):
+            if (inputs == 7).any():
+                raise ModelError("extractor.onnx: no sevens")
+            return super().extractor(inputs)
+
+    held, _ = room.held()
+    picky = Picky()
+    before, bad, behind = (room.offer(picky, value=value) for value in (1.0, 7.0, 2.0))
+    held.may_go.set()
+    room.wait(before, bad, behind)
+    assert bad.error == "extractor.onnx: no sevens"
+    assert [(job.error, job.latents[0, 0]) for job in (before, behind)] == [(None, 1.0), (None, 2.0)]
+
+
+@pytest.mark.parametrize("why", ["dropped", "late"])
+def test_what_nobody_waits_for_any_more_is_not_finished(room, why):
+    held = Fake()
+    held.may_go.clear()
+    job = room.offer(held, 10 * BATCH_ROWS)
+    assert held.began.acquire(timeout=PATIENCE_S)
+    if why == "dropped":
+        job.dropped = True
+    else:
+        job.deadline = time.monotonic()
+    held.may_go.set()
+    other = room.offer(Fake())
+    room.wait(other)
+    assert held.runs == [BATCH_ROWS]
+    assert (job.latents, job.error) == (None, None)
+
+
 @pytest.mark.parametrize("own_too", [False, True])
 def test_what_the_models_make_no_numbers_of_is_an_error(room, own_too):
     job = room.offer(Fake(), value=np.nan, own_too=own_too)

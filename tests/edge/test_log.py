@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +90,14 @@ def test_the_first_is_said_even_when_the_machine_has_just_started(lines, clock):
     clock[0] = 0.5
     Log("attic").rarely("barn lost")
     assert len(lines()) == 1
+
+
+def test_a_log_that_nobody_can_write_to_any_more_is_done_without():
+    with Path("/dev/full").open("w") as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        Log("attic")("barn lost")
+        with contextlib.suppress(OSError):
+            full.close()
+        Log("attic")("barn lost")
+        patch.setattr(sys, "stderr", None)
+        Log("attic")("barn lost")
