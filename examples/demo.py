@@ -41,7 +41,7 @@ from nmoe_edge.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.program import SETTINGS, run_program
 from nmoe_train.errors import TrainError
 
-OURS = r"run.*|fleet|fleet-keys|logs|state|report\.html|measurements\.json"
+OURS = r"run(-baselines)?(\.partial)?|\.(run|fleet)\..*\.staged|fleet(-keys)?|logs|state|report.html|measurements.json"
 """What a demo leaves in its folder, as a regular expression."""
 
 
@@ -71,7 +71,7 @@ def cli(out: Path, devices: int, seconds: float, rate: float, recipe: str, setti
                 rows, moments = deaths(
                     processes, out, asked, Traffic(list(asked.values()), tests, rate), victims, seconds
                 )
-        memory = processes.memory_mb()
+        memory = processes.memory_mib()
         failed = [f"{name} died although nobody killed it" for name in processes.died()]
         failed += [f"{name} did not end well when it was asked to" for name in processes.leave()]
     unanswered = sum(row.way == "unanswered" for row in rows + answered)
@@ -82,7 +82,7 @@ def cli(out: Path, devices: int, seconds: float, rate: float, recipe: str, setti
         "steps": steps,
         **worth(out / "run", answered, alone(out / "fleet", names, tests)),
         "export": json.loads((out / "fleet" / "report.json").read_bytes()),
-        "memory_mb": memory,
+        "memory_mib": memory,
         **story(rows, moments, names),
         "failed": failed,
     }
@@ -98,9 +98,11 @@ def cli(out: Path, devices: int, seconds: float, rate: float, recipe: str, setti
 def swept(out: Path) -> None:
     """An empty folder for the results: what an earlier demo left goes, and nobody else's files do."""
     try:
-        for path in list(out.iterdir()) if out.exists() else []:
+        found = list(out.iterdir()) if out.exists() else []
+        for path in found:
             if not re.fullmatch(OURS, path.name):
                 raise DemoError(f"{out} holds {path.name}, which no demo wrote; choose another place with --out")
+        for path in found:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (out / "logs").mkdir(parents=True)
     except OSError as error:

@@ -10,6 +10,7 @@ import numpy as np
 from demo_fleet import Row, Tests
 from numpy.typing import NDArray
 
+from nmoe_edge.bench.samples import LEAST_SAMPLES
 from nmoe_edge.bundle import read_bundle
 from nmoe_edge.models import Models
 
@@ -99,9 +100,10 @@ def phase(rows: list[Row]) -> dict[str, Any]:
 
 
 def percentiles(values: list[float]) -> dict[str, float | int | None]:
-    """How many they are, and the slowest half, tenth, hundredth and one of them."""
+    """How many they are, and the slowest half, tenth, hundredth and one of them; None where they are too few to say."""
     return {"rows": len(values)} | {
-        name: float(np.percentile(values, q)) if values else None for name, q in PERCENTILES.items()
+        name: float(np.percentile(values, q)) if len(values) >= LEAST_SAMPLES.get(q / 100, 1) else None
+        for name, q in PERCENTILES.items()
     }
 
 

@@ -81,7 +81,7 @@ class Processes:
         """The devices that do not serve."""
         return [name for name, process in self._devices.items() if process.poll() is not None]
 
-    def memory_mb(self) -> dict[str, dict[str, float]]:
+    def memory_mib(self) -> dict[str, dict[str, float]]:
         """Of each that serves: what is resident, and its share of that when pages that many have are shared out."""
         found = {}
         for name, process in self._devices.items():

@@ -65,7 +65,7 @@ def _short(measured: Mapping[str, Any]) -> str:
     own, iid = (measured["accuracy"][part] for part in PARTS)
     gain, gain_own = (100 * (share["fleet"] - share["alone"]) for share in (iid, own))
     ways, home, far = measured["ways"], *(measured["latency_ms"][way]["p50"] for way in ("home", "peers"))
-    rss, pss = ([found[key] for found in measured["memory_mb"].values()] for key in ("rss", "pss"))
+    rss, pss = ([found[key] for found in measured["memory_mib"].values()] for key in ("rss", "pss"))
     dead = _count(measured["deaths"], "device was", "devices were").lower()
     helps = (
         f"is worth {gain:+.1f} points on balanced rows and {gain_own:+.1f} on a device’s own mix, over its own expert"
@@ -87,7 +87,7 @@ def _short(measured: Mapping[str, Any]) -> str:
         f"Sending rows to each other {helps}. {_percent(measured['kept_local']['own'])} of the rows of a device’s own"
         f" mix stayed at home, {_percent(measured['kept_local']['iid'])} of the balanced ones.",
         f"An answer from home took {_ms(home)}, one with a peer {_ms(far)} (medians, all on one machine: a radio comes"
-        f" on top). A device took {_mean(rss):.0f} MB of memory, {_mean(pss):.0f} MB where libraries are shared.",
+        f" on top). A device took {_mean(rss):.0f} MiB of memory, {_mean(pss):.0f} MiB where libraries are shared.",
     ]
     return "".join(_say(line) for line in lines)
 
@@ -230,19 +230,19 @@ def _latency(measured: Mapping[str, Any]) -> str:
 
 
 def _memory(measured: Mapping[str, Any]) -> str:
-    memory = measured["memory_mb"]
+    memory = measured["memory_mib"]
     parts = {
         "its own share (PSS)": [found["pss"] for found in memory.values()],
         "the rest of RSS": [found["rss"] - found["pss"] for found in memory.values()],
     }
     rss, pss = ([found[key] for found in memory.values()] for key in ("rss", "pss"))
     caption = (
-        f"Memory of each process when the traffic ended: {min(rss):.0f} to {max(rss):.0f} MB are resident (RSS), which"
+        f"Memory of each process when the traffic ended: {min(rss):.0f} to {max(rss):.0f} MiB are resident (RSS), which"
         f" is what a board of its own needs. Where pages that several processes have in common, such as libraries, are"
-        f" shared out, it is {min(pss):.0f} to {max(pss):.0f} MB (PSS)."
+        f" shared out, it is {min(pss):.0f} to {max(pss):.0f} MiB (PSS)."
     )
     numbers = _numbers(len(memory))
-    return pictures([figure(stacks, parts, numbers, "device", "MB", caption=caption)])
+    return pictures([figure(stacks, parts, numbers, "device", "MiB", caption=caption)])
 
 
 def _precision(export: Mapping[str, Any]) -> str:

@@ -376,4 +376,4 @@ def _members(folder: Path) -> list[Path]:
 
 def main() -> None:
     """The entry point."""
-    run_program(cli, "nmoe-edge", EdgeError, "edge", ("onnxruntime", "zmq", "PIL", "psutil"))
+    run_program(cli, "nmoe-edge", EdgeError, "edge", ("onnxruntime", "zmq", "PIL"))

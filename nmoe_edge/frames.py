@@ -7,6 +7,7 @@ from typing import Any
 
 import zmq
 
+_send = zmq.backend.Socket.send
 _POLLIN, _POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
@@ -16,7 +17,7 @@ def send_frames(by: zmq.Socket[bytes], frames: Sequence[bytes]) -> bool:
     last = len(frames) - 1
     try:
         for i, frame in enumerate(frames):
-            by.send(frame, _NOBLOCK if i == last else _NOBLOCK_MORE)
+            _send(by, frame, _NOBLOCK if i == last else _NOBLOCK_MORE)
     except zmq.ZMQError:
         return False
     return True

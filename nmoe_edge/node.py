@@ -227,6 +227,7 @@ class Node:
         more = self._front.finished or self._service
         wake_at = 0.0 if more else min(self._peers.wake_at, self._origin.wake_at)
         began = self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S))
+        self._sockets.least_budget_ms = 1000 * self._origin.least_budget_s
         for heard in self._sockets.heard():
             self._hear(heard, time.monotonic())
         self._service.run()

@@ -35,8 +35,8 @@ LatentType = Literal["int8", "float16", "float32"]
 _HEDGES = 0.05
 """Extra asks at most, of all."""
 _SAVED_HEDGES = 5.0
-_LOADED = 0.8
-"""How much of its budget a request may have to wait for others: what one takes is an estimate."""
+_LOADED = 0.6
+"""How much of its budget a request may have to wait for others: what one takes is an estimate, and it came some way."""
 _SWEPT_S = 2.0
 _MOST_BYTES = DEFAULT_CAPS.payload_bytes
 _SPARE_ALARMS = 64
@@ -146,6 +146,12 @@ class Origin:
         if models.manifest.trunk != self._trunk:
             self.mix, self._trunk = ClassMix(models.manifest.outputs), models.manifest.trunk
 
+    @property
+    def least_budget_s(self) -> float:
+        """What a request must be given to be worth beginning, after those that wait already."""
+        wait_s = len(self.open) * self.cost_s / _LOADED
+        return wait_s if wait_s <= self.rules.deadline_s else float("inf")
+
     def begin(self, infer: Infer, reply: Reply, now: float) -> None:
         """A request has come."""
         models, rules = self._models, self.rules
@@ -154,7 +160,7 @@ class Origin:
             self._refuse(infer, reply, Reason.BAD_REQUEST, refusal)
             return
         budget_s = min(infer.budget_ms / 1000, rules.deadline_s)
-        if len(self.open) * self.cost_s > _LOADED * budget_s:
+        if budget_s < self.least_budget_s:
             self._refuse(infer, reply, Reason.BUSY, "")
             return
         deadline = now + budget_s
@@ -359,8 +365,9 @@ class Origin:
             heapq.heapify(self._alarms)
         for number in request.asks:
             self._by_ask.pop(number, None)
-        self.finished += 1
-        if isinstance(reply, Refuse):
+        if isinstance(reply, Result):
+            self.finished += 1
+        else:
             self._counts.events[f"requests refused {reply.reason.name.lower()}"] += 1
         request.reply(reply)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Collection
 
@@ -29,8 +32,19 @@ def run_program(
 
     Only `errors`, the root of a package's error tree, and a missing extra are translated: anything else is a bug.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no arrows is shown something else
     try:
-        command(prog_name=name)
+        try:
+            command(prog_name=name)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail at it once more
+        if error.errno == errno.ENOSPC:  # whoever closed the pipe knows
+            click.echo(f"{name}: what it prints cannot be written: {error.strerror}", err=True)
     except errors as error:
         click.echo(f"{name}: {one_line(str(error))}", err=True)
     except ModuleNotFoundError as error:

@@ -27,7 +27,7 @@ from nmoe_edge.frames import receive_frames, send_frames, waiting
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.log import Log
 from nmoe_edge.protocol.messages import Message, Reason, Refuse, detail_of
-from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode
+from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode, glance
 
 _MOST_COME, _MOST_GO = 64, 1024
 """Messages that libzmq keeps for one connection. What comes beyond them makes TCP slow the sender down; what goes must
@@ -78,6 +78,8 @@ class Sockets:
         self._touched: set[zmq.Socket[bytes]] = set()
         """Whose descriptors need not show that something waits, since something was done with them."""
         self._ready: list[tuple[Any, int]] = []
+        self.least_budget_ms = 0.0
+        """A request with less is refused at a glance: where there are too many, refusing must cost next to nothing."""
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -262,10 +264,19 @@ class Sockets:
                 frames.insert(0, first.bytes)
             if sender is not None and self._revoked and self.guarded and _key_of(sender) not in self._allowed:
                 self._counts.events["unknown keys"] += 1
-            else:
+            elif sender is None or not (self.least_budget_ms and self._turned_away(frames, sender)):
                 heard.append(self._decoded(frames, sender, expert))
             if not waiting((source,)) or time.monotonic() > until:
                 return
+
+    def _turned_away(self, frames: list[bytes], sender: Sender) -> bool:
+        """Whether it was a request for which there is no time."""
+        request, budget_ms = glance(frames) or (0, 0)
+        if not request or budget_ms >= self.least_budget_ms:
+            return False
+        self._counts.events["requests refused busy"] += 1
+        self.reply(sender, Refuse(request, Reason.BUSY))
+        return True
 
     def _decoded(self, frames: list[bytes], sender: Sender | None, expert: int) -> Heard:
         try:

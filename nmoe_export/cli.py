@@ -15,7 +15,7 @@ from nmoe_edge.program import EXIT_STATUS, SETTINGS, counted, run_program
 from nmoe_export.errors import ExportError, SourceError
 from nmoe_export.progress import Terminal
 
-_BROUGHT = ("torch", "torchvision", "safetensors", "sklearn", "onnx", "onnxscript", "onnxruntime", "PIL", "psutil")
+_BROUGHT = ("torch", "torchvision", "safetensors", "sklearn", "onnx", "onnxscript", "onnxruntime", "PIL")
 RUNS = Path("runs")
 
 

@@ -59,7 +59,7 @@ def test_the_demo_loses_a_device_and_no_row_and_draws_what_it_measured(tmp_path)
     assert death["neighbour_rows"] > 0
     assert 0 < measured["moments"]["killed"] < measured["moments"]["restarted"] < measured["moments"]["known"][victim]
     assert measured["phases"]["after"]["ways"]["home"] > 0
-    assert len(measured["memory_mb"]) == 3
+    assert len(measured["memory_mib"]) == 3
 
     shown = [line for line in done.stdout.splitlines() if line.startswith("$ nmoe-")]
     programs = [" ".join(line.split()[1:3]) for line in shown]

@@ -183,6 +183,9 @@ class Answer:
         _check_rows("outputs", self.outputs, ("float32", "float16"))
 
 
+_REASONS = frozenset(Reason)
+
+
 def detail_of(text: str) -> str:
     """Any text, as a refusal may say it."""
     return "".join(letter if letter.isprintable() else " " for letter in text)[:MAX_DETAIL]
@@ -200,7 +203,7 @@ class Refuse:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "request")
-        _require(self.reason in set(Reason), "{!r} is no reason", self.reason)
+        _require(self.reason in _REASONS, "{!r} is no reason", self.reason)
         object.__setattr__(self, "reason", Reason(self.reason))  # the wire brings a number
         _require(len(self.detail) <= MAX_DETAIL, "a detail has at most {} characters", MAX_DETAIL)
         _require(self.detail.isprintable(), "a detail is one printable line")

@@ -132,6 +132,14 @@ def decode(frames: Sequence[bytes], caps: Caps = DEFAULT_CAPS) -> Message:
         raise RemoteProtocolError(str(error), request) from error
 
 
+def glance(frames: Sequence[bytes]) -> tuple[int, int] | None:
+    """Number and budget in ms of an Infer, by its header alone, for who has no time for more; None of other kinds."""
+    if len(frames) != 2 or len(frames[0]) != HEADER.size:
+        return None
+    magic, version, kind, _, _, _, request, _, budget_ms, *_ = HEADER.unpack(frames[0])
+    return (request, budget_ms) if (magic, version, kind) == (MAGIC, PROTOCOL, LAYOUTS[Infer].kind) else None
+
+
 class Body(NamedTuple):
     """How a kind's payload is written and read."""
 

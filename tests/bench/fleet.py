@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -61,13 +62,16 @@ def commands(folder, *options):
 
 
 def one_device(folder, inputs):
-    """Ready, idle, memory."""
+    """Ready, idle, memory, with its peers beside it."""
     bundle = read_bundle(folder / "device-00")
     size = sum(len(data) for data in bundle.contents.values()) / 2**20
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         (process,) = stack.enter_context(serving(serve(folder / "device-00")))
         ready = time.monotonic() - began
+        others = [command for command in commands(folder) if str(folder / "device-00") not in command]
+        stack.enter_context(serving(*others))
+        acquainted(clients(folder, stack))
         time.sleep(2)
         before, rss = cpu_s(process), proc(process, "VmRSS")
         time.sleep(10)
@@ -76,10 +80,11 @@ def one_device(folder, inputs):
         for number in range(10_000):
             asked.infer(inputs[number % len(inputs)][None], 5.0)
         after, peak = proc(process, "VmRSS"), proc(process, "VmHWM")
-    print(f"one device: ready {ready:.2f} s after its process began (aim 1.0); idle CPU {idle:.1%} (aim 1 %)")
+    print(f"one device: ready {ready:.2f} s after its process began (aim 1.0)")
+    print(f"idle, with {len(others)} peers: {idle:.1%} of a core (aim 1 %)")
     print(
-        f"memory: {rss:.0f} MB when ready, {after:.0f} MB after 10,000 requests, {peak:.0f} MB at most;"
-        f" the bundle has {size:.1f} MB, 51 + 3 x that is {51 + 3 * size:.0f} MB"
+        f"memory: {rss:.0f} MiB when ready, {after:.0f} MiB after 10,000 requests, {peak:.0f} MiB at most;"
+        f" the bundle has {size:.1f} MiB, 51 + 3 x that is {51 + 3 * size:.0f} MiB"
     )
 
 
@@ -167,4 +172,7 @@ def main(folder, npz):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3 or not Path(sys.argv[1], FLEET_FILE).is_file():
+        sys.exit(__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is ended
+    main(*sys.argv[1:])

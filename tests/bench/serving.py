@@ -130,8 +130,9 @@ def serving(*commands):
         for c in commands
     ]
     try:
-        for process in running:
-            process.stdout.readline()
+        for process, command in zip(running, commands, strict=True):
+            if not process.stdout.readline().startswith("ready"):
+                sys.exit(f"this did not begin to serve; is its port taken? {' '.join(command[:6])}")
         yield running
     finally:
         for process in running:
@@ -284,4 +285,5 @@ def main(seconds=5.0):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is ended
     main(*map(float, sys.argv[1:2]))

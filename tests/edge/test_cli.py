@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +131,27 @@ def test_a_stray_file_cannot_write_on_the_screen(nmoe_edge, tiny_fleet, tmp_path
     (folder / "a\nverified: every file").touch()
     shown = nmoe_edge("inspect", folder)
     assert (shown.exit_code, shown.error.count("\n")) == (1, 1)
+
+
+def test_a_full_disk_and_a_reader_that_went_away_are_no_bugs(tiny_fleet):
+    command = [sys.executable, "-m", "nmoe_edge", "inspect", str(tiny_fleet)]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "nmoe-edge: what it prints cannot be written: No space left on device\n"
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_terminal_that_knows_no_arrows_is_shown_something_else():
+    code = """
+import click
+from nmoe_edge.program import run_program
+run_program(click.command()(lambda: click.echo("a \u2192 b")), "arrows", ValueError, "edge", ())
+"""
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ascii_alone, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"a ? b\n", b"")

@@ -11,7 +11,8 @@ from nmoe_edge.counts import Counts
 from nmoe_edge.errors import NetworkError
 from nmoe_edge.fleet import Device
 from nmoe_edge.log import Log
-from nmoe_edge.protocol.messages import Ping, Pong
+from nmoe_edge.protocol.messages import Infer, Ping, Pong, Reason, Refuse
+from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import decode, encode
 from nmoe_edge.sockets import Sockets
 
@@ -82,3 +83,21 @@ def test_so_many_replies_as_a_turn_brings_find_their_way(ours, made):
 def test_without_keys_nothing_leaves_this_machine(ours):
     with pytest.raises(NetworkError, match="barn: tcp://192.0.2.7:7101 is not loopback, and there are no keys here"):
         ours.connect(1, Device("barn", 1, "tcp://192.0.2.7:7101", "0" * 64, "0" * 40))
+
+
+def test_a_request_for_which_there_is_no_time_is_refused_at_a_glance(ours, made):
+    caller = made(zmq.DEALER)
+    caller.connect(ours.address)
+    ours.least_budget_ms = 100.0
+    rows = Tensor("uint8", (1, 2), b"ab")
+    sent = [Infer(1, 0, 99, rows), Infer(2, 0, 100, rows), Ping(3)]
+    for message in sent:
+        caller.send_multipart(encode(message))
+    heard = []
+    while len(heard) < 2:
+        ours.wait(1.0)
+        heard += ours.heard()
+    assert [message for message, *_ in heard] == sent[1:]
+    assert caller.poll(5000)
+    assert decode(caller.recv_multipart()) == Refuse(1, Reason.BUSY)
+    assert not caller.poll(50)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import nmoe_edge.protocol.wire as wire_module
 from nmoe_edge.errors import RemoteProtocolError
-from nmoe_edge.protocol.messages import Ask, Hello, Infer, Message, Report, Result, RowAnswer
+from nmoe_edge.protocol.messages import Ask, Hello, Infer, Message, Reason, Refuse, Report, Result, RowAnswer
 from nmoe_edge.protocol.tensor import Tensor
-from nmoe_edge.protocol.wire import HEADER, LAYOUTS, Caps, Header, decode, encode
+from nmoe_edge.protocol.wire import HEADER, LAYOUTS, Caps, Header, decode, encode, glance
 
 NASTY = [json.loads(line) for line in Path(__file__).with_name("nasty_frames.jsonl").read_text().splitlines()]
 WIRE_MD = Path(wire_module.__file__).with_name("WIRE.md").read_text()
@@ -145,3 +145,12 @@ def test_the_document_gives_every_place_its_offset():
     sizes = [int(s) for s in re.findall(r"^\| \d+ \| (\d+) \| `\w+` \|", WIRE_MD, re.M)]
     assert offsets == [sum(sizes[:i]) for i in range(len(sizes))]
     assert sum(sizes) == HEADER.size
+
+
+def test_a_glance_tells_number_and_budget_of_a_request_and_nothing_of_other_frames():
+    infer = Infer(7, 1, 250, Tensor("uint8", (1, 2), b"ab"))
+    header, payload = encode(infer)
+    assert glance((header, payload)) == (7, 250)
+    for frames in ([], [header], [header, payload, b""], [header[:-1], payload], [b"x" + header[1:], payload]):
+        assert glance(frames) is None
+    assert glance(encode(Refuse(7, Reason.BUSY))) is None
