@@ -33,6 +33,8 @@ _MOST_COME, _MOST_GO = 64, 1024
 """Messages that libzmq keeps for one connection. What comes beyond them makes TCP slow the sender down; what goes must
 be more than a device answers in one turn, since what finds no place is lost."""
 _MOST_SOCKETS = 4096
+_OTHERS_S = 0.002
+"""The longest that a socket with messages keeps us from the others."""
 _TURN_S = 0.02
 """How long messages are taken off one socket before others are looked at."""
 _HANDSHAKE_MS = 5000
@@ -78,6 +80,7 @@ class Sockets:
         self._touched: set[zmq.Socket[bytes]] = set()
         """Whose descriptors need not show that something waits, since something was done with them."""
         self._ready: list[tuple[Any, int]] = []
+        self._others_at = 0.0
         self.least_budget_ms = 0.0
         """A request with less is refused at a glance: where there are too many, refusing must cost next to nothing."""
         self._woken, self._waker = socket.socketpair()
@@ -171,7 +174,10 @@ class Sockets:
     def wait(self, seconds: float) -> float:
         """Until something has come, somebody wakes us, or so many seconds are over; the moment at which it ended."""
         self._ready = self._waiting()
-        # Also when something waits already: a socket that is never empty must not hide the others.
+        now = time.monotonic()
+        if self._ready and now < self._others_at:
+            return now
+        # Now and then also when something waits already: a socket that is never empty must not hide the others.
         came = self._descriptors.poll(0 if self._ready else max(0, int(seconds * 1000 + 0.999)))
         if came:
             self._touched.update(source for source, _ in self._ready)
@@ -182,7 +188,9 @@ class Sockets:
                 else:
                     self._touched.add(source)
             self._ready = self._waiting()
-        return time.monotonic()
+        now = time.monotonic()
+        self._others_at = now + _OTHERS_S
+        return now
 
     def heard(self) -> list[Heard]:
         """What had come when `wait` ended, and what came meanwhile."""

@@ -152,6 +152,6 @@ import click
 from nmoe_edge.program import run_program
 run_program(click.command()(lambda: click.echo("a \u2192 b")), "arrows", ValueError, "edge", ())
 """
-    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ascii_alone, check=False)
+    western = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=western, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"a ? b\n", b"")
