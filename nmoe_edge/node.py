@@ -50,8 +50,8 @@ _LOOK_S = 2.0
 """Between two looks at the files."""
 _JOBS_A_TURN = 8
 """Requests begun to be routed before the sockets are looked at again: what waits there unseen cannot be refused."""
-_WEIGHED = 64
-"""Requests between two looks at what one takes."""
+_WEIGHED, _WEIGHED_S = 64, 1.0
+"""Requests, or seconds of work for them, between two looks at what one takes."""
 _MOST_BUGS = 100
 """In a row, before the device ends, for whoever watches over it to start it anew."""
 _KEEP_S = 30.0
@@ -230,8 +230,10 @@ class Node:
         self._sockets.least_budget_ms = 1000 * self._origin.least_budget_s
         for heard in self._sockets.heard():
             self._hear(heard, time.monotonic())
+        heard_at = time.monotonic()
         self._service.run()
         now = time.monotonic()
+        served_s = now - heard_at
         while self._inbox:
             self._inbox.popleft()(now)
         if self._front.offered:
@@ -247,13 +249,13 @@ class Node:
         if now - self._looked_at > _LOOK_S:
             self._look(now)
         if self._origin.open or self._origin.finished:
-            self._weigh(time.monotonic() - began)
+            self._weigh(time.monotonic() - began - served_s)
 
     def _weigh(self, busy_s: float) -> None:
-        """Learn what a request takes of this thread, whatever else it did meanwhile; idling costs no request."""
+        """Learn what a request that ends well takes of this thread, with all that is refused meanwhile."""
         self._busy_s += busy_s
-        if self._origin.finished >= _WEIGHED:
-            self._origin.cost_s = self._busy_s / self._origin.finished
+        if self._origin.finished >= _WEIGHED or self._busy_s > _WEIGHED_S:
+            self._origin.cost_s = self._busy_s / max(1, self._origin.finished)
             self._origin.finished, self._busy_s = 0, 0.0
 
     def _hear(self, heard: Heard, now: float) -> None:
