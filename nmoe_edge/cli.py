@@ -185,6 +185,7 @@ def serve(
     serving.append(node)
     for do in wanted:
         do(node)
+    sys.setswitchinterval(0.0005)  # under load the extractor's thread would wait ten times as long for its turn
     gc.collect()
     gc.freeze()  # what stays is never looked at again
     trim()
