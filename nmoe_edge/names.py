@@ -23,8 +23,8 @@ def is_numbers(address: str) -> bool:
 class Names:
     """Looks up where devices are, each in a thread of its own: some names take half a minute."""
 
-    def __init__(self, found: Callable[[str, str], None]) -> None:
-        """found: told a device's name and its address in numbers, in any thread."""
+    def __init__(self, found: Callable[[Device, str], None]) -> None:
+        """found: told a device, as it was asked for, and its address in numbers; in any thread."""
         self._found = found
         self._under_way: set[str] = set()
 
@@ -39,6 +39,6 @@ class Names:
         try:
             with suppress(OSError, UnicodeError):  # nobody knows it at present: it is asked for again
                 (*_, place), *_ = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
-                self._found(device.name, f"tcp://{place[0]}:{port}")
+                self._found(device, f"tcp://{place[0]}:{port}")
         finally:
             self._under_way.discard(device.name)

@@ -106,7 +106,7 @@ class Node:
         self._inbox: deque[Callable[[float], None]] = deque()
         self.ended = threading.Event()
         """Set when the device serves no more."""
-        names = Names(lambda name, address: self._told(lambda: self._peers.placed(name, address)))
+        names = Names(lambda device, address: self._told(lambda: self._peers.placed(device, address)))
         self._peers = Peers(self._hello, self._sockets, self._numbers, self.counts, self._log, names.look_up)
         try:
             self._peers.become(place.others)

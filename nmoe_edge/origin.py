@@ -228,9 +228,6 @@ class Origin:
             if request.exchange is not None:
                 self._act(request, request.exchange.tick(now), now)
             else:  # its inputs still wait to be looked at
-                if request.job is not None:
-                    request.job.dropped = True
-                    self._by_job.pop(id(request.job), None)
                 self._close(request, Refuse(request.number, Reason.EXPIRED))
         self.wake_at = self._alarms[0][0] if self._alarms else float("inf")
 
@@ -357,6 +354,9 @@ class Origin:
         reply(Refuse(infer.request, reason, detail_of(detail)))
 
     def _close(self, request: _Request, reply: Result | Refuse) -> None:
+        if request.job is not None:  # its inputs need not be looked at any more
+            request.job.dropped = True
+            self._by_job.pop(id(request.job), None)
         request.closed, request.job, request.exchange, request.own = True, None, None, None
         request.latents = np.zeros((0, 0), np.float32)  # its alarm may lie in the heap for a while
         self.open.discard(request)

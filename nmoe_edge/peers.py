@@ -105,12 +105,12 @@ class Peers:
             else:
                 self._look_up(device)
 
-    def placed(self, name: str, address: str) -> None:
-        """What a host name of the fleet stands for at present."""
-        for expert, peer in self._peers.items():
-            if peer.device.name == name and peer.placed_at != address:
-                peer.placed_at = address
-                self._try(expert, peer, address)
+    def placed(self, device: Device, address: str) -> None:
+        """What a host name of the fleet stands for; of no use where the fleet says another by now."""
+        peer = self._peers.get(device.expert)
+        if peer is not None and _reached(peer.device) == _reached(device) and peer.placed_at != address:
+            peer.placed_at = address
+            self._try(device.expert, peer, address)
 
     def found(self, name: str, address: str) -> None:
         """A device of the fleet is said to be elsewhere: believed only while it is not where it was.

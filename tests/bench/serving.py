@@ -132,7 +132,7 @@ def serving(*commands):
     try:
         for process, command in zip(running, commands, strict=True):
             if not process.stdout.readline().startswith("ready"):
-                sys.exit(f"this did not begin to serve; is its port taken? {' '.join(command[:6])}")
+                sys.exit(f"this did not begin to serve; is its port taken? {' '.join(command[-2:])}")
         yield running
     finally:
         for process in running:

@@ -32,7 +32,7 @@ def test_a_name_becomes_numbers():
     places = []
     Names(lambda *place: (places.append(place), found.set())).look_up(BARN)
     assert found.wait(20)
-    assert places == [("barn", "tcp://127.0.0.1:7102")]
+    assert places == [(BARN, "tcp://127.0.0.1:7102")]
 
 
 def test_a_name_that_takes_long_is_looked_up_once_at_a_time_and_one_that_fails_again(monkeypatch):

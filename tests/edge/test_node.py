@@ -12,7 +12,6 @@ import pytest
 import zmq
 from edge.fleets import ALONE, Impostor, address_of, answered_by, bright, nodes, pinned, settled, states, until
 
-from nmoe_edge import origin
 from nmoe_edge.bundle import read_bundle, write_bundle
 from nmoe_edge.client import Client
 from nmoe_edge.errors import CallError, FleetError, ModelError, NetworkError
@@ -385,24 +384,3 @@ def test_a_far_peer_loses_rank_and_no_weight(fleet):
         weights = attic.infer(bright(1)).rows[0].weights
     with nodes(fleet, rules=replace(ALONE, top_k=3)) as (attic, *_):
         assert attic.infer(bright(1)).rows[0].weights == weights
-
-
-def test_a_request_that_is_done_leaves_nothing_behind_until_its_deadline(fleet):
-    with nodes(fleet, "attic", rules=replace(ALONE, deadline_s=3600.0)) as (attic,):
-        for _ in range(500):
-            attic.infer(bright(0), 3600.0)
-        assert len(attic._origin._alarms) < 200
-
-
-def test_inputs_of_which_more_is_made_than_a_message_holds_are_refused(fleet, monkeypatch):
-    monkeypatch.setattr(origin, "_MOST_BYTES", 10 * 4 * 4)
-    with nodes(fleet, "attic") as (attic,):
-        assert len(attic.infer(bright(*[0] * 10)).rows) == 10
-        with pytest.raises(CallError, match="what is made of 11 rows is over 160 bytes; ask with fewer"):
-            attic.infer(bright(*[0] * 11))
-
-
-@pytest.mark.parametrize("local_first", [float("nan"), -0.1, 1.1])
-def test_sureness_is_a_number_from_zero_to_one(local_first):
-    with pytest.raises(ModelError, match="local-first is .*, not a number from 0 to 1"):
-        Rules(local_first=local_first)

@@ -45,7 +45,8 @@ class World:
         hello = Hello("attic", 0, TRUNK)
         parts = (lambda: hello, self.wires, itertools.count(1), Counts(), Log("attic"))
         self.peers = Peers(*parts, lambda device: self.looked_up.append(device.address))
-        self.peers.become([Device("barn", 1, address, "0" * 64)])
+        self.device = Device("barn", 1, address, "0" * 64)
+        self.peers.become([self.device])
 
     def passes(self, seconds):
         """As a node lives through it: a turn when one is due."""
@@ -106,13 +107,21 @@ def test_a_name_leads_nowhere_until_somebody_knows_what_it_stands_for():
     assert world.wires.leads == {}
     assert len(world.looked_up) > 1  # it is asked for again
     world.wires.home = HERE
-    world.peers.placed("barn", HERE)
+    world.peers.placed(world.device, HERE)
     world.passes(1)
     assert (world.barn.state, world.barn.address) == ("alive", HERE)
     world.wires.home = ""
     world.peers.fail(1, "lost", world.now)
-    world.peers.placed("barn", THERE)  # the name stands for something else by now
+    world.peers.placed(world.device, THERE)  # the name stands for something else by now
     assert world.wires.leads == {1: THERE}
+
+
+def test_what_a_name_stood_for_that_the_fleet_says_no_more_changes_nothing():
+    world = World("tcp://localhost:7102")
+    world.peers.become([Device("barn", 1, HERE, "0" * 64)])
+    world.peers.placed(world.device, THERE)  # it was being looked up meanwhile
+    world.passes(30)
+    assert world.wires.leads == {1: HERE}
 
 
 def test_who_left_and_is_back_owes_nothing_of_before_and_is_not_lost_later(world):
