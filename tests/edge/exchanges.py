@@ -1,0 +1,30 @@
+"""An exchange to be tried, and what its experts say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from nmoe_edge.protocol.exchange import Exchange
+from nmoe_edge.protocol.routing import route
+
+OUTPUTS = 3
+
+
+SCORES = np.array([[0.0, 3.0, 1.0, 2.0], [0.0, 3.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2.0]], np.float32)
+
+
+def says(expert, rows):
+    """What an expert answers: a function of who it is and which row it is, so that a mix-up shows."""
+    return np.array([[expert, row, expert * row + 1] for row in rows], np.float32)
+
+
+def exchange(scores=SCORES, own=0, alive=range(4), top_k=1, deadline=10.0, patience=math.inf, at_home=(), **more):
+    found = route(scores, own, alive, top_k, at_home)
+    return Exchange(found, OUTPUTS, itertools.count(100), deadline=deadline, patience=lambda _: patience, **more)
+
+
+def answer(it, call, now=1.0):
+    return it.answered(call.request, call.expert, says(call.expert, call.rows), now)
