@@ -11,8 +11,6 @@ from nmoe_edge.protocol.exchange import Exchange
 from nmoe_edge.protocol.routing import route
 
 OUTPUTS = 3
-
-
 SCORES = np.array([[0.0, 3.0, 1.0, 2.0], [0.0, 3.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2.0]], np.float32)
 
 

@@ -27,8 +27,6 @@ BEHAVIOURS = (
     "answers wrongly",
     "NaN",
 )
-
-
 OWN_BEHAVIOURS = ("answers", "answers late", "refuses", "NaN")
 
 

@@ -10,14 +10,8 @@ from train.drawings import cells, drawn_cells, hovers, pictures, texts
 from nmoe_train.report import page
 
 HEADINGS = ["What it is worth", "Who asks whom", "How it learned", "Who has which samples", "What it cost"]
-
-
 MEASURES = ("accuracy", "macro_f1", "auc")
-
-
 LABELS = ["plane", "car", "bird", "cat"]
-
-
 CONFIG = {
     "seed": 7,
     "data": {"name": "digits", "clients": 3, "train_size": None},
