@@ -14,7 +14,7 @@ help:  ## show this list
 install: .venv/ready  ## the three commands, in .venv/bin
 
 demo: .venv/ready  ## train, export and serve ten devices, kill two, draw a page of it: runs/demo-fleet/report.html
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo
 
 test: .venv/ready  ## every test
 	$(BIN)/python -m pytest
@@ -29,16 +29,16 @@ test-edge: .venv-edge/ready  ## the device's tests, with what a device has and n
 	$(EDGE)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 50000
 
 test-runtimes: .venv/ready  ## bundles on the onnxruntimes that boards have; RUNTIMES="1.15.1 newest" for some
-	$(BIN)/python tests/runtimes.py $(RUNTIMES)
+	$(BIN)/python tests/rigs/runtimes.py $(RUNTIMES)
 
 test-arm: .venv/ready  ## the device on an emulated Raspberry Pi, and with 512 MB: as root, about 15 minutes
-	$(BIN)/python tests/arm.py
+	$(BIN)/python tests/rigs/arm.py
 
 cov: .venv/ready  ## branch coverage of nmoe_edge, with its floor
 	$(BIN)/python -m pytest tests/edge tests/test_golden.py --fuzz-examples 2000 --cov --cov-report term
 
 soak: .venv/ready  ## processes killed, frozen, overloaded and lied to, at length: about four minutes
-	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/rigs/soak.py
 
 fuzz: .venv/ready  ## ten million hostile messages, other ones each time: about two hours
 	$(BIN)/python -m pytest tests/edge/test_wire_fuzz.py --fuzz-examples 5000000 --fuzz-random

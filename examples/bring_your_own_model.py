@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_fleet import on_free_ports
+from demo.processes import on_free_ports
 from sklearn.datasets import load_digits
 from torch import nn
 
+from nmoe_edge.bundle.fleet import FLEET_FILE
 from nmoe_edge.client import Client
+from nmoe_edge.device.node import Node
 from nmoe_edge.errors import EdgeError
-from nmoe_edge.fleet import FLEET_FILE
-from nmoe_edge.node import Node
 from nmoe_export.errors import ExportError
-from nmoe_export.fleet import export_fleet
+from nmoe_export.export import export_fleet
 from nmoe_export.source import of_modules
 
 HALVES = (range(5), range(5, 10))

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import click
 import numpy as np
-from demo_fleet import clients
+from demo.processes import clients
 from numpy.typing import NDArray
 
+from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
+from nmoe_edge.bundle.image import read_rows
+from nmoe_edge.bundle.manifest import InputSpec
 from nmoe_edge.client import Client
+from nmoe_edge.common.command import SETTINGS, run_program
+from nmoe_edge.common.schema import from_plain
 from nmoe_edge.errors import CallError, EdgeError, InputError
-from nmoe_edge.fleet import FLEET_FILE, read_fleet
-from nmoe_edge.image import read_rows
-from nmoe_edge.manifest import InputSpec
-from nmoe_edge.program import SETTINGS, run_program
-from nmoe_edge.schema import from_plain
 
 
 @click.command(context_settings=SETTINGS, epilog="Example: python examples/camera.py bundles/digits --fps 20")

@@ -15,8 +15,8 @@ import secrets
 import sys
 from collections import Counter
 
+from nmoe_edge.bundle.fleet import read_fleet_folder
 from nmoe_edge.errors import EdgeError
-from nmoe_edge.fleet import read_fleet_folder
 from nmoe_edge.models import Models
 from nmoe_edge.protocol.exchange import Call, Exchange
 from nmoe_edge.protocol.messages import Answer, Ask

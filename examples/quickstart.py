@@ -12,13 +12,13 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from nmoe_edge.bundle import read_bundle
+from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
+from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.client import Client
+from nmoe_edge.device.node import Node
+from nmoe_edge.device.requests import Rules
 from nmoe_edge.errors import EdgeError, NetworkError
-from nmoe_edge.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.keys import keys_to
-from nmoe_edge.node import Node
-from nmoe_edge.origin import Rules
 
 
 def main(folder):

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmoe_edge.bench.cli import bench
+from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
+from nmoe_edge.common.text import counted, one_line
+from nmoe_edge.display import answer_lines, bundle_table, fleet_table, ready_line, status_table
 from nmoe_edge.errors import EdgeError
-from nmoe_edge.program import EXIT_STATUS, SETTINGS, counted, one_line, run_program
-from nmoe_edge.screens import answer_lines, bundle_table, fleet_table, ready_line, status_table
 
 if TYPE_CHECKING:
     from nmoe_edge.client import Client
-    from nmoe_edge.node import Node
+    from nmoe_edge.device.node import Node
 
 
 @click.group(context_settings=SETTINGS, epilog=EXIT_STATUS)
@@ -39,9 +40,9 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     Every file is read and its digest compared. Nothing is run, so this works without onnxruntime.
     """
-    from nmoe_edge.bundle import read_bundle
-    from nmoe_edge.fleet import FLEET_FILE, read_fleet_folder
-    from nmoe_edge.schema import to_plain
+    from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet_folder
+    from nmoe_edge.bundle.folder import read_bundle
+    from nmoe_edge.common.schema import to_plain
 
     if os.path.isfile(folder / FLEET_FILE):  # where Path.is_file raises, say for a name that is too long, this is False
         fleet, bundles = read_fleet_folder(folder)
@@ -60,9 +61,9 @@ def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
 
     A fleet's folder stands for all of its bundles that are here.
     """
-    from nmoe_edge.bundle import read_bundle
+    from nmoe_edge.bundle.folder import read_bundle
+    from nmoe_edge.common.schema import to_plain
     from nmoe_edge.models import Models, run_selftest
-    from nmoe_edge.schema import to_plain
 
     failed = False
     for folder in [member for given in bundles for member in _members(given)]:
@@ -143,13 +144,13 @@ def serve(
     import signal
     import time
 
+    from nmoe_edge.bundle.fleet import FLEET_FILE, fleet_file
+    from nmoe_edge.common.log import Log
+    from nmoe_edge.common.memory import trim
+    from nmoe_edge.device.node import Node
+    from nmoe_edge.device.requests import Rules
+    from nmoe_edge.device.saved_mix import default_state
     from nmoe_edge.errors import CallError, FleetError
-    from nmoe_edge.fleet import FLEET_FILE, fleet_file
-    from nmoe_edge.log import Log
-    from nmoe_edge.memory import trim
-    from nmoe_edge.node import Node
-    from nmoe_edge.origin import Rules
-    from nmoe_edge.state import default_state
 
     began = time.monotonic()
     if os.path.isfile(bundle / FLEET_FILE):
@@ -209,7 +210,7 @@ def _discovery(node: Node) -> AbstractContextManager[Any]:
         node.close()
         raise NetworkError("--discover: this device listens nowhere; give --fleet or --listen")
     try:
-        from nmoe_edge.discover import Discovery
+        from nmoe_edge.device.mdns import Discovery
     except ModuleNotFoundError as error:
         node.close()
         raise NetworkError(f"--discover: {error.name} is not installed; pip install 'nmoe[discover]'") from error
@@ -270,11 +271,11 @@ def infer(
     A picture is one row, whatever Pillow reads; an .npy holds one row or many, an .npz one such array, or one called
     inputs. One line a row: the label, how sure, who answered with which weight, and milliseconds.
     """
+    from nmoe_edge.bundle.image import outside, read_rows
+    from nmoe_edge.bundle.manifest import InputSpec
+    from nmoe_edge.common.schema import from_plain
+    from nmoe_edge.device.node import Node
     from nmoe_edge.errors import InputError
-    from nmoe_edge.image import outside, read_rows
-    from nmoe_edge.manifest import InputSpec
-    from nmoe_edge.node import Node
-    from nmoe_edge.schema import from_plain
 
     if place is None and bundle is None:
         raise click.UsageError("Say who is to answer: --at a device, or --bundle a folder.")
@@ -344,7 +345,7 @@ def keygen(fleet: Path, names: tuple[str, ...], out: Path | None, force: bool) -
     and fleet.toml to everybody. A pair that is there already is kept; a public key in fleet.toml whose key file is
     not here is not replaced without --force.
     """
-    from nmoe_edge.fleet import fleet_file, read_fleet, write_fleet
+    from nmoe_edge.bundle.fleet import fleet_file, read_fleet, write_fleet
     from nmoe_edge.keys import key_path, with_keys
 
     path = fleet_file(fleet)
@@ -367,7 +368,7 @@ def keygen(fleet: Path, names: tuple[str, ...], out: Path | None, force: bool) -
 
 def _members(folder: Path) -> list[Path]:
     """A bundle's folder itself, or those of a fleet's bundles that are in it."""
-    from nmoe_edge.fleet import FLEET_FILE, read_fleet
+    from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
 
     if not os.path.isfile(folder / FLEET_FILE):
         return [folder]

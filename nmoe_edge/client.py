@@ -21,15 +21,15 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from nmoe_edge.bundle.fleet import port_of
+from nmoe_edge.common.schema import parse_json
 from nmoe_edge.errors import CallError, RemoteProtocolError
-from nmoe_edge.fleet import port_of
 from nmoe_edge.frames import receive_frames, send_frames, waiting, writable
 from nmoe_edge.keys import KeyPair
 from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.messages import Infer, Message, Reason, Refuse, Report, Result, RowAnswer, Status
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import Caps, decode, encode
-from nmoe_edge.schema import parse_json
 
 _CAPS = Caps(text_bytes=4 * 1024 * 1024)
 """The status of a thousand peers is long."""

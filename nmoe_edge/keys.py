@@ -16,8 +16,8 @@ from pathlib import Path
 
 import zmq
 
+from nmoe_edge.bundle.fleet import FLEET_FILE, Device, Fleet, fleet_file, read_fleet
 from nmoe_edge.errors import FleetError, KeyFileError
-from nmoe_edge.fleet import FLEET_FILE, Device, Fleet, fleet_file, read_fleet
 
 _Z85_KEY = re.compile(rb"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\n?")
 

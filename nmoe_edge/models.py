@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from nmoe_edge.bundle import Bundle, read_bundle
+from nmoe_edge.bundle.folder import Bundle, read_bundle
 from nmoe_edge.errors import ModelError
 from nmoe_edge.protocol.routing import route
 

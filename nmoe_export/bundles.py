@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nmoe_edge.bundle import SelfTest
-from nmoe_edge.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, trunk_digest
+from nmoe_edge.bundle.folder import SelfTest
+from nmoe_edge.bundle.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, trunk_digest
 from nmoe_edge.models import Graph
 from nmoe_edge.protocol.combine import combine, expert_weights
 from nmoe_edge.protocol.routing import route
 from nmoe_export.graphs import IR_VERSION, OPSET
 from nmoe_export.precision import Made
+from nmoe_export.simulation import Simulation
 from nmoe_export.source import Source
-from nmoe_export.system import System
 
 SELFTEST_ROWS = 8
 TOLERANCES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 2e-2}
@@ -31,7 +31,7 @@ class Writer:
     def __init__(self, source: Source, made: Made, target: str, latent: str) -> None:
         """target: the profile that the graphs are made for; latent: what latents travel as"""
         self.source, self.made, self.target, self.latent = source, made, target, latent
-        self.system = System(source, made.graphs, latent)
+        self.system = Simulation(source, made.graphs, latent)
         self.sizes: dict[str, int] = {}
 
     def bundle(self, number: int) -> tuple[Manifest, dict[str, bytes]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,6 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from nmoe_edge.common.files import replace_file
 from nmoe_export.calibrate import Range, Recipe, ranges
 
 
@@ -64,13 +64,7 @@ def _write(path: Path, found: Mapping[str, Range]) -> None:
     """Under another name first, so that nobody reads half of it."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({"sha256": _seal(found), "ranges": found}, file, indent=1)
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        replace_file(path, json.dumps({"sha256": _seal(found), "ranges": found}, indent=1))
 
 
 def _seal(found: Mapping[str, Any]) -> str:

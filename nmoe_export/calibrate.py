@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from nmoe_edge.schema import from_plain
+from nmoe_edge.common.schema import from_plain
 from nmoe_export.errors import SourceError
 
 if sys.version_info >= (3, 11):

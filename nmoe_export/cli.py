@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from nmoe_edge.program import EXIT_STATUS, SETTINGS, counted, run_program
+from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
+from nmoe_edge.common.text import counted
 from nmoe_export.errors import ExportError, SourceError
 from nmoe_export.progress import Terminal
 
@@ -79,7 +80,7 @@ def cli(
     out = out if out is not None else Path("bundles") / name
 
     from nmoe_export.calibrate import read_recipe
-    from nmoe_export.fleet import Options, export_fleet, export_run
+    from nmoe_export.export import Options, export_fleet, export_run
     from nmoe_export.source import of_factory
     from nmoe_export.targets import target_of
 

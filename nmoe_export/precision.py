@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nmoe_export.assignment import KINDS, Assignment, speed_of
 from nmoe_export.calibrate import Recipe
-from nmoe_export.choice import KINDS, Choice, speed_of
-from nmoe_export.component import GREATEST, Component
+from nmoe_export.candidate import GREATEST, Candidate
 from nmoe_export.errors import DropError, GraphError
 from nmoe_export.fusion import fusion
 from nmoe_export.progress import Count, Say
 from nmoe_export.samples import Samples
+from nmoe_export.simulation import Graphs, Simulation, gate_agreement
 from nmoe_export.source import Source
-from nmoe_export.system import Graphs, System, gate_agreement
 from nmoe_export.targets import Target
 from nmoe_train.run import Inference
 
@@ -49,9 +49,9 @@ def make_int8(
     say: Say,
 ) -> Made:
     """The int8 fleet; DropError when no choice of nodes keeps within `max_drop` points of the float one."""
-    reference = System(source, graphs, latent)
+    reference = Simulation(source, graphs, latent)
     say("calibrating")
-    choice = Choice(source, graphs, target, recipe, samples, latent)
+    choice = Assignment(source, graphs, target, recipe, samples, latent)
     choice.choose_by_speed()
     for line in choice.slower():
         say(line)
@@ -75,10 +75,10 @@ def make_int8(
 
 def make_fp16(source: Source, graphs: Graphs, target: Target, max_drop: float, latent: str, say: Say) -> Made:
     """The float16 fleet; DropError when it is further than `max_drop` points below the float one."""
-    reference = System(source, graphs, latent)
+    reference = Simulation(source, graphs, latent)
     kinds = {"extractor": [graphs.extractor], "gate": graphs.gates, "expert": graphs.experts}
     half = {
-        kind: [Component(f"{kind} {i}", graph, target, "fp16") for i, graph in enumerate(members)]
+        kind: [Candidate(f"{kind} {i}", graph, target, "fp16") for i, graph in enumerate(members)]
         for kind, members in kinds.items()
     }
     say("looking for numbers that float16 has not")
@@ -92,7 +92,7 @@ def make_fp16(source: Source, graphs: Graphs, target: Target, max_drop: float, l
                 raise GraphError(f"{component.name}: {what}; export with --fp32")
     say("measuring what float16 costs")
     made = [[component.best() for component in half[kind]] for kind in KINDS]
-    system = System(source, Graphs(made[0][0], made[1], made[2]), latent)
+    system = Simulation(source, Graphs(made[0][0], made[1], made[2]), latent)
     trial = _Trial(reference, system)
     if trial.drop > max_drop:
         raise DropError(f"float16 is {trial.drop:.2f} points worse than float, over the {max_drop:g} of --max-drop")
@@ -103,7 +103,7 @@ def make_fp16(source: Source, graphs: Graphs, target: Target, max_drop: float, l
 class _Trial:
     """A fleet beside the float one."""
 
-    def __init__(self, reference: System, system: System) -> None:
+    def __init__(self, reference: Simulation, system: Simulation) -> None:
         self.reference, self.system, self.rules = reference, system, system.threshold()
         rules = reference.source.inference
         self._before = _worth(reference, rules, reference, rules)
@@ -126,7 +126,7 @@ class _Trial:
         }
 
 
-def _worth(system: System, rules: Inference, reference: System, float_rules: Inference) -> NDArray[np.float64]:
+def _worth(system: Simulation, rules: Inference, reference: Simulation, float_rules: Inference) -> NDArray[np.float64]:
     """Each device's percent of right answers; where nobody knows what is right, of those that float gives."""
     if system.source.labels is not None:
         return 100 * np.array(system.accuracies(rules))
@@ -137,7 +137,7 @@ def _worth(system: System, rules: Inference, reference: System, float_rules: Inf
 class _Back:
     """Graphs and nodes that go back to float, one after another."""
 
-    def __init__(self, choice: Choice, reference: System, max_drop: float, say: Say) -> None:
+    def __init__(self, choice: Assignment, reference: Simulation, max_drop: float, say: Say) -> None:
         self._choice, self._reference, self._max_drop, self._say = choice, reference, max_drop, say
         self.reverted: list[dict[str, Any]] = []
         """Each with the drop after it went back."""
@@ -189,7 +189,7 @@ class _Back:
         return _Trial(self._reference, self._choice.system())
 
 
-def _fusion(choice: Choice, say: Say) -> dict[str, Any]:
+def _fusion(choice: Assignment, say: Say) -> dict[str, Any]:
     """The proof that the extractor computes in integers, where onnxruntime's CPU provider runs it."""
     extractor = choice.extractor
     if choice.target.name == "jetson":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nmoe_train.charts import escaped
-from nmoe_train.report import document
+from nmoe_train.results.pages.charts import escaped
+from nmoe_train.results.pages.run_page import document
 
 COMPONENTS = ("extractor", "gate", "expert")
 BAR = 160

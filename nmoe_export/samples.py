@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nmoe_edge.npz import read_npz
+from nmoe_edge.common.npz import read_npz
 from nmoe_export.calibrate import Recipe, drawn
 from nmoe_export.errors import SourceError
 from nmoe_export.source import Source

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nmoe_edge.manifest import InputSpec, sha256
-from nmoe_edge.program import counted
+from nmoe_edge.bundle.manifest import InputSpec, sha256
+from nmoe_edge.common.imports import import_path
+from nmoe_edge.common.text import counted
 from nmoe_export.errors import SourceError
 from nmoe_train.run import Inference, Run, RunRecord
 
@@ -196,11 +194,9 @@ def of_factory(path: str) -> Source:
             f"--modules {path}: MODULE:FACTORY is due, such as theirs:fleet for fleet() in a theirs.py"
             " that lies in the current folder"
         )
-    module, _, name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # an installed command does not look where it is called, as python does
+    module = path.partition(":")[0]
     try:
-        arguments = getattr(importlib.import_module(module), name)()
+        arguments = import_path(path)()
     except Exception as error:  # whatever somebody's module does
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise SourceError(f"{path}: no module {error.name} lies in the current folder, nor is installed") from error

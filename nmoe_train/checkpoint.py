@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from nmoe_edge.common.files import replace_file
 from nmoe_train.errors import RunError
-from nmoe_train.federation import State
+from nmoe_train.stages.federation import State
 
 NAME, LOCK = "checkpoint.safetensors", "lock"
 _FACTS = ("command", "config", "stage", "round", "history", "fingerprint", "seconds")
@@ -86,15 +87,9 @@ class Checkpoint:
             for i, state in enumerate(states[:1] if shared[stage] else states):
                 tensors |= {f"{stage}/{i}/{key}": value.cpu().clone() for key, value in state.items()}
         facts = {name: getattr(self, name) for name in _FACTS} | {"shared": shared}
-        staged = path.with_suffix(".new")
         try:
-            with staged.open("wb") as file:
-                file.write(save(tensors, {"facts": json.dumps(facts), "digest": _digest(tensors, facts)}))
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(path)
+            replace_file(path, save(tensors, {"facts": json.dumps(facts), "digest": _digest(tensors, facts)}))
         except OSError as error:
-            staged.unlink(missing_ok=True)
             raise RunError(f"{path}: cannot be written: {error.strerror}; the round before is kept") from error
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmoe_edge.program import EXIT_STATUS, SETTINGS, run_program
+from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
 from nmoe_train.errors import ConfigError, RunError, TrainError
 from nmoe_train.terminal import Progress, devices, json_line, summary
 from nmoe_train.terminal import table as table_of
@@ -248,7 +248,7 @@ def baselines(folder: Path, as_json: bool) -> None:
 
     What is measured stands in RUN/baselines.json and in its report.html. A second call goes on where the first stopped.
     """
-    from nmoe_train.baselines import baselines
+    from nmoe_train.results.baselines import baselines
     from nmoe_train.run import read_run
 
     run = read_run(_named(folder))
@@ -297,7 +297,7 @@ def table(number: int, seeds: int, minutes: float | None, **given: Any) -> None:
     Table 1 is each client's own distribution, table 2 the balanced test; a cell is accuracy/macro F1/AUC in percent.
     Both share their trainings, which are kept: what was stopped goes on, and what is there is not trained again.
     """
-    from nmoe_train.paper import PARTITIONS, table, units
+    from nmoe_train.results.paper import PARTITIONS, table, units
 
     done, left = _worked(units(PARTITIONS, seeds), minutes, given)
     click.echo(table(number, done, seeds))
@@ -313,7 +313,7 @@ def figure(number: int, minutes: float | None, **given: Any) -> None:
 
     It is drawn from the same trainings as the tables.
     """
-    from nmoe_train.paper import FIGURE_PARTITION, draw, units
+    from nmoe_train.results.paper import FIGURE_PARTITION, draw, units
 
     due = [unit for unit in units([FIGURE_PARTITION], 1) if unit.kind in ("fedgate", "baselines")]
     done, left = _worked(due, minutes, given)
@@ -326,7 +326,7 @@ def _place(given: Mapping[str, Any]) -> Path:
 
 def _worked(due: list[Any], minutes: float | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """What is there after so many minutes, and a line on what is not."""
-    from nmoe_train.paper import FILE, work
+    from nmoe_train.results.paper import FILE, work
 
     flags = _flags({key: given[key] for key in ("data", "backbone", "device")}, given["settings"])
     out = _place(given)
@@ -357,7 +357,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     The networks are built by the factories that run.json names: look into a run only when you trust where it is from.
     """
-    from nmoe_edge.schema import to_plain
+    from nmoe_edge.common.schema import to_plain
     from nmoe_train.run import read_run
 
     run = read_run(folder)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nmoe_edge.schema import from_plain, parse_json, to_plain
+from nmoe_edge.common.schema import from_plain, parse_json, to_plain
 from nmoe_train.errors import ConfigError
 from nmoe_train.nets import NetSpec
 

@@ -7,18 +7,16 @@ come (uint8 or float, 0 to 255, NCHW): normalisation is theirs, so that what is 
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nmoe_edge.common.imports import import_path
 from nmoe_train.errors import NetError
 
 
@@ -91,7 +89,7 @@ class ResNet18(nn.Module):
 
         GroupNorm by default: BatchNorm's averages do not survive averaging over unlike clients.
         """
-        from nmoe_train.vision import models
+        from nmoe_train.data.vision import models
 
         super().__init__()
         norms: dict[str, Callable[[int], nn.Module]] = {
@@ -194,11 +192,8 @@ def _registered(name: str) -> Callable[..., nn.Module]:
 
 
 def _imported(path: str) -> Callable[..., nn.Module]:
-    module, _, name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # an installed command does not look where it is called, as python does
     try:
-        return getattr(importlib.import_module(module), name)
+        return import_path(path)
     except Exception as error:  # whatever somebody's module does when it is imported
         raise NetError(f"{path} cannot be imported: {_line(error)}") from error
 

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from nmoe_edge.folders import check_replaceable
-from nmoe_edge.schema import from_plain, to_plain
+from nmoe_edge.common.folders import check_replaceable
+from nmoe_edge.common.schema import from_plain, to_plain
 from nmoe_train.checkpoint import NAME, Checkpoint, claimed, difference, partial
-from nmoe_train.clients import deal
 from nmoe_train.config import Config, configure_from
-from nmoe_train.data import load
+from nmoe_train.data.clients import deal
+from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, RunError
-from nmoe_train.fleet import STAGES, Fleet, Progress
-from nmoe_train.gate import exported
-from nmoe_train.report import page
+from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import FILES, RUN_FILE, Run, read_run, write_run
+from nmoe_train.stages.gate import exported
+from nmoe_train.trainer import STAGES, Progress, Trainer
 
 
 def train(
@@ -54,7 +54,7 @@ def train(
         clients = deal(dataset, config.data, config.seed)
         if checkpoint.fingerprint not in ("", clients.fingerprint):
             raise RunError(f"{path}: cannot go on with other data: what was trained on has changed since")
-        fleet = Fleet(config, dataset, clients, device)
+        fleet = Trainer(config, dataset, clients, device)
         if not checkpoint.states:
             checkpoint = replace(fleet.begun(checkpoint, again), fingerprint=clients.fingerprint)
             checkpoint.write(path)
@@ -118,11 +118,11 @@ def retrained(run: Run, stage: str, flags: Mapping[str, Any]) -> Config:
     return after
 
 
-def fleet_of(run: Run) -> tuple[Fleet, Checkpoint]:
+def fleet_of(run: Run) -> tuple[Trainer, Checkpoint]:
     """A finished run's clients and networks, and its states as a training would have them."""
     config = replace(configured(run), device="auto")
     dataset = load(config.data.name)
-    fleet = Fleet(config, dataset, deal(dataset, config.data, config.seed), _device(config))
+    fleet = Trainer(config, dataset, deal(dataset, config.data, config.seed), _device(config))
     return fleet, fleet.begun(Checkpoint(to_plain(config)), (run, "evaluate"))
 
 

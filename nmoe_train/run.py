@@ -21,12 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from nmoe_edge.folders import staged_folder
-from nmoe_edge.npz import read_npz, write_npz
-from nmoe_edge.schema import from_plain, parse_json, to_plain
+from nmoe_edge.common.files import replace_file
+from nmoe_edge.common.folders import staged_folder
+from nmoe_edge.common.limits import MAX_EXPERTS
+from nmoe_edge.common.npz import read_npz, write_npz
+from nmoe_edge.common.schema import from_plain, parse_json, to_plain
 from nmoe_train.errors import RunError
-from nmoe_train.federation import State
 from nmoe_train.nets import NetSpec, build
+from nmoe_train.stages.federation import State
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -38,8 +40,6 @@ FILES = (
     r"|((gates|experts|heads)/\d+|extractor|gate|head)\.safetensors"
 )
 """What a run's folder may hold, as a regular expression."""
-MAX_EXPERTS = 1024
-"""What a bundle's manifest and the wire have room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,12 +261,9 @@ def read_run(folder: Path | str) -> Run:
 
 def write_beside(run: Run, name: str, text: str) -> None:
     """Write a file that is made from a run, and that run.json does not describe: baselines.json, report.html."""
-    staged = run.folder / f"{name}.new"
     try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(run.folder / name)
+        replace_file(run.folder / name, text)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise RunError(f"{run.folder / name}: cannot be written: {error.strerror}") from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from nmoe_edge.schema import to_plain
+from nmoe_edge.common.schema import to_plain
 from nmoe_train.config import SECTIONS, Config, tomllib
 from nmoe_train.errors import ConfigError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from nmoe_train.federation import Round
+    from nmoe_train.stages.federation import Round
 
 
 class Progress:

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from test_docs import ROOT, parse
 
-from nmoe_edge.fleet import tomllib
+from nmoe_edge.bundle.fleet import tomllib
 
 EXAMPLES = ROOT / "examples"
 UNIT = EXAMPLES / "raspberry-pi" / "nmoe@.service"

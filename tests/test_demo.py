@@ -22,7 +22,7 @@ SMALL = "--devices=3 --seconds=4 --rate=20 --set=extractor.rounds=3 --set=gate.r
 
 def command(out, *options):
     """What starts a small demo."""
-    return [sys.executable, "-W", "error", str(EXAMPLES / "demo.py"), "--out", str(out), *SMALL.split(), *options]
+    return [sys.executable, "-W", "error", str(EXAMPLES / "demo"), "--out", str(out), *SMALL.split(), *options]
 
 
 def left(out):
@@ -40,7 +40,7 @@ def left(out):
 
 def drawn(measurements):
     """The page of these."""
-    command = [sys.executable, str(EXAMPLES / "demo_page.py"), str(measurements)]
+    command = [sys.executable, str(EXAMPLES / "demo" / "page.py"), str(measurements)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -122,9 +122,9 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path):
 
 
 def test_a_story_is_told_in_its_figures(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from demo_figures import busiest, story
-    from demo_fleet import Row
+    monkeypatch.syspath_prepend(str(EXAMPLES / "demo"))
+    from figures import busiest, story
+    from processes import Row
 
     def row(device, due_s, latency_s=0.002, by=0, experts=(0,), **facts):
         return Row(device, "own", due_s, latency_s, by, experts, (1.0,), **facts)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from edge.samples import as_plain
 
-from nmoe_edge.bundle import read_bundle
-from nmoe_edge.fleet import read_fleet
+from nmoe_edge.bundle.fleet import read_fleet
+from nmoe_edge.bundle.folder import read_bundle
+from nmoe_edge.common.npz import read_npz
 from nmoe_edge.models import Models, run_selftest
-from nmoe_edge.npz import read_npz
 from nmoe_edge.protocol.wire import decode, encode
 
 

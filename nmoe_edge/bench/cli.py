@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from nmoe_edge.program import SETTINGS, one_line
-from nmoe_edge.schema import nearest
+from nmoe_edge.common.command import SETTINGS
+from nmoe_edge.common.schema import nearest
+from nmoe_edge.common.text import one_line
 
 _LATENTS = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
 
@@ -143,8 +144,8 @@ def run(
     from nmoe_edge.bench.measure import Plan, measure
     from nmoe_edge.bench.record import check_writable, write_record
     from nmoe_edge.bench.tables import record_tables
+    from nmoe_edge.bundle.fleet import fleet_file
     from nmoe_edge.errors import BenchError
-    from nmoe_edge.fleet import fleet_file
 
     if fleet is None and (rate is not None or clients > 1):
         raise click.UsageError("--rate and --clients are for a fleet: give --fleet too")

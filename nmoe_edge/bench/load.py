@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from nmoe_edge.bench.board import Meter
 from nmoe_edge.bench.samples import BLOCK_S, MOST_SAMPLES, settle
+from nmoe_edge.bundle.manifest import Manifest
 from nmoe_edge.client import Line, refusal
 from nmoe_edge.errors import BenchError
-from nmoe_edge.manifest import Manifest
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Message, Refuse, Result, Welcome
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import encode

@@ -26,13 +26,13 @@ from nmoe_edge.bench.board import Meter, read_machine, read_moment
 from nmoe_edge.bench.load import Drive, Question, asking, drive, greet, inferring, message_bytes, poisson, settled
 from nmoe_edge.bench.probe import BATCHES, Probe
 from nmoe_edge.bench.record import SCHEMA, Peers, Record, Row, Stage, Start, Subject, Tally
-from nmoe_edge.bundle import Bundle, read_bundle
+from nmoe_edge.bundle.fleet import FLEET_FILE, Device, read_fleet
+from nmoe_edge.bundle.folder import Bundle, read_bundle
 from nmoe_edge.client import Client, Line
+from nmoe_edge.common.schema import from_plain, parse_json
+from nmoe_edge.device.membership import find_membership
 from nmoe_edge.errors import BenchError, CallError, EdgeError
-from nmoe_edge.fleet import FLEET_FILE, Device, read_fleet
 from nmoe_edge.keys import address_of, keys_to
-from nmoe_edge.place import find_place
-from nmoe_edge.schema import from_plain, parse_json
 
 Say = Callable[[str], None]
 _HERE = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def _try_out(plan: Plan, bundle: Bundle, say: Say) -> None:
         from nmoe_edge.models import check_installed  # and onnxruntime, which nothing else here needs
 
         check_installed(plan.provider)
-    find_place(plan.fleet, bundle.manifest, plan.key)
+    find_membership(plan.fleet, bundle.manifest, plan.key)
     if plan.fleet is not None:
         with _met(plan, bundle, plan.fleet, lambda text: say(f"first a trial: {text}")):
             pass

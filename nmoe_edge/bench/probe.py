@@ -83,11 +83,11 @@ def main() -> None:
     folder, threads, provider, seconds = sys.argv[1:]
     import numpy as np
 
-    from nmoe_edge.bundle import read_bundle
+    from nmoe_edge.bundle.folder import read_bundle
+    from nmoe_edge.common.memory import trim
+    from nmoe_edge.common.schema import to_plain
     from nmoe_edge.errors import EdgeError
-    from nmoe_edge.memory import trim
     from nmoe_edge.models import RUNTIME, Models
-    from nmoe_edge.schema import to_plain
 
     for late in ("bench.samples", "protocol.exchange"):  # else the first answer would pay for them
         importlib.import_module(f"nmoe_edge.{late}")

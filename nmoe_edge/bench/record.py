@@ -6,7 +6,6 @@ another schema is refused by name.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ from typing import Literal
 
 from nmoe_edge.bench.board import Machine, Moment
 from nmoe_edge.bench.samples import MOST_ROUNDS
+from nmoe_edge.common.files import replace_file
+from nmoe_edge.common.schema import from_plain, parse_json, to_plain
 from nmoe_edge.errors import BenchError
-from nmoe_edge.schema import from_plain, parse_json, to_plain
 
 SCHEMA = 1
 MOST_BYTES = 256 * 1024 * 1024
@@ -184,16 +184,7 @@ def check_writable(path: Path) -> None:
 
 def write_record(path: Path, record: Record) -> None:
     """Replace a record: a reader sees the old one or the new one."""
-    place = path.resolve()  # where a link leads to
-    staged = place.with_name(f".{os.getpid()}.new")
     try:
-        with staged.open("w") as file:
-            json.dump(to_plain(record), file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(place)
+        replace_file(path, json.dumps(to_plain(record), allow_nan=False))
     except OSError as error:
         raise BenchError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()

@@ -104,7 +104,7 @@ def more_often(old: int, of_old: int, new: int, of_new: int) -> bool:
 def _cut(n: int, m: int) -> int | None:
     """How many ratios may be left out at either end; None where so few rounds say nothing at all.
 
-    Counts the ways in which n + m rounds can be ordered by how many pairs of them are (Mann and Whitney's U).
+    Metrics the ways in which n + m rounds can be ordered by how many pairs of them are (Mann and Whitney's U).
     """
     ways = [[0] * (n * m + 1) for _ in range(n + 1)]  # rounds taken, pairs -> ways
     ways[0][0] = 1

@@ -14,7 +14,7 @@ from nmoe_edge.bench.compare import Comparison
 from nmoe_edge.bench.probe import WHOLE
 from nmoe_edge.bench.record import Record, Row, Stage
 from nmoe_edge.bench.samples import LEAST_SAMPLES, MOST_WARM_S, ROOM, TOO_SPREAD, percentile, spread
-from nmoe_edge.program import one_line
+from nmoe_edge.common.text import one_line
 
 _MOST_LOAD = 0.5
 """Of one core, before the benchmark itself began."""

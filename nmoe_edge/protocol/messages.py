@@ -11,22 +11,19 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 
+from nmoe_edge.common.limits import MAX_ANSWERED, MAX_EXPERTS, check_device_name
+from nmoe_edge.common.schema import parse_json
+from nmoe_edge.common.text import printable
 from nmoe_edge.errors import LocalProtocolError
 from nmoe_edge.protocol.tensor import LATENT_DTYPES, Tensor
-from nmoe_edge.schema import parse_json
 
 PROTOCOL = 1
 """The version of the wire that this code speaks."""
 
 TRUNK_BYTES = 16
-MAX_EXPERTS = 1024
-"""Experts in one fleet: the header has room for 65,535, a gate has not."""
-MAX_ANSWERED = 64
-"""Experts that one row names, as answering or as missing: no top-k comes near."""
 MAX_DETAIL = 200
 """Characters of a refusal's detail."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _CAPABILITY = re.compile(r"[a-z0-9][a-z0-9_.:/+-]{0,47}")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 
@@ -53,10 +50,11 @@ def _require(holds: bool, text: str, *values: object) -> None:
         raise LocalProtocolError(text.format(*values))
 
 
-def check_device_name(name: str) -> None:
-    """Refuse what could not name a device, its folder and its line in a log alike."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise LocalProtocolError(f"{name!r} is no device name: letters, digits, '_', '.', '-', at most 63")
+def _check_device_name(name: str) -> None:
+    try:
+        check_device_name(name)
+    except ValueError as error:
+        raise LocalProtocolError(str(error)) from error
 
 
 def _check_identity(of: Hello | Welcome) -> None:
@@ -188,7 +186,7 @@ _REASONS = frozenset(Reason)
 
 def detail_of(text: str) -> str:
     """Any text, as a refusal may say it."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:MAX_DETAIL]
+    return printable(text)[:MAX_DETAIL]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +235,7 @@ class Leave:
     device: str
 
     def __post_init__(self) -> None:
-        check_device_name(self.device)
+        _check_device_name(self.device)
 
 
 @dataclass(frozen=True, slots=True)

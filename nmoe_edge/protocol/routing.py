@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nmoe_edge.common.limits import MAX_ANSWERED
 from nmoe_edge.errors import LocalProtocolError
-from nmoe_edge.protocol.messages import MAX_ANSWERED
 
 
 @dataclass(frozen=True, slots=True, eq=False)

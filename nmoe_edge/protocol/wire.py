@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nmoe_edge.common.limits import MAX_ANSWERED
+from nmoe_edge.common.schema import parse_json
 from nmoe_edge.errors import LocalProtocolError, RemoteProtocolError
 from nmoe_edge.protocol.messages import (
-    MAX_ANSWERED,
     PROTOCOL,
     TRUNK_BYTES,
     Answer,
@@ -37,7 +38,6 @@ from nmoe_edge.protocol.messages import (
     Welcome,
 )
 from nmoe_edge.protocol.tensor import MAX_DIMS, Tensor
-from nmoe_edge.schema import parse_json
 
 Frames = tuple[bytes, ...]
 Written = tuple[int, int, Sequence[int], bytes | None]

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from serving import FLOOR, Caller, serve, serving
 
-from nmoe_edge.bundle import read_bundle
+from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
+from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.client import Client
-from nmoe_edge.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.keys import key_path, read_key
 from nmoe_edge.models import Models
 

@@ -22,12 +22,12 @@ import numpy as np
 import zmq
 from onnx import TensorProto, helper, numpy_helper
 
-from nmoe_edge.bundle import SelfTest, read_bundle, write_bundle
+from nmoe_edge.bundle.fleet import FLEET_FILE, SCHEMA, Device, Fleet, write_fleet
+from nmoe_edge.bundle.folder import SelfTest, read_bundle, write_bundle
+from nmoe_edge.bundle.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
 from nmoe_edge.client import Client
-from nmoe_edge.fleet import FLEET_FILE, SCHEMA, Device, Fleet, write_fleet
 from nmoe_edge.frames import receive_frames, send_frames
 from nmoe_edge.keys import key_path, keys_folder, read_key, with_keys
-from nmoe_edge.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
 from nmoe_edge.models import Graph
 from nmoe_edge.protocol.messages import Ask
 from nmoe_edge.protocol.tensor import Tensor
@@ -208,7 +208,7 @@ def ask_of(trunk, expert):
 def expert_calls(folder, seconds):
     """One remote expert: the floor, ours, ours with keys."""
     plain, keyed = fleet(folder / "plain", 17101), fleet(folder / "keyed", 17201)
-    from nmoe_edge.fleet import read_fleet
+    from nmoe_edge.bundle.fleet import read_fleet
 
     secured = with_keys(
         read_fleet(keyed / FLEET_FILE), [f"device-{i}" for i in range(EXPERTS)], keys_folder(keyed / FLEET_FILE)

@@ -16,10 +16,10 @@ from torch.func import functional_call, vmap
 
 from nmoe_train.checkpoint import Checkpoint
 from nmoe_train.config import ExpertsConfig, ExtractorConfig, GateConfig
-from nmoe_train.experts import train_experts
-from nmoe_train.extractor import Headed, fedce_round
-from nmoe_train.gate import Gate, fedgate_round, seen
 from nmoe_train.nets import NetSpec, build
+from nmoe_train.stages.experts import train_experts
+from nmoe_train.stages.extractor import Headed, fedce_round
+from nmoe_train.stages.gate import Gate, fedgate_round, seen
 
 SAMPLES, DIM, CLASSES = 25_000, 512, 10
 ROUNDS = 30

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import zmq
 
+from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.client import Client
+from nmoe_edge.common.log import Log
+from nmoe_edge.device.node import Node
+from nmoe_edge.device.requests import Rules
 from nmoe_edge.errors import CallError
-from nmoe_edge.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.keys import key_path, keys_folder, read_key, with_keys
-from nmoe_edge.log import Log
-from nmoe_edge.node import Node
-from nmoe_edge.origin import Rules
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Ping, Pong, Status, Welcome
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import decode, encode

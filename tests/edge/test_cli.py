@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nmoe_edge.bundle import read_bundle, write_bundle
+from nmoe_edge.bundle.folder import read_bundle, write_bundle
 from nmoe_edge.cli import main
 
 
@@ -111,7 +111,7 @@ def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_edge, tin
 
 
 def test_a_bug_shows_its_traceback(nmoe_edge, tiny_fleet, monkeypatch):
-    monkeypatch.setattr("nmoe_edge.bundle.parse_manifest", None)
+    monkeypatch.setattr("nmoe_edge.bundle.folder.parse_manifest", None)
     with pytest.raises(TypeError):
         nmoe_edge("inspect", tiny_fleet / "barn")
 
@@ -149,7 +149,7 @@ def test_a_full_disk_and_a_reader_that_went_away_are_no_bugs(tiny_fleet):
 def test_a_terminal_that_knows_no_arrows_is_shown_something_else():
     code = """
 import click
-from nmoe_edge.program import run_program
+from nmoe_edge.common.command import run_program
 run_program(click.command()(lambda: click.echo("a \u2192 b")), "arrows", ValueError, "edge", ())
 """
     western = {**os.environ, "PYTHONIOENCODING": "latin-1"}

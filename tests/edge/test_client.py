@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from edge.fleets import ALONE, address_of, bright, nodes, until
 
+from nmoe_edge.bundle.fleet import FLEET_FILE
 from nmoe_edge.client import Client
+from nmoe_edge.common.log import Log
+from nmoe_edge.device.node import Node
 from nmoe_edge.errors import CallError
-from nmoe_edge.fleet import FLEET_FILE
-from nmoe_edge.log import Log
-from nmoe_edge.node import Node
 from nmoe_edge.protocol.wire import DEFAULT_CAPS
 
 pytestmark = pytest.mark.socket

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zmq
 
+from nmoe_edge.bundle.fleet import read_fleet, write_fleet
 from nmoe_edge.errors import FleetError, KeyFileError
-from nmoe_edge.fleet import read_fleet, write_fleet
 from nmoe_edge.keys import (
     KeyPair,
     address_of,

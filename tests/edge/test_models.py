@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nmoe_edge import models
-from nmoe_edge.bundle import read_bundle
+from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.errors import ModelError
 from nmoe_edge.models import Graph, Models, run_selftest
 

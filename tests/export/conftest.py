@@ -8,7 +8,7 @@ import pytest
 import torch
 from export.foreign import modules, pictures
 
-from nmoe_export import choice, fleet, graphs
+from nmoe_export import assignment, export, graphs
 from nmoe_export.source import of_modules
 
 
@@ -31,7 +31,7 @@ def source(images):
 @pytest.fixture(autouse=True)
 def int8_is_faster(monkeypatch):
     """Whether it is is the machine's business, which no test may depend on; what follows from it is not."""
-    monkeypatch.setattr(choice, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
+    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
 
 
 _EXPORTED = {}
@@ -54,4 +54,4 @@ def a_module_is_exported_once(monkeypatch):
             _EXPORTED[key] = graphs.export_graph(module, name, example)
         return _EXPORTED[key]
 
-    monkeypatch.setattr(fleet, "export_graph", exported)
+    monkeypatch.setattr(export, "export_graph", exported)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nmoe_export.fleet import Options
+from nmoe_export.export import Options
 
 INT8 = Options("int8", max_drop=100.0)
 

@@ -107,7 +107,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(model, tmp_path, monkeypatch
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(json, "dump", full)
+        monkeypatch.setattr(os, "fsync", full)
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from nmoe_edge.fleet import read_fleet, read_fleet_folder
+from nmoe_edge.bundle.fleet import read_fleet, read_fleet_folder
 from nmoe_export.cli import main
 from nmoe_export.errors import SourceError
-from nmoe_export.fleet import Options, export_run
+from nmoe_export.export import Options, export_run
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from nmoe_edge.fleet import read_fleet_folder
+from nmoe_edge.bundle.fleet import read_fleet_folder
 from nmoe_edge.models import Models, run_selftest
 from nmoe_edge.protocol.exchange import Exchange
 from nmoe_edge.protocol.routing import route
 from nmoe_export.cli import main
 from nmoe_export.errors import GraphError, SourceError
-from nmoe_export.fleet import Options, export_run
+from nmoe_export.export import Options, export_run
 from nmoe_export.graphs import export_graph
 from nmoe_train.config import configure
 from nmoe_train.pipeline import train
@@ -145,7 +145,7 @@ def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
 
 def test_a_run_that_has_not_changed_is_not_even_built(golden, tmp_path, monkeypatch):
     first = export_run(golden / "run", tmp_path / "fleet")
-    monkeypatch.setattr("nmoe_export.fleet.of_run", None)
+    monkeypatch.setattr("nmoe_export.export.of_run", None)
     again = export_run(golden / "run", tmp_path / "fleet")
     assert (again.changed, again.fleet) == (False, first.fleet)
 
@@ -260,7 +260,7 @@ def test_a_missing_run_is_one_line(nmoe_export, tmp_path):
 
 
 def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_export, golden, monkeypatch):
-    for module in ("nmoe_export.graphs", "nmoe_export.fleet"):
+    for module in ("nmoe_export.graphs", "nmoe_export.export"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
     shown = nmoe_export(golden / "run")

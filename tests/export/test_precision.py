@@ -12,14 +12,14 @@ import torch
 from export.foreign import INT8, Attentive, modules
 from torch import nn
 
-from nmoe_edge.bundle import read_bundle
-from nmoe_edge.fleet import read_fleet_folder
+from nmoe_edge.bundle.fleet import read_fleet_folder
+from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.models import Models, run_selftest
-from nmoe_export import choice, precision
+from nmoe_export import assignment, precision
 from nmoe_export.calibrate import Recipe
-from nmoe_export.component import Component
+from nmoe_export.candidate import Candidate
 from nmoe_export.errors import DropError, GraphError
-from nmoe_export.fleet import Options, export_fleet
+from nmoe_export.export import Options, export_fleet
 from nmoe_export.source import of_modules
 from nmoe_export.targets import target_of
 from nmoe_train.run import Inference
@@ -56,7 +56,7 @@ def test_a_fleet_of_int8_bundles_passes_its_selftest_and_says_what_it_is(source,
 
 
 def test_what_int8_makes_no_faster_stays_in_float(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(choice, "latencies", lambda *_: {"float": 1.0, "written": 1.0})
+    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 1.0, "written": 1.0})
     said = []
     done = export_fleet(source, tmp_path / "fleet", INT8, said.append)
     assert set(done.report["is"].values()) == {"fp32"}
@@ -66,7 +66,7 @@ def test_what_int8_makes_no_faster_stays_in_float(source, tmp_path, monkeypatch)
 def test_nodes_go_back_to_float_until_the_drop_is_allowed_the_noisiest_first(source, tmp_path, monkeypatch):
     """As if only the second node's rounding did harm, which no other can make good."""
     noise = {"a": 30.0, "b": 10.0, "c": 20.0}
-    monkeypatch.setattr(Component, "noise", lambda *_: noise)
+    monkeypatch.setattr(Candidate, "noise", lambda *_: noise)
     true = precision._worth
 
     def worth(system, rules, reference, float_rules):
@@ -74,7 +74,7 @@ def test_nodes_go_back_to_float_until_the_drop_is_allowed_the_noisiest_first(sou
         return true(reference, float_rules, reference, float_rules) - 50 * harmed
 
     seen = [[]]
-    best = Component.best
+    best = Candidate.best
 
     def watched(self):
         if self.name == "extractor":
@@ -82,7 +82,7 @@ def test_nodes_go_back_to_float_until_the_drop_is_allowed_the_noisiest_first(sou
         return best(self)
 
     monkeypatch.setattr(precision, "_worth", worth)
-    monkeypatch.setattr(Component, "best", watched)
+    monkeypatch.setattr(Candidate, "best", watched)
     said = []
     done = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5), said.append)
     tried = [line.partition(" back")[0] for line in said if " back to float: " in line]
@@ -101,14 +101,16 @@ def test_the_threshold_is_chosen_again_on_the_int8_system(source, tmp_path, monk
         inference=Inference(1, "probabilities", 0.5, False),
         key="mine",
     )
-    monkeypatch.setattr(precision.System, "threshold", lambda self: replace(self.source.inference, local_first=0.95))
+    monkeypatch.setattr(
+        precision.Simulation, "threshold", lambda self: replace(self.source.inference, local_first=0.95)
+    )
     export_fleet(mine, tmp_path / "fleet", INT8)
     assert read_bundle(tmp_path / "fleet" / "device-01").manifest.routing.local_first == 0.95
     monkeypatch.undo()
-    monkeypatch.setattr(choice, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
+    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
     seen = []
     monkeypatch.setattr(
-        "nmoe_export.system.choose_threshold", lambda own, everybody, rules: seen.append((own, everybody)) or 0.7
+        "nmoe_export.simulation.choose_threshold", lambda own, everybody, rules: seen.append((own, everybody)) or 0.7
     )
     done = export_fleet(mine, tmp_path / "other", INT8)
     assert done.report["local_first"] == {"float": 0.5, "written": 0.7}
@@ -199,7 +201,7 @@ def test_what_devices_have_in_common_is_one_file_and_one_changed_expert_rewrites
 
 def test_a_network_of_somebody_else_becomes_a_fleet(tmp_path):
     """torchvision's MobileNet as extractor: depthwise convolutions, hard swishes and all."""
-    from nmoe_train.vision import models
+    from nmoe_train.data.vision import models
 
     torch.manual_seed(0)
     net = models.mobilenet_v3_small(num_classes=16).eval()
@@ -251,7 +253,7 @@ def test_nodes_that_went_back_to_float_are_not_missed(source, tmp_path, monkeypa
         harmed = system is not reference and not first[-1]
         return true(reference, float_rules, reference, float_rules) - 50 * harmed
 
-    best = Component.best
+    best = Candidate.best
 
     def watched(self):
         if self.name == "extractor":
@@ -259,7 +261,7 @@ def test_nodes_that_went_back_to_float_are_not_missed(source, tmp_path, monkeypa
         return best(self)
 
     monkeypatch.setattr(precision, "_worth", worth)
-    monkeypatch.setattr(Component, "best", watched)
+    monkeypatch.setattr(Candidate, "best", watched)
     found = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5)).report["fusion"]
     assert (found["convs"], found["convs_integer"], found["adds"], found["missing"]) == (1, 1, 1, "")
 
@@ -296,7 +298,7 @@ FP16 = Options("fp16", max_drop=100.0)
 
 def test_a_float16_fleet_passes_its_selftest_and_says_what_it_costs(source, tmp_path, monkeypatch):
     # Slower here is no reason to keep float32: it is for other machines.
-    monkeypatch.setattr(choice, "latencies", lambda *_: {"float": 1.0, "written": 2.0})
+    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 1.0, "written": 2.0})
     done = export_fleet(source, tmp_path / "fleet", FP16)
     assert set(done.report["is"].values()) == {"fp16"}
     assert done.report["speed"]["extractor"]["times_faster"] == 0.5

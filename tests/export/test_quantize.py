@@ -11,9 +11,9 @@ from torch import nn
 
 from nmoe_edge.models import Graph
 from nmoe_export.calibrate import Recipe, ranges
+from nmoe_export.fp16 import halved
 from nmoe_export.fusion import fusion
 from nmoe_export.graphs import export_graph
-from nmoe_export.half import halved
 from nmoe_export.quantize import quantizable, quantize, simplified, unranged
 from nmoe_export.targets import TARGETS, target_of
 from nmoe_train.nets import NetSpec, build

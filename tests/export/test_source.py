@@ -16,7 +16,7 @@ from nmoe_edge.cli import main as edge_main
 from nmoe_export.calibrate import Recipe
 from nmoe_export.cli import main
 from nmoe_export.errors import SourceError
-from nmoe_export.fleet import export_fleet
+from nmoe_export.export import export_fleet
 from nmoe_export.samples import samples_of
 from nmoe_export.source import of_factory, of_modules
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from tiny.make import make_fleet
 
-from nmoe_edge.fleet import read_fleet_folder
+from nmoe_edge.bundle.fleet import read_fleet_folder
 
 
 def test_the_committed_fleet_is_what_the_script_makes(tiny_fleet, tmp_path):

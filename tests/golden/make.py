@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from edge.samples import MESSAGES, as_plain
 from tiny.make import DEVICES, SIZE, bundle, images
 
-from nmoe_edge.bundle import write_bundle
-from nmoe_edge.fleet import Device, Fleet
-from nmoe_edge.manifest import sha256
-from nmoe_edge.npz import write_npz
+from nmoe_edge.bundle.fleet import Device, Fleet
+from nmoe_edge.bundle.folder import write_bundle
+from nmoe_edge.bundle.manifest import sha256
+from nmoe_edge.common.npz import write_npz
 from nmoe_edge.protocol.wire import encode
 from nmoe_train.nets import NetSpec, build
 from nmoe_train.run import DataRecord, Inference, Networks, RunRecord, write_run

@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from nmoe_edge.bundle import SelfTest, write_bundle
-from nmoe_edge.fleet import FLEET_FILE, SCHEMA, Device, Fleet
-from nmoe_edge.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
+from nmoe_edge.bundle.fleet import FLEET_FILE, SCHEMA, Device, Fleet
+from nmoe_edge.bundle.folder import SelfTest, write_bundle
+from nmoe_edge.bundle.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
 
 DEVICES = ("attic", "barn", "cellar")
 LABELS = ("top", "middle", "bottom")

@@ -95,7 +95,7 @@ def test_ctrl_c_says_how_to_go_on(nmoe_train, tmp_path, monkeypatch):
 
 def test_a_resumed_training_keeps_its_own_settings(nmoe_train, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("nmoe_train.fleet.Fleet._train_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("nmoe_train.trainer.Trainer._train_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         nmoe_train("run", "--rounds", "2", "--clients", "3", "--seed", "9", "--out", tmp_path / "run")
     shown = nmoe_train("run", "--out", tmp_path / "run", "--resume")
     assert shown.exit_code == 0, shown.error

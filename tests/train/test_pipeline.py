@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from nmoe_train.clients import deal
 from nmoe_train.config import configure
-from nmoe_train.data import load
+from nmoe_train.data.clients import deal
+from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
-from nmoe_train.evaluate import class_mix
 from nmoe_train.pipeline import retrained, stopped_config, train
-from nmoe_train.privacy import noise_for
+from nmoe_train.results.evaluation import class_mix
 from nmoe_train.run import read_run
+from nmoe_train.stages.privacy import noise_for
 
 SHORT = {"extractor": {"rounds": 2}, "gate": {"rounds": 3, "laps": 1}, "experts": {"epochs": 2}, "data": {"clients": 3}}
 
@@ -239,8 +239,8 @@ def test_the_threshold_is_chosen_on_held_out_samples_and_the_fleet_measured_on_t
         assert rules.local_first == 0.8
         return {"networked": {}, "own_expert": {}, "kept_local": 1.0, "routing": [[1.0]], "load": [1.0]}
 
-    monkeypatch.setattr("nmoe_train.fleet.choose_threshold", choose)
-    monkeypatch.setattr("nmoe_train.fleet.evaluate", evaluate)
+    monkeypatch.setattr("nmoe_train.trainer.choose_threshold", choose)
+    monkeypatch.setattr("nmoe_train.trainer.evaluate", evaluate)
     run = train(configure(flags=SHORT), tmp_path / "run")
     ((own, everybody),) = chosen
     assert all(torch.equal(a, y) for a, (_, y) in zip(own, clients.held_out, strict=True))

@@ -1,0 +1,1 @@
+"""What a run is worth: evaluation, baselines, the paper's tables and figures, pages."""

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nmoe_edge.protocol.classmix import LEAST_ROWS, MOST_ROWS, ClassMix, class_mix
+
+SKEWED = np.array([0.6, 0.25, 0.1, 0.04, 0.01])
+
+
+def answers(rows, mix=SKEWED, seed=0, unsure=1.2):
+    """What calibrated experts without a prior say of rows of this mix, and the truth: x is the class and noise."""
+    random = np.random.default_rng(seed)
+    truth = random.choice(len(mix), rows, p=mix)
+    x = np.eye(len(mix))[truth] + random.normal(0, unsure, (rows, len(mix)))
+    scores = x / unsure**2  # log p(x | class), but for what all classes have in common
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    return (p / p.sum(1, keepdims=True)).astype(np.float32), truth
+
+
+def test_a_skewed_mix_is_recovered_within_a_few_points():
+    p, truth = answers(MOST_ROWS)
+    seen = np.bincount(truth, minlength=5) / len(truth)
+    assert np.abs(class_mix(p) - seen).max() < 0.05
+    assert class_mix(p).sum() == pytest.approx(1)
+
+
+def test_an_even_mix_stays_even():
+    p, _ = answers(MOST_ROWS, np.full(5, 0.2))
+    assert class_mix(p) == pytest.approx(np.full(5, 0.2), abs=0.06)
+
+
+def test_a_class_that_was_never_seen_keeps_a_share():
+    p = np.tile(np.array([[1.0, 0.0, 0.0]]), (500, 1))
+    assert class_mix(p).min() > 0
+
+
+def test_answers_weighed_with_the_mix_are_right_more_often():
+    learnt, new = answers(1000, seed=1), answers(3000, seed=2)
+    mix = ClassMix(5)
+    mix.weighed(learnt[0])
+    plain = (new[0].argmax(1) == new[1]).mean()
+    weighed = (mix.weighed(new[0]).argmax(1) == new[1]).mean()
+    assert weighed > plain + 0.05
+
+
+def test_weighed_rows_are_probabilities_of_the_mix_times_the_answer():
+    mix = ClassMix(5)
+    mix.weighed(answers(1000)[0])
+    before = mix.mix.copy()
+    p, _ = answers(50, seed=3)
+    product = p * before
+    found = mix.weighed(p)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(product / product.sum(1, keepdims=True), rel=1e-5)
+
+
+def test_too_few_rows_leave_an_answer_as_it_is():
+    mix, (p, _) = ClassMix(5), answers(LEAST_ROWS)
+    for row in p[:-1]:
+        assert mix.weighed(row[None]) == pytest.approx(row[None], rel=1e-6)
+    assert mix.mix is None
+    mix.weighed(p[-1:])
+    assert mix.mix == pytest.approx(class_mix(p))
+
+
+def test_a_request_of_many_rows_is_not_weighed_with_what_it_teaches():
+    mix, (p, _) = ClassMix(5), answers(1000)
+    assert mix.weighed(p) == pytest.approx(p, rel=1e-6)
+    assert mix.mix is not None
+
+
+def test_the_confidence_is_learnt_from_what_came_in_not_from_what_was_weighed():
+    mix, (p, _) = ClassMix(5), answers(1500)
+    for start in range(0, len(p), 100):
+        mix.weighed(p[start : start + 100])
+    assert np.array_equal(mix.remembered(), p)
+    assert mix.mix == pytest.approx(class_mix(p), abs=0.03)  # it goes on from the last estimate
+
+
+def test_what_is_remembered_is_bounded_and_the_oldest_goes_first():
+    mix, (p, _) = ClassMix(5), answers(MOST_ROWS + 500)
+    for start in range(0, len(p), 250):
+        mix.weighed(p[start : start + 250])
+    assert mix.rows == MOST_ROWS
+    assert np.array_equal(mix.remembered(), p[500:])
+
+
+def test_a_camera_that_was_moved_is_learnt_anew():
+    mix = ClassMix(5)
+    mix.weighed(answers(MOST_ROWS, unsure=0.6)[0])
+    mix.weighed(answers(MOST_ROWS, SKEWED[::-1], seed=4, unsure=0.6)[0])
+    assert mix.mix == pytest.approx(SKEWED[::-1], abs=0.06)
+
+
+def test_nothing_known_is_nothing_remembered():
+    assert ClassMix(5).remembered().shape == (0, 5)
+
+
+def test_what_was_remembered_is_taken_up_again():
+    first, second = ClassMix(5), ClassMix(5)
+    first.weighed(answers(600)[0])
+    second.recall(first.remembered())
+    assert second.rows == 600
+    assert second.mix == pytest.approx(first.mix)
+
+
+def test_few_remembered_rows_make_no_mix():
+    mix = ClassMix(5)
+    mix.recall(answers(LEAST_ROWS - 1)[0])
+    assert (mix.rows, mix.mix) == (LEAST_ROWS - 1, None)
+
+
+def test_more_rows_than_are_remembered_are_cut_to_the_newest():
+    mix, (p, _) = ClassMix(5), answers(MOST_ROWS + 7)
+    mix.recall(p)
+    assert np.array_equal(mix.remembered(), p[7:])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.full((3, 4), 0.25),
+        np.full(5, 0.2),
+        np.full((2, 3, 5), 0.2),
+        np.array([[0.2, 0.2, np.nan, 0.2, 0.2]]),
+        np.array([[np.inf, 0.0, 0.0, 0.0, 0.0]]),
+        np.array([[0.6, 0.6, -0.2, 0.0, 0.0]]),
+        np.zeros((2, 5)),
+    ],
+    ids=["narrow", "one row", "deep", "nan", "inf", "negative", "zeros"],
+)
+def test_what_are_no_probabilities_is_not_taken_up(rows):
+    mix = ClassMix(5)
+    mix.recall(answers(300)[0])
+    known = mix.mix.copy()
+    with pytest.raises(ValueError, match="rows"):
+        mix.recall(rows)
+    assert mix.rows == 300
+    assert np.array_equal(mix.mix, known)
+
+
+def test_the_desk_and_the_device_find_the_same_mix():
+    torch = pytest.importorskip("torch")
+    evaluate = pytest.importorskip("nmoe_train.results.evaluation")
+    p, _ = answers(MOST_ROWS, seed=5)
+    assert class_mix(p) == pytest.approx(evaluate.class_mix(torch.from_numpy(p)).numpy(), abs=1e-4)

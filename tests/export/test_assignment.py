@@ -1,0 +1,67 @@
+"""What each graph of an int8 fleet is calibrated on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from export.foreign import INT8, modules
+
+from nmoe_edge.bundle.folder import read_bundle
+from nmoe_edge.models import Graph
+from nmoe_export import assignment
+from nmoe_export.calibrate import Recipe
+from nmoe_export.candidate import Candidate
+from nmoe_export.export import export_fleet
+from nmoe_export.source import of_modules
+
+
+@pytest.mark.parametrize("kept", [(), ("extractor",), ("gate",)])
+@pytest.mark.parametrize(("gates", "known"), [(1, False), (3, True), (3, False)])
+def test_gates_and_experts_are_calibrated_on_what_they_will_receive(images, tmp_path, monkeypatch, kept, gates, known):
+    """The latents of the extractor that is written, sent where the gates that are written send them."""
+    extractor, gate, experts = modules(gates=gates)
+    given = replace(of_modules(extractor, gate, experts, images), clients=np.arange(80) % 3 if known else None)
+    saw, true = {}, Candidate.calibrate
+
+    def calibrate(self, inputs, recipe):
+        saw[self.name] = np.array(inputs)
+        true(self, inputs, recipe)
+
+    monkeypatch.setattr(Candidate, "calibrate", calibrate)
+    monkeypatch.setattr(assignment.Assignment, "_faster", lambda self, kind: kind not in kept)
+    recipe = Recipe(least=5)
+    done = export_fleet(given, tmp_path / "fleet", replace(INT8, recipe=recipe))
+    assert [kind for kind, what in done.report["is"].items() if what == "fp32"] == list(kept)
+    bundles = [read_bundle(tmp_path / "fleet" / f"device-0{i}").contents for i in range(3)]
+    assert np.array_equal(saw["extractor"], images[given.shown])
+    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.shown])
+    favourites = np.stack([Graph("gate", b["gate.onnx"], (8,), (3,))(latents).argmax(1) for b in bundles])
+    for i in range(3):
+        assert np.array_equal(saw[f"gate {i if gates > 1 else 0}"], latents)
+        if known:
+            owners = given.clients[given.shown]
+            sent = (favourites[owners, np.arange(len(owners))] == i) | (owners == i)
+        else:
+            sent = (favourites == i).any(0)
+        assert np.array_equal(saw[f"expert {i}"], latents[sent] if sent.sum() >= 5 else latents), i
+
+
+def test_gate_and_expert_are_calibrated_on_the_latents_of_somebodys_file(source, images, tmp_path, monkeypatch):
+    path = tmp_path / "theirs.npz"
+    np.savez(path, inputs=images[::2] // 2)
+    saw, true = {}, Candidate.calibrate
+
+    def calibrate(self, inputs, recipe):
+        saw[self.name] = np.array(inputs)
+        true(self, inputs, recipe)
+
+    monkeypatch.setattr(Candidate, "calibrate", calibrate)
+    export_fleet(source, tmp_path / "fleet", replace(INT8, recipe=Recipe(data=f"npz:{path}")))
+    contents = read_bundle(tmp_path / "fleet" / "device-00").contents
+    latents = Graph("extractor", contents["extractor.onnx"], (3, 8, 8), (8,))(images[::2] // 2)
+    assert np.array_equal(saw["extractor"], images[::2] // 2)
+    assert np.array_equal(saw["gate 0"], latents)
+    for i in range(3):
+        assert {row.tobytes() for row in saw[f"expert {i}"]} <= {row.tobytes() for row in latents}
