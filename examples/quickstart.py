@@ -16,7 +16,7 @@ from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.client import Client
 from nmoe_edge.device.node import Node
-from nmoe_edge.device.requests import Rules
+from nmoe_edge.device.rules import Rules
 from nmoe_edge.errors import EdgeError, NetworkError
 from nmoe_edge.keys import keys_to
 

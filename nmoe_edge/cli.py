@@ -145,10 +145,10 @@ def serve(
     import time
 
     from nmoe_edge.bundle.fleet import FLEET_FILE, fleet_file
-    from nmoe_edge.common.log import Log
+    from nmoe_edge.common.log import StderrLog
     from nmoe_edge.common.memory import trim
     from nmoe_edge.device.node import Node
-    from nmoe_edge.device.requests import Rules
+    from nmoe_edge.device.rules import Rules
     from nmoe_edge.device.saved_mix import default_state
     from nmoe_edge.errors import CallError, FleetError
 
@@ -157,7 +157,7 @@ def serve(
         raise FleetError(f"{bundle} is a whole fleet; serve one of its devices: {bundle}/NAME")
     beside = bundle.resolve().parent / FLEET_FILE
     fleet = fleet_file(fleet) if fleet is not None else beside if os.path.isfile(beside) else None
-    log = Log(bundle.resolve().name, log_json)
+    log = StderrLog(bundle.resolve().name, log_json)
     rules = Rules(top_k, local_first, adapt, _LATENTS.get(latents), deadline_ms / 1000, prefer_near, hedge)
     state = state if state is not None else default_state()
     wanted: list[Callable[[Node], None]] = []
@@ -215,7 +215,7 @@ def _discovery(node: Node) -> AbstractContextManager[Any]:
         node.close()
         raise NetworkError(f"--discover: {error.name} is not installed; pip install 'nmoe[discover]'") from error
     manifest = node.models.manifest
-    return closing(Discovery(manifest.device, manifest.trunk, node.address, node.found))
+    return closing(Discovery(manifest.device, manifest.trunk, node.address, node.peer_discovered))
 
 
 _LATENTS: dict[str | None, Any] = {"int8": "int8", "fp16": "float16", "fp32": "float32"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmoe_edge.common.text import counted, one_line
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nmoe_edge.bundle.fleet import Fleet
     from nmoe_edge.bundle.folder import Bundle
     from nmoe_edge.client import Answers
+    from nmoe_edge.status import StatusReport
 
 
 def bundle_table(bundle: Bundle) -> str:
@@ -55,7 +56,7 @@ def fleet_table(fleet: Fleet, bundles: dict[str, Bundle]) -> str:
 
 
 def answer_lines(
-    path: Path, start: int, rows: int, answers: Answers, facts: dict[str, Any], as_json: bool
+    path: Path, start: int, rows: int, answers: Answers, facts: StatusReport, as_json: bool
 ) -> Iterator[str]:
     """A line for each row, the first of which is `start` of the `rows` of its file; facts: the device's status."""
     width = len(str(rows - 1))
@@ -84,7 +85,7 @@ def answer_lines(
         )
 
 
-def status_table(facts: dict[str, Any]) -> str:
+def status_table(facts: StatusReport) -> str:
     """A device's status."""
     mix, rules = facts["class_mix"], facts["rules"]
     learnt = f"{mix['rows']} rows seen, " + ("in use" if mix["mix"] else "200 are needed") if mix["adapt"] else "off"
@@ -103,7 +104,7 @@ def status_table(facts: dict[str, Any]) -> str:
     if facts["peers"]:
         lines.append(f"{'peer':<14}{'expert':>7}  {'state':<9}{'rtt ms':>8}{'p95 ms':>8}{'asked':>9}{'answered':>9}")
     for peer in facts["peers"]:
-        rtt, p95 = ("–" if peer[key] is None else f"{peer[key]:.2f}" for key in ("rtt_ms", "p95_ms"))
+        rtt, p95 = ("–" if ms is None else f"{ms:.2f}" for ms in (peer["rtt_ms"], peer["p95_ms"]))
         lines.append(
             f"{peer['name']:<14}{peer['expert']:>7}  {peer['state']:<9}{rtt:>8}{p95:>8}"
             f"{peer['asked']:>9}{peer['answered']:>9}"
@@ -111,7 +112,7 @@ def status_table(facts: dict[str, Any]) -> str:
     return "\n".join(one_line(line) for line in lines)  # a peer's words may be in it
 
 
-def ready_line(facts: dict[str, Any]) -> str:
+def ready_line(facts: StatusReport) -> str:
     """What a device serves, and how, when it begins to."""
     keys = "without keys" if facts["known_keys"] is None else f"CURVE with {counted(facts['known_keys'], 'known key')}"
     where = f"at {facts['address']}, {keys}" if facts["address"] else "for nobody but this process"

@@ -46,24 +46,31 @@ EDGE = {
     "models": "bundle.folder protocol.routing",
     "keys": "bundle.fleet",
     "frames": "",
-    "client": "bundle.fleet frames keys protocol.combine protocol.messages protocol.tensor protocol.wire",
+    "status": "",
+    "client": "bundle.fleet frames keys protocol.combine protocol.messages protocol.tensor protocol.wire status",
     "device": "",
-    "device.metrics": "",
+    "device.metrics": "status",
+    "device.rules": "bundle.manifest",
     "device.membership": "bundle.fleet bundle.manifest keys",
     "device.saved_mix": "bundle.manifest protocol.classmix",
     "device.dns": "bundle.fleet",
     "device.mdns": "",
     "device.sockets": "bundle.fleet device.metrics frames keys protocol.messages protocol.wire",
-    "device.peers": "bundle.fleet device.dns device.metrics device.sockets protocol.health protocol.messages",
+    "device.peers": "bundle.fleet device.dns device.metrics device.sockets protocol.health protocol.messages status",
     "device.service": "device.metrics device.sockets models protocol.messages protocol.tensor protocol.wire",
     "device.extraction": "models",
     "device.requests": (
-        "bundle.manifest device.extraction device.metrics device.peers models protocol.classmix protocol.combine"
-        " protocol.exchange protocol.messages protocol.routing protocol.tensor protocol.wire"
+        "bundle.manifest device.extraction device.metrics device.peers device.rules models protocol.classmix"
+        " protocol.combine protocol.exchange protocol.messages protocol.routing protocol.tensor protocol.wire"
+    ),
+    "device.files": "device.membership device.rules models",
+    "device.report": (
+        "__init__ device.metrics device.peers device.requests device.rules device.sockets models protocol.classmix status"
     ),
     "device.node": (
-        "__init__ bundle.folder client device.dns device.extraction device.membership device.metrics device.peers"
-        " device.requests device.saved_mix device.service device.sockets models protocol.messages protocol.tensor"
+        "bundle.fleet client device.dns device.extraction device.files device.metrics device.peers device.report"
+        " device.requests device.rules device.saved_mix device.service device.sockets models protocol.messages"
+        " protocol.tensor status"
     ),
     "bench": "",
     "bench.samples": "",
@@ -75,13 +82,13 @@ EDGE = {
     "bench.tables": "bench.board bench.compare bench.probe bench.record bench.samples",
     "bench.measure": (
         "__init__ bench.board bench.load bench.probe bench.record bundle.fleet bundle.folder client device.membership"
-        " keys models"
+        " keys models status"
     ),
     "bench.cli": "bench.compare bench.measure bench.record bench.tables bundle.fleet",
-    "display": "bundle.fleet bundle.folder client",
+    "display": "bundle.fleet bundle.folder client status",
     "cli": (
         "bench.cli bundle.fleet bundle.folder bundle.image bundle.manifest client device.mdns device.node"
-        " device.requests device.saved_mix display keys models"
+        " device.rules device.saved_mix display keys models"
     ),
     "__main__": "cli",
 }

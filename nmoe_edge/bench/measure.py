@@ -33,6 +33,7 @@ from nmoe_edge.common.schema import from_plain, parse_json
 from nmoe_edge.device.membership import find_membership
 from nmoe_edge.errors import BenchError, CallError, EdgeError
 from nmoe_edge.keys import address_of, keys_to
+from nmoe_edge.status import PeerReport, StatusReport
 
 Say = Callable[[str], None]
 _HERE = Path(__file__).resolve().parents[2]
@@ -303,12 +304,12 @@ def _met(plan: Plan, bundle: Bundle, fleet: Path, say: Say) -> Iterator[_Met]:
         yield _Met(client, access, f"{device.name}, {_threads(facts['threads'])}", known, alive)
 
 
-def _peers(facts: dict[str, Any]) -> list[dict[str, Any]]:
+def _peers(facts: StatusReport) -> list[PeerReport]:
     """None where it is no device that says of itself what ours do."""
     return facts.get("peers") or []
 
 
-def _alive(facts: dict[str, Any]) -> int:
+def _alive(facts: StatusReport) -> int:
     return sum(peer["state"] == "alive" for peer in _peers(facts))
 
 
@@ -327,13 +328,13 @@ def _fleet(plan: Plan, bundle: Bundle, met: _Met, stack: contextlib.ExitStack) -
         yield series(f"open loop, {plan.rate:g}/s", 1, plan.rate)
 
 
-def _facts(client: Client) -> dict[str, Any] | None:
+def _facts(client: Client) -> StatusReport | None:
     with contextlib.suppress(CallError):  # nobody is there
         return client.status(1.0)
     return None
 
 
-def _acquainted(client: Client) -> dict[str, Any]:
+def _acquainted(client: Client) -> StatusReport:
     """The status of a device that has met its peers, or has had the time to."""
     until = time.monotonic() + _ACQUAINTED_S
     while True:

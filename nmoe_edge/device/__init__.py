@@ -1,1 +1,1 @@
-"""The process that serves one device. SERVING.md describes its options and what they cost."""
+"""The process that serves one device. SERVING.md describes its options, counters, log events and costs."""

@@ -1,5 +1,7 @@
-"""What the host names of a fleet stand for: libzmq would look them up in the one thread that moves all messages, and a
-name that nobody knows at present would hold up everybody.
+"""Resolves the host names in a fleet's addresses, in threads of their own.
+
+libzmq would resolve them in the one thread that moves all messages, where a name that cannot be resolved delays every
+other peer.
 """
 
 from __future__ import annotations
@@ -12,33 +14,34 @@ from contextlib import suppress
 
 from nmoe_edge.bundle.fleet import Device
 
-_NUMBERS = re.compile(r"tcp://(\[.*\]|[0-9.]+):\d+")
+_NUMERIC = re.compile(r"tcp://(\[.*\]|[0-9.]+):\d+")
 
 
-def is_numbers(address: str) -> bool:
-    """Whether there is nothing to look up in it."""
-    return _NUMBERS.fullmatch(address) is not None
+def is_numeric(address: str) -> bool:
+    """Whether the address contains an IP address, not a host name."""
+    return _NUMERIC.fullmatch(address) is not None
 
 
 class Resolver:
-    """Looks up where devices are, each in a thread of its own: some names take half a minute."""
+    """Resolves addresses, one thread per look-up: some names take half a minute."""
 
-    def __init__(self, found: Callable[[Device, str], None]) -> None:
-        """found: told a device, as it was asked for, and its address in numbers; in any thread."""
-        self._found = found
+    def __init__(self, resolved: Callable[[Device, str], None]) -> None:
+        """resolved: called with the device, as it was given, and its numeric address; in any thread."""
+        self._resolved = resolved
         self._under_way: set[str] = set()
 
     def look_up(self, device: Device) -> None:
-        """Have it looked up, unless it is being."""
+        """Start to resolve a device's address, unless that is under way already."""
         if device.name not in self._under_way:
             self._under_way.add(device.name)
-            threading.Thread(target=self._look_up, args=(device,), name="names", daemon=True).start()
+            threading.Thread(target=self._look_up, args=(device,), name="resolver", daemon=True).start()
 
     def _look_up(self, device: Device) -> None:
         host, _, port = device.address.removeprefix("tcp://").rpartition(":")
         try:
-            with suppress(OSError, UnicodeError):  # nobody knows it at present: it is asked for again
-                (*_, place), *_ = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
-                self._found(device, f"tcp://{place[0]}:{port}")
+            with suppress(OSError, UnicodeError):  # it cannot be resolved now; Peers asks again later
+                first, *_ = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+                ip = first[4][0]
+                self._resolved(device, f"tcp://{ip}:{port}")
         finally:
             self._under_way.discard(device.name)

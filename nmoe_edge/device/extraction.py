@@ -1,8 +1,8 @@
-"""Inputs -> latents and scores, in a thread of its own: the slow part of a device, beside which it goes on answering.
+"""Computes latents and gate scores of inputs in a thread of its own, so that the device serves meanwhile.
 
-What is queued is run together; a batch is never waited for. A request that is alone and quicker done than handed over
-and fetched is done on the spot. Bounded in rows and in time: what could not be done before its deadline is refused when
-it comes.
+This is the slow part of a device. Queued jobs are run together, but a batch is never waited for. A job that is alone,
+and done sooner than the thread could be woken, is done by the caller. The queue is bounded in jobs, rows and time: a
+job that could not finish before its deadline is refused when it is offered.
 """
 
 from __future__ import annotations
@@ -20,90 +20,105 @@ from numpy.typing import NDArray
 from nmoe_edge.errors import ModelError
 from nmoe_edge.models import Models
 
-MOST_REQUESTS = 256
-MOST_ROWS = 4096
+MAX_REQUESTS = 256
+MAX_ROWS = 4096
+"""Rows in the queue; an empty queue accepts a larger job."""
 BATCH_ROWS = 32
-"""Run together at most; a request of more is run in pieces of so many, or its activations would fill a small board."""
+"""Rows that are run together at most. A larger job is run in pieces: its activations would fill a small board."""
 _QUICK_S = 0.0005
-"""Handing a request to the thread and back takes half as long; peers that ask meanwhile wait no longer than this."""
+"""A job that takes less is done by the caller. Handing it to the thread and back takes half as long, and peers that ask
+meanwhile wait no longer than this."""
+_SMOOTHING = 8
+"""The time per row moves an eighth of the way to each new measurement."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request's inputs, and what becomes of them."""
+    """The inputs of one request, and what is computed from them."""
 
     models: Models
     inputs: NDArray[Any]
+    """(rows, *input)"""
     deadline: float
-    own_too: bool
-    """Whether the own expert's answer is wanted for every row: local first asks it before anybody."""
+    with_own: bool
+    """Whether to run the device's own expert on every row too: local-first needs its confidence."""
     latents: NDArray[np.float32] | None = None
+    """(rows, latent)"""
     scores: NDArray[np.float32] | None = None
+    """(rows, experts)"""
     own: NDArray[np.float32] | None = None
+    """(rows, outputs): the own expert's answers, when `with_own`."""
     error: str | None = None
-    """What broke; a job with neither this nor latents was given up."""
+    """What failed. A finished job with neither error nor latents was given up."""
     dropped: bool = False
-    """Nobody waits for it any more."""
+    """Set when its request is closed: the result is not needed any more."""
 
     @property
     def given_up(self) -> bool:
-        """Whether what is not done by now is not worth doing."""
+        """Whether the job is pointless: dropped, or past its deadline."""
         return self.dropped or time.monotonic() >= self.deadline
 
 
 class Extraction:
-    """The thread and its queue."""
+    """The thread and its queue. One thread, the node's, calls all methods."""
 
     def __init__(self, wake: Callable[[], None], quick_s: float = _QUICK_S) -> None:
-        """wake: called when the thread has done something; quick_s: what takes no longer is done without it."""
-        self._wake, self._quick_s = wake, quick_s
-        self._queue: deque[Job] = deque()
-        self.finished: deque[Job] = deque()
-        """What `done` takes from."""
-        self._changed = threading.Condition()
-        self._rows, self._stopped = 0, False
+        """wake: called by the thread after each batch; quick_s: a shorter job is done without the thread."""
+        self._wake = wake
+        self._quick_s = quick_s
         self.offered = False
         """Whether `start` has something to do."""
+        self.finished: deque[Job] = deque()
+        """Finished jobs, until `done` returns them."""
+        self._changed = threading.Condition()  # guards the queue, the two row figures and _stopped
+        self._queue: deque[Job] = deque()
+        self._unfinished_rows = 0
         self._row_s = 0.0
-        """What a row takes, smoothed."""
-        self._thread = threading.Thread(target=self._run, name="front", daemon=True)
+        """Seconds per row, smoothed; 0 before the first measurement."""
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="extraction", daemon=True)
         self._thread.start()
 
     def offer(self, job: Job, now: float) -> bool:
-        """Take a job on, for when `start` is called; False when it could not be done in time, or the queue is full."""
+        """Queue a job until `start`. False when the queue is full or the job could not finish before its deadline."""
         rows = len(job.inputs)
         with self._changed:
-            full = len(self._queue) >= MOST_REQUESTS or (self._queue and self._rows + rows > MOST_ROWS)
-            # What a row takes is learnt by running some: with nothing to wait for, a job is run whatever was learnt.
-            if full or now >= job.deadline or (self._rows and now + (self._rows + rows) * self._row_s > job.deadline):
+            full = len(self._queue) >= MAX_REQUESTS or (self._queue and self._unfinished_rows + rows > MAX_ROWS)
+            if full or now >= job.deadline:
+                return False
+            # The time per row is learned by running jobs. So a job that waits for no other is always run: otherwise
+            # one slow run would lead to refusing everything.
+            ready_at = now + (self._unfinished_rows + rows) * self._row_s
+            if self._unfinished_rows and ready_at > job.deadline:
                 return False
             self._queue.append(job)
-            self._rows += rows
+            self._unfinished_rows += rows
         self.offered = True
         return True
 
     def start(self) -> None:
-        """Have done what was offered: here where that is quicker, else by the thread."""
+        """Begin what was offered: a quick job that is alone at once, by the caller; the rest in the thread."""
         self.offered = False
         with self._changed:
-            alone = len(self._queue) == 1 and self._rows == len(self._queue[0].inputs)
-            if not (alone and 0 < self._rows * self._row_s < self._quick_s):
+            alone = len(self._queue) == 1 and self._unfinished_rows == len(self._queue[0].inputs)
+            is_quick = 0 < self._unfinished_rows * self._row_s < self._quick_s
+            if not (alone and is_quick):
                 self._changed.notify()
                 return
-            batch = self._batch()
-        self._do(batch)
+            batch = self._next_batch()
+        self._process(batch)
 
-    def done(self, most: int) -> list[Job]:
-        """What is finished and still waited for; no more than so many."""
-        found: list[Job] = []
-        while self.finished and len(found) < most:
+    def done(self, limit: int) -> list[Job]:
+        """Take finished jobs, at most `limit`; dropped ones are left out."""
+        jobs: list[Job] = []
+        while self.finished and len(jobs) < limit:
             job = self.finished.popleft()
             if not job.dropped:
-                found.append(job)
-        return found
+                jobs.append(job)
+        return jobs
 
     def close(self) -> None:
-        """Stop after what is being run."""
+        """Stop the thread after the batch it is running."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -116,25 +131,26 @@ class Extraction:
                     self._changed.wait()
                 if self._stopped:
                     return
-                batch = self._batch()
-            self._do(batch)
+                batch = self._next_batch()
+            self._process(batch)
             self._wake()
 
-    def _do(self, batch: list[Job]) -> None:
+    def _process(self, batch: list[Job]) -> None:
         began = time.monotonic()
-        ready = [job for job in batch if not job.given_up]
-        if ready:
-            _compute(ready)
+        wanted = [job for job in batch if not job.given_up]
+        if wanted:
+            _compute(wanted)
         took = time.monotonic() - began
-        rows = sum([len(job.inputs) for job in ready if job.latents is not None])  # what was given up teaches nothing
+        computed_rows = sum([len(job.inputs) for job in wanted if job.latents is not None])  # only these are measured
         with self._changed:
-            self._rows -= sum([len(job.inputs) for job in batch])
-            if rows:
-                self._row_s += (took / rows - self._row_s) / (8 if self._row_s else 1)
+            self._unfinished_rows -= sum([len(job.inputs) for job in batch])
+            if computed_rows:
+                row_s = took / computed_rows
+                self._row_s += (row_s - self._row_s) / (_SMOOTHING if self._row_s else 1)
         self.finished.extend(batch)
 
-    def _batch(self) -> list[Job]:
-        """The first in the queue, and those behind it that can be run with it."""
+    def _next_batch(self) -> list[Job]:
+        """Take the first job of the queue and those behind it that can be run with it."""
         batch = [self._queue.popleft()]
         rows = len(batch[0].inputs)
         while self._queue and self._queue[0].models is batch[0].models:
@@ -146,10 +162,10 @@ class Extraction:
 
 
 def _compute(jobs: list[Job]) -> None:
-    """Latents and scores of each, or what broke; one that breaks takes no other with it."""
+    """Run the jobs together; if that fails, one by one, so that only the job with bad inputs gets the error."""
     try:
-        _computed(jobs)
-    except Exception as error:  # noqa: BLE001  # no memory, say: this thread must outlive whatever inputs do
+        _compute_together(jobs)
+    except Exception as error:  # noqa: BLE001  # out of memory, for example: the thread must survive any inputs
         if len(jobs) > 1:
             for job in jobs:
                 _compute([job])
@@ -157,23 +173,34 @@ def _compute(jobs: list[Job]) -> None:
             jobs[0].error = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 
-def _computed(jobs: list[Job]) -> None:
+def _compute_together(jobs: list[Job]) -> None:
     models = jobs[0].models
     inputs = np.concatenate([job.inputs for job in jobs]) if len(jobs) > 1 else jobs[0].inputs
     pieces = []
-    for at in range(0, len(inputs), BATCH_ROWS):
-        if at and all(job.given_up for job in jobs):
+    for start in range(0, len(inputs), BATCH_ROWS):
+        if start and all(job.given_up for job in jobs):
             return
-        pieces.append(models.extractor(inputs[at : at + BATCH_ROWS]))
+        pieces.append(models.extractor(inputs[start : start + BATCH_ROWS]))
     latents = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
     scores = models.gate(latents)
-    own = models.expert(latents) if any(job.own_too for job in jobs) else None
+    own = models.expert(latents) if any(job.with_own for job in jobs) else None
     start = 0
     for job in jobs:
         rows = slice(start, start + len(job.inputs))
         start = rows.stop
-        found = [array[rows] for array in (latents, scores, *([own] if own is not None and job.own_too else []))]
-        if not all(np.isfinite(array).all() for array in found):
-            job.error = "the models make NaN or infinity of these inputs"
-            continue
-        job.latents, job.scores, job.own = (*found, None)[:3]
+        _fill_in(job, latents[rows], scores[rows], own[rows] if own is not None and job.with_own else None)
+
+
+def _fill_in(
+    job: Job, latents: NDArray[np.float32], scores: NDArray[np.float32], own: NDArray[np.float32] | None
+) -> None:
+    """Store one job's results, or an error when they contain NaN or infinity."""
+    finite = np.isfinite(latents).all() and np.isfinite(scores).all()
+    if own is not None:
+        finite = finite and np.isfinite(own).all()
+    if not finite:
+        job.error = "the models give NaN or infinity for these inputs"
+        return
+    job.latents = latents
+    job.scores = scores
+    job.own = own

@@ -1,6 +1,6 @@
-"""Where the devices of a fleet are at present, by mDNS. The only importer of zeroconf, which comes with an extra.
+"""Announces this device by mDNS and finds its peers. The only importer of zeroconf, which comes with an extra.
 
-Nothing but addresses is taken from it, and only for devices that fleet.toml names: who a device is, its key says.
+Only addresses are used, and only for devices that fleet.toml names. A device's key proves who it is, not mDNS.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import ifaddr
 from zeroconf import InterfaceChoice, ServiceBrowser, ServiceInfo, ServiceListener, Zeroconf
 
 _TYPE = "_nmoe._tcp.local."
-_ANSWER_MS = 1000
+_QUERY_MS = 1000
 
 
 class Discovery:
-    """Says where this device is, and hears where others are."""
+    """Announces one device and reports the addresses of others until it is closed."""
 
-    def __init__(self, device: str, trunk: str, listening: str, found: Callable[[str, str], None]) -> None:
-        """listening: tcp://HOST:PORT; found: told a device's name and address, in a thread of zeroconf's."""
+    def __init__(self, device: str, trunk: str, listening: str, discovered: Callable[[str, str], None]) -> None:
+        """listening: where the device listens, tcp://HOST:PORT.
+
+        discovered: called with the name and the address of another device with this trunk, in a thread of zeroconf.
+        """
         host, _, port = listening.removeprefix("tcp://").rpartition(":")
-        alone = host.startswith("127.")
-        self._zeroconf = Zeroconf(interfaces=["127.0.0.1"] if alone else InterfaceChoice.All)
-        addresses = ["127.0.0.1"] if alone else _addresses()
+        is_local = host.startswith("127.")
+        self._zeroconf = Zeroconf(interfaces=["127.0.0.1"] if is_local else InterfaceChoice.All)
+        addresses = ["127.0.0.1"] if is_local else _own_addresses()
         info = ServiceInfo(
             _TYPE,
             f"{device}.{_TYPE}",
@@ -33,38 +36,38 @@ class Discovery:
             server=f"{device}-nmoe.local.",
         )
         self._zeroconf.register_service(info, allow_name_change=False, cooperating_responders=True)
-        self._browser = ServiceBrowser(self._zeroconf, _TYPE, listener=_Listener(device, trunk, found))
+        self._browser = ServiceBrowser(self._zeroconf, _TYPE, listener=_Listener(device, trunk, discovered))
 
     def close(self) -> None:
-        """Say goodbye."""
+        """Withdraw the announcement and stop."""
         self._zeroconf.close()
 
 
-def _addresses() -> list[str]:
-    """Where this machine is reached from others."""
+def _own_addresses() -> list[str]:
+    """The IPv4 addresses under which other machines reach this one."""
     every = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips]
     return [address for address in every if isinstance(address, str) and not address.startswith("127.")]
 
 
 class _Listener(ServiceListener):
-    """What zeroconf tells."""
+    """Receives what zeroconf finds."""
 
-    def __init__(self, device: str, trunk: str, found: Callable[[str, str], None]) -> None:
-        self._device, self._trunk, self._found = device, trunk, found
+    def __init__(self, device: str, trunk: str, discovered: Callable[[str, str], None]) -> None:
+        self._device = device
+        self._trunk = trunk
+        self._discovered = discovered
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
-        """Somebody is there."""
-        info = zc.get_service_info(type_, name, _ANSWER_MS)
+        info = zc.get_service_info(type_, name, _QUERY_MS)
         device = name.removesuffix(f".{_TYPE}")
         if info is None or device == self._device or info.properties.get(b"trunk") != self._trunk.encode():
             return
-        for address in info.parsed_addresses():
-            self._found(device, f"tcp://[{address}]:{info.port}" if ":" in address else f"tcp://{address}:{info.port}")
-            return
+        for address in info.parsed_addresses()[:1]:
+            host = f"[{address}]" if ":" in address else address
+            self._discovered(device, f"tcp://{host}:{info.port}")
 
     def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
-        """It has moved."""
         self.add_service(zc, type_, name)
 
     def remove_service(self, zc: Zeroconf, type_: str, name: str) -> None:
-        """It has gone: its silence will say so."""
+        """Ignored: a peer that has gone is found to be silent."""

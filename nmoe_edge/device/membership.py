@@ -1,4 +1,4 @@
-"""A device's place in its fleet: who it is, who the others are, whose keys may come in, where it listens."""
+"""What fleet.toml says about one device: its peers, its keys, the keys that may connect, and where it listens."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from nmoe_edge.keys import KeyPair, key_path, read_key
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """One device's; without a fleet it is alone and listens nowhere."""
+    """One device in its fleet. The default is a device without a fleet: no peers, and it does not listen."""
 
     others: tuple[Device, ...] = ()
     keys: KeyPair | None = None
-    """Its own, where the fleet has keys."""
+    """The device's own pair; None when fleet.toml has no key for it."""
     allowed: tuple[tuple[str, str], ...] = ()
-    """Public key and device of everybody who may ask."""
+    """(public key, device name) of every device that may connect."""
     listen: str | None = None
-    """Its own address; with keys, and an address that is not this host's loopback, its port on all interfaces."""
+    """The address to bind: the device's own if it is loopback, else its port on all interfaces; None: do not listen."""
 
 
 def find_membership(fleet_file: Path | None, manifest: Manifest, key: Path | None = None) -> Membership:
-    """The place of this very bundle in a fleet.toml; key: its key file, where it does not lie in its usual place."""
+    """Read what fleet.toml says about the device of this bundle.
+
+    key: its key file; None: the usual place. Raises FleetError when fleet and bundle do not fit or keys are missing,
+    and KeyFileError when the key file cannot be used.
+    """
     if fleet_file is None:
         if key is not None:
-            raise FleetError("a key without a fleet.toml that says who may ask; give the fleet too")
+            raise FleetError("a key needs a fleet.toml, which says who may ask; give the fleet too")
         return Membership()
     fleet = read_fleet(fleet_file)
     me = fleet.named(manifest.device)
@@ -42,7 +46,7 @@ def find_membership(fleet_file: Path | None, manifest: Manifest, key: Path | Non
     for device in fleet.device:
         if not is_loopback(device.address) and (keys is None or device.public_key is None):
             raise FleetError(
-                f"{fleet_file}: {device.name} at {device.address} is not loopback, and there are not keys at both ends;"
+                f"{fleet_file}: {device.name} at {device.address} is not loopback, so both ends need keys;"
                 " nmoe-edge keygen makes them"
             )
     port = me.address.rpartition(":")[2]

@@ -1,9 +1,9 @@
-"""One device, the whole flow.
+"""One device of a fleet, the whole flow:
 
     inputs -> latents -> route -> peers -> combine
 
-One thread has the sockets, the expert and every decision; a second one runs the extractor beside it (front.py). What
-other threads want is put in an inbox. So nothing that serves is locked.
+One thread owns the sockets, runs the expert and makes every decision; a second one runs the extractor (extraction.py).
+Other threads put tasks into an inbox that the first one empties, so the parts below need no locks.
 """
 
 from __future__ import annotations
@@ -19,50 +19,58 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
 
-from nmoe_edge import __version__
+from nmoe_edge.bundle.fleet import Device
 from nmoe_edge.client import Answers, answers_of, budget_of
-from nmoe_edge.common.folders import stamps
-from nmoe_edge.common.log import Log
+from nmoe_edge.common.log import Log, LoggingLog
 from nmoe_edge.common.memory import trim
-from nmoe_edge.common.schema import to_plain
 from nmoe_edge.device.dns import Resolver
 from nmoe_edge.device.extraction import Extraction
-from nmoe_edge.device.membership import Membership, find_membership
+from nmoe_edge.device.files import Served, ServedFiles
 from nmoe_edge.device.metrics import Metrics
 from nmoe_edge.device.peers import Peers
-from nmoe_edge.device.requests import Requests, Rules
-from nmoe_edge.device.saved_mix import forget_mix, keep_mix, kept_mix
+from nmoe_edge.device.report import status_report
+from nmoe_edge.device.requests import Requests
+from nmoe_edge.device.rules import Rules
+from nmoe_edge.device.saved_mix import forget_mix, load_mix, save_mix
 from nmoe_edge.device.service import Service
-from nmoe_edge.device.sockets import Heard, Sockets
-from nmoe_edge.errors import BundleError, CallError, EdgeError, FleetError
-from nmoe_edge.models import Models, open_bundle
+from nmoe_edge.device.sockets import Received, Sockets
+from nmoe_edge.errors import CallError, EdgeError
+from nmoe_edge.models import Models
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Leave, Ping, Reason, Refuse, Report, Result, Status
 from nmoe_edge.protocol.tensor import Tensor
+from nmoe_edge.status import StatusReport
 
-_TURN_S = 1.0
-"""The longest that the loop sleeps."""
-_LOOK_S = 2.0
-"""Between two looks at the files."""
-_JOBS_A_TURN = 8
-"""Requests begun to be routed before the sockets are looked at again: what waits there unseen cannot be refused."""
-_WEIGHED, _WEIGHED_S = 64, 1.0
-"""Requests, or seconds of work for them, between two looks at what one takes."""
-_MOST_BUGS = 100
-"""In a row, before the device ends, for whoever watches over it to start it anew."""
-_KEEP_S = 30.0
-"""Between two times that the class mix is kept, and memory given back."""
+_MAX_TURN_S = 1.0
+"""The loop sleeps no longer than this."""
+_LOOK_S = 2.0  # between two looks at the files
+_EXTRACTED_PER_TURN = 8
+"""Extracted requests routed per turn. Turns stay short: a request that waits unread in a socket cannot be refused."""
+_MEASURED_REQUESTS = 64
+_MEASURED_S = 1.0
+"""The cost of a request is measured over so many requests, or so many seconds of work."""
+_MAX_BUGS = 100
+"""After so many exceptions in a row the device ends, and its supervisor can restart it."""
+_SAVE_S = 30.0
+"""Seconds between two times that the class mix is saved and memory is given back."""
 _GOODBYE_S = 0.1
+"""A leaving device serves at least so long: Asks that peers sent before its goodbye are still on their way."""
 DRAIN_S = 5.0
-"""The longest that a leaving device finishes what it has begun."""
+"""A leaving device finishes open work for no longer than this."""
 
 
 class Node:
-    """A device of a fleet, serving until it is closed."""
+    """A device of a fleet. It serves from its creation until it is closed; any thread may call its methods.
+
+        with Node("bundles/digits/device-00", "bundles/digits/fleet.toml") as node:
+            answers = node.infer(images)  # uint8 (rows, 1, 8, 8)
+            print(node.status()["peers"])
+
+    Without a fleet it answers alone and opens no port. Events go to Python's logging, logger "nmoe".
+    """
 
     def __init__(
         self,
@@ -79,318 +87,314 @@ class Node:
         forget: bool = False,
         log: Log | None = None,
     ) -> None:
-        """Serve the bundle in this folder among the devices of a fleet.toml; without one it answers alone.
+        """Read the bundle in this folder, check it and start to serve it.
 
-        listen: where others connect; None: where the fleet says, nowhere without one. key: this device's key file,
-        needed where the fleet has a public key for it. state: a folder that keeps what is learnt across restarts;
-        forget: what it has kept.
+        fleet: the fleet.toml that names this device and its peers; None: answer alone.
+        listen: the address to bind, tcp://HOST:PORT; None: as fleet.toml says.
+        key: this device's key file; None: the usual place, if fleet.toml has a public key for it.
+        rules: what may differ from the bundle's own rules.
+        provider: runs the graphs: auto, cpu, cuda or tensorrt. threads: CPU threads of each graph.
+        force: serve although the bundle fails its self-test on this machine.
+        state: the folder in which the class mix survives restarts; None: it does not. forget: delete it first.
+        log: where events go; None: Python's logging.
+
+        Raises an EdgeError that says what to do: BundleError, ModelError, FleetError, KeyFileError or NetworkError.
         """
-        self._folder, self._fleet_file = Path(bundle), None if fleet is None else Path(fleet)
-        self._rules = rules if rules is not None else Rules()
-        self._provider, self._threads, self._force = provider, threads, force
+        self._log = log if log is not None else LoggingLog(Path(bundle).resolve().name)
+        self._files = ServedFiles(
+            bundle, fleet, key, rules or Rules(), provider=provider, threads=threads, force=force, log=self._log
+        )
+        served = self._files.read()
+        self._models = served.models
         self._state = state
-        self._log = log if log is not None else Log(self._folder.name)
-        self._stamp = self._seen = stamps(self._folder, self._fleet_file)
-        self._models = open_bundle(self._folder, threads, provider, force, self._log)
-        manifest = self._models.manifest
-        self._rules.of(manifest)  # what cannot be is known before a socket is open
-        self._key = None if key is None else Path(key)
-        place = find_membership(self._fleet_file, manifest, self._key)
         if state is not None and forget:
-            forget_mix(state, manifest.device)
-        self.counts = Metrics()
-        self._numbers = itertools.count(secrets.randbits(60))
-        where = place.listen if listen is None else listen
-        self._sockets = Sockets(where, place.keys, dict(place.allowed), self.counts, self._log)
-        self._address = self._sockets.address
+            forget_mix(state, served.models.manifest.device)
+        self._metrics = Metrics()
+        numbers = itertools.count(secrets.randbits(60))
+
         self._inbox: deque[Callable[[float], None]] = deque()
         self.ended = threading.Event()
-        """Set when the device serves no more."""
-        names = Resolver(lambda device, address: self._told(lambda: self._peers.placed(device, address)))
-        self._peers = Peers(self._hello, self._sockets, self._numbers, self.counts, self._log, names.look_up)
+        """Set when the device has stopped serving."""
+
+        membership = served.membership
+        address = membership.listen if listen is None else listen
+        self._sockets = Sockets(address, membership.keys, dict(membership.allowed), self._metrics, self._log)
+        self._address = self._sockets.address
+        resolver = Resolver(self._peer_resolved)
+        self._peers = Peers(self._hello, self._sockets, numbers, self._metrics, self._log, resolver.look_up)
         try:
-            self._peers.become(place.others)
+            self._peers.set_devices(membership.others)
         except BaseException:
             self._sockets.close()
             raise
-        self._service = Service(self._models, self._sockets.reply, self.counts)
-        self._front = Extraction(self._sockets.wake)
-        self._origin = Requests(self._models, self._rules, self._front, self._peers, self._numbers, self.counts)
+        self._service = Service(self._models, self._sockets.reply, self._metrics)
+        self._extraction = Extraction(self._sockets.wake)
+        self._requests = Requests(self._models, served.rules, self._extraction, self._peers, numbers, self._metrics)
         if state is not None:
-            kept_mix(state, manifest, self._origin.mix, self._log)
-        self._began, self._looked_at, self._kept_at = time.monotonic(), time.monotonic(), time.monotonic()
-        self._reload_wanted, self._reload_lock = threading.Event(), threading.Lock()
-        self._leaving_at: float | None = None
+            load_mix(state, served.models.manifest, self._requests.mix, self._log)
+
+        self._began = time.monotonic()
+        self._looked_at = self._began
+        self._saved_at = self._began
+        self._reload_wanted = threading.Event()
+        self._reload_lock = threading.Lock()
+        self._leaving_since: float | None = None
         self._busy_s = 0.0
         self.broke = False
-        """Whether it ended by a bug, once it has."""
+        """Whether it ended because of a bug."""
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
         self._thread.start()
 
     @property
     def address(self) -> str:
-        """Where it listens; empty where it does not."""
+        """Where it listens, tcp://HOST:PORT; empty when it does not."""
         return self._address
 
     @property
     def models(self) -> Models:
-        """What it serves at present."""
+        """The models it serves at present."""
         return self._models
 
     def infer(self, inputs: NDArray[Any], deadline_s: float = 1.0) -> Answers:
-        """What the fleet makes of these rows (rows, …); CallError when it cannot."""
-        infer = Infer(0, 0, budget_of(deadline_s), Tensor.pack(inputs, inputs.dtype.name))
-        done: Future[Result | Refuse] = Future()
-        self._do(lambda now: self._begin(infer, done.set_result, now))
-        try:
-            return answers_of(done.result(deadline_s + DRAIN_S))
-        except TimeoutError:
-            raise CallError("the node does not answer any more") from None
+        """The fleet's answers to these inputs, like Client.infer but without a socket.
 
-    def status(self) -> dict[str, Any]:
-        """What it says of itself, its peers and its counts."""
-        done: Future[dict[str, Any]] = Future()
-        self._do(lambda _now: done.set_result(self._facts()))
+        inputs: (rows, …), of the dtype and row shape in the status report's `input`. deadline_s: seconds, over 0 and
+        at most 3600. Raises CallError when they are refused, the deadline passes, or the node is closed.
+        """
+        infer = Infer(0, 0, budget_of(deadline_s), Tensor.pack(inputs, inputs.dtype.name))
+        reply: Future[Result | Refuse] = Future()
+        self._do(lambda now: self._begin(infer, reply.set_result, now))
         try:
-            return done.result(DRAIN_S)
+            return answers_of(reply.result(deadline_s + DRAIN_S))
         except TimeoutError:
-            raise CallError("the node does not answer any more") from None
+            raise CallError("the node does not respond") from None
+
+    def status(self) -> StatusReport:
+        """What the device reports about itself, its peers and its counters; see `nmoe_edge.status`.
+
+        Raises CallError when the node is closed or does not respond.
+        """
+        report: Future[StatusReport] = Future()
+        self._do(lambda _now: report.set_result(self._status_report()))
+        try:
+            return report.result(DRAIN_S)
+        except TimeoutError:
+            raise CallError("the node does not respond") from None
 
     def reload(self) -> None:
-        """Read bundle and fleet again, beside the serving, and serve them when they pass; else go on with the old."""
+        """Start to read bundle and fleet.toml again, in a thread; return at once.
+
+        When they pass every check the device serves them, and no request fails. Otherwise it keeps the old ones and
+        logs `reload_refused`. A device also reloads by itself when the files change.
+        """
         self._reload_wanted.set()
         threading.Thread(target=self._reload, name="reload", daemon=True).start()
 
-    def found(self, name: str, address: str) -> None:
-        """A device of the fleet may be at this address; any thread may say so."""
-        self._told(lambda: self._peers.found(name, address))
+    def peer_discovered(self, name: str, address: str) -> None:
+        """Say that the peer `name` may be at `address`, tcp://HOST:PORT; tried only if it is not alive elsewhere."""
+        self._do_if_open(lambda: self._peers.discovered(name, address))
 
     def leave(self) -> None:
-        """Say goodbye, take nothing new, finish what is begun, end: `ended` is set then."""
+        """Start to shut down: say goodbye, refuse new work, finish what is open. `ended` is set when that is done."""
         if not self.ended.is_set():
             self._do(self._leave)
 
     def close(self) -> None:
-        """Leave, and wait until it is done."""
+        """Shut down as `leave` does and wait until it is done, normally well under 5 s."""
         self.leave()
         self._thread.join(DRAIN_S + 5)
 
     def __enter__(self) -> Node:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _told(self, task: Callable[[], None]) -> None:
-        """Something that is of no use to a node that has ended."""
-        with contextlib.suppress(CallError):
-            self._do(lambda _now: task())
-
     def _do(self, task: Callable[[float], None]) -> None:
-        """Have the node's own thread do something."""
+        """Run a task in the node's thread; it is given the time. CallError when the node is closed."""
         if self.ended.is_set():
             raise CallError("the node is closed")
         self._inbox.append(task)
         self._sockets.wake()
 
+    def _do_if_open(self, task: Callable[[], None]) -> None:
+        with contextlib.suppress(CallError):
+            self._do(lambda _now: task())
+
+    def _peer_resolved(self, device: Device, address: str) -> None:
+        self._do_if_open(lambda: self._peers.resolved(device, address))
+
     def _run(self) -> None:
-        bugs = 0
-        self.broke = True  # until it ends as it should
+        """The node's thread."""
+        bugs_in_a_row = 0
+        self.broke = True  # until the loop ends as it should
         try:
-            while self._leaving_at is None or not self._over(self._leaving_at):
+            while self._leaving_since is None or not self._is_drained(self._leaving_since):
                 try:
                     self._turn()
-                    bugs = 0
-                except Exception:  # noqa: BLE001  # a bug of ours: the device goes on, and says it
-                    bugs += 1
-                    self.counts.events["bugs"] += 1
+                    bugs_in_a_row = 0
+                except Exception:  # noqa: BLE001  # a bug of ours: log it and go on
+                    bugs_in_a_row += 1
+                    self._metrics.counts["bugs"] += 1
                     self._log.rarely("bug", traceback.format_exc())
-                    if bugs > _MOST_BUGS:
+                    if bugs_in_a_row > _MAX_BUGS:
                         return
             self.broke = False
         finally:
-            self.ended.set()
-            self._leaving_at = self._leaving_at or time.monotonic()
-            try:
-                while self._inbox:  # whoever waits for it is told
-                    self._inbox.popleft()(time.monotonic())
-            finally:
-                self._origin.abandon()
-                self._keep()
-                self._front.close()
-                self._sockets.close()
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        self.ended.set()
+        self._leaving_since = self._leaving_since or time.monotonic()
+        try:
+            while self._inbox:  # their callers wait for a reply
+                self._inbox.popleft()(time.monotonic())
+        finally:
+            self._requests.abandon()
+            self._save_mix()
+            self._extraction.close()
+            self._sockets.close()
 
     def _turn(self) -> None:
-        """Hear what has come, do what is due."""
-        more = self._front.finished or self._service
-        wake_at = 0.0 if more else min(self._peers.wake_at, self._origin.wake_at)
-        began = self._sockets.wait(min(max(0.0, wake_at - time.monotonic()), _TURN_S))
-        self._sockets.least_budget_ms = 1000 * self._origin.least_budget_s
-        for heard in self._sockets.heard():
-            self._hear(heard, time.monotonic())
-        heard_at = time.monotonic()
+        """Wait for something to happen, then do everything that has become possible."""
+        if self._extraction.finished or self._service:
+            wait_s = 0.0
+        else:
+            wake_at = min(self._peers.wake_at, self._requests.wake_at)
+            wait_s = min(max(0.0, wake_at - time.monotonic()), _MAX_TURN_S)
+        began = self._sockets.wait(wait_s)
+
+        # Messages, then one batch of the expert for peers.
+        self._sockets.least_budget_ms = 1000 * self._requests.least_budget_s
+        for received in self._sockets.receive():
+            self._dispatch(received, time.monotonic())
+        before_service = time.monotonic()
         self._service.run()
         now = time.monotonic()
-        served_s = now - heard_at
+        service_s = now - before_service
+
+        # Tasks of other threads, then requests before and after extraction.
         while self._inbox:
             self._inbox.popleft()(now)
-        if self._front.offered:
-            self._front.start()
+        if self._extraction.offered:
+            self._extraction.start()
             now = time.monotonic()
-        for job in self._front.done(_JOBS_A_TURN) if self._front.finished else ():
-            self._origin.extracted(job, now)
+        if self._extraction.finished:
+            for job in self._extraction.done(_EXTRACTED_PER_TURN):
+                self._requests.extracted(job, now)
+
+        # Timers.
         if now >= self._peers.wake_at:
             for expert in self._peers.tick(now):
-                self._origin.lost(expert, now)
-        if now >= self._origin.wake_at:
-            self._origin.tick(now)
+                self._requests.lost(expert, now)
+        if now >= self._requests.wake_at:
+            self._requests.tick(now)
         if now - self._looked_at > _LOOK_S:
             self._look(now)
-        if self._origin.open or self._origin.finished:
-            self._weigh(time.monotonic() - began - served_s)
+        if self._requests.open or self._requests.finished:
+            self._measure_cost(time.monotonic() - began - service_s)
 
-    def _weigh(self, busy_s: float) -> None:
-        """Learn what a request that ends well takes of this thread, with all that is refused meanwhile."""
+    def _measure_cost(self, busy_s: float) -> None:
+        """Update what an answered request costs this thread; the cost of refusing others is part of it."""
         self._busy_s += busy_s
-        if self._origin.finished >= _WEIGHED or self._busy_s > _WEIGHED_S:
-            self._origin.cost_s = self._busy_s / max(1, self._origin.finished)
-            self._origin.finished, self._busy_s = 0, 0.0
+        if self._requests.finished >= _MEASURED_REQUESTS or self._busy_s > _MEASURED_S:
+            self._requests.cost_s = self._busy_s / max(1, self._requests.finished)
+            self._requests.finished = 0
+            self._busy_s = 0.0
 
-    def _hear(self, heard: Heard, now: float) -> None:
-        message, request, sender, expert = heard
-        if sender is not None and type(message) is Ask and self._leaving_at is None:  # most of what comes
+    def _dispatch(self, received: Received, now: float) -> None:
+        """Give one message to the part that handles it."""
+        message, request, sender, expert = received
+        leaving = self._leaving_since is not None
+        if type(message) is Ask and sender is not None and not leaving:  # first, as these are most messages
             self._service.offer(sender, message, now)
-        elif sender is None:
-            reply = self._peers.heard(expert, message, request, now)
+        elif sender is None:  # from our connection to a peer
+            reply = self._peers.handle_reply(expert, message, request, now)
             if reply is not None:
-                self._origin.answered(reply, expert, now)
+                self._requests.answered(reply, expert, now)
         elif isinstance(message, Ask | Ping):
-            if self._leaving_at is not None:
+            if leaving:
                 self._sockets.reply(sender, Refuse(message.request, Reason.SHUTTING_DOWN))
             else:
                 self._service.offer(sender, message, now)
         elif isinstance(message, Infer):
             self._begin(message, lambda reply: self._sockets.reply(sender, reply), now)
         elif isinstance(message, Hello):
-            leaving = self._leaving_at is not None
-            welcome = Refuse(0, Reason.SHUTTING_DOWN) if leaving else self._peers.greeted(message, sender, now)
-            self._sockets.reply(sender, welcome)
+            welcome = self._peers.handle_hello(message, sender, now) if not leaving else None
+            self._sockets.reply(sender, welcome or Refuse(0, Reason.SHUTTING_DOWN))
         elif isinstance(message, Leave):
-            gone = self._peers.left(message, sender, now)
-            if gone is not None:
-                self._origin.left(gone)
+            left = self._peers.handle_leave(message, sender, now)
+            if left is not None:
+                self._requests.left(left)
         elif isinstance(message, Status):
-            facts = json.dumps(self._facts(), allow_nan=False)
+            facts = json.dumps(self._status_report(), allow_nan=False)
             self._sockets.reply(sender, Report(message.request, facts))
         elif isinstance(message, Answer | Result | Report | Refuse):
-            self.counts.events["replies to nothing"] += 1
+            self._metrics.counts["replies_unrequested"] += 1
 
     def _begin(self, infer: Infer, reply: Callable[[Result | Refuse], object], now: float) -> None:
-        if self._leaving_at is not None:
+        if self._leaving_since is not None:
             reply(Refuse(infer.request, Reason.SHUTTING_DOWN))
         else:
-            self._origin.begin(infer, reply, now)
+            self._requests.begin(infer, reply, now)
 
     def _leave(self, now: float) -> None:
-        if self._leaving_at is None:
-            self._leaving_at = now
+        if self._leaving_since is None:
+            self._leaving_since = now
             if self.address:
-                self._log("leaving", f"{len(self._origin.open)} requests to finish")
+                self._log("leaving", f"{len(self._requests.open)} requests to finish")
             self._peers.say_goodbye(Leave(self._models.manifest.device))
 
-    def _over(self, leaving_at: float) -> bool:
-        """Whether the last thing is done that was begun before leaving."""
-        left_s = time.monotonic() - leaving_at
-        # What peers asked before they heard of it is still on its way.
-        return (left_s > _GOODBYE_S and not self._origin.open and not self._service) or left_s > DRAIN_S
+    def _is_drained(self, leaving_since: float) -> bool:
+        """Whether a leaving device has finished its work, or has no more time for it."""
+        leaving_s = time.monotonic() - leaving_since
+        if leaving_s > DRAIN_S:
+            return True
+        return leaving_s > _GOODBYE_S and not self._requests.open and not self._service
 
     def _look(self, now: float) -> None:
-        """What needs a look now and then."""
+        """Look after what needs no immediate attention: forgotten requests, changed files, saving."""
         self._looked_at = now
-        self._origin.sweep(now)
-        stamp, before = stamps(self._folder, self._fleet_file), self._seen
-        self._seen = stamp
-        if stamp != self._stamp and stamp == before:  # nothing is being copied any more
-            self._stamp = stamp
+        self._requests.sweep(now)
+        if self._files.changed():
             self.reload()
-        if now - self._kept_at > _KEEP_S:
-            self._kept_at = now
-            self._keep()
+        if now - self._saved_at > _SAVE_S:
+            self._saved_at = now
+            self._save_mix()
             trim()
 
-    def _keep(self) -> None:
-        if self._state is not None and self._origin.rules.adapt:
-            keep_mix(self._state, self._models.manifest, self._origin.mix, self._log)
+    def _save_mix(self) -> None:
+        if self._state is not None and self._requests.rules.adapt:
+            save_mix(self._state, self._models.manifest, self._requests.mix, self._log)
 
     def _reload(self) -> None:
-        """In a thread of its own, one at a time; one that has begun takes up whatever was wanted until then."""
+        """In a thread of its own, one at a time; a reload serves every `reload()` called before it began."""
         with self._reload_lock:
             if self._reload_wanted.is_set() and not self.ended.is_set():
                 self._reload_wanted.clear()
-                self._read_again()
+                try:
+                    served = self._files.read_again(self._models.manifest.device, self._sockets.has_keys)
+                except EdgeError as error:
+                    self._metrics.counts["reloads_refused"] += 1
+                    self._log("reload_refused", f"keeps the old bundle: {error}")
+                    return
+                self._do_if_open(lambda: self._serve(served))
 
-    def _read_again(self) -> None:
-        try:
-            models = open_bundle(self._folder, self._threads, self._provider, self._force, self._log)
-            self._rules.of(models.manifest)
-            place = find_membership(self._fleet_file, models.manifest, self._key)
-            if models.manifest.device != self._models.manifest.device:
-                raise BundleError(f"{self._folder} is of {models.manifest.device} now")
-            if (place.keys is not None) != self._sockets.guarded:
-                raise FleetError(f"{self._fleet_file}: keys came or went; that takes a restart")
-        except EdgeError as error:
-            self.counts.events["reloads refused"] += 1
-            self._log("reload", f"goes on with the old bundle: {error}")
-            return
-        self._told(lambda: self._swap(models, place))
-
-    def _swap(self, models: Models, place: Membership) -> None:
-        self._models = self._service.models = models
-        self._origin.serve(models, self._rules)
-        self._sockets.allow(dict(place.allowed))
-        self._peers.become(place.others)
-        self.counts.events["reloads"] += 1
-        self._log("reload", f"serves {models.manifest.digest[:12]} now", bundle=models.manifest.digest)
+    def _serve(self, served: Served) -> None:
+        manifest = served.models.manifest
+        self._models = self._service.models = served.models
+        self._requests.serve(served.models, served.rules)
+        self._sockets.allow(dict(served.membership.allowed))
+        self._peers.set_devices(served.membership.others)
+        self._metrics.counts["reloads"] += 1
+        self._log("reload", f"serves {manifest.digest[:12]} now", bundle=manifest.digest)
 
     def _hello(self) -> Hello:
         manifest = self._models.manifest
         return Hello(manifest.device, manifest.expert, manifest.trunk_bytes, (), bundle=manifest.digest)
 
-    def _facts(self) -> dict[str, Any]:
-        """For a status report."""
-        manifest, rules, mix = self._models.manifest, self._origin.rules, self._origin.mix
-        return {
-            "device": manifest.device,
-            "expert": manifest.expert,
-            "experts": manifest.experts,
-            "address": self.address,
-            "bundle": manifest.digest,
-            "trunk": manifest.trunk,
-            "provider": self._models.provider,
-            "threads": self._threads,
-            "extractor": manifest.precision.extractor,
-            "known_keys": self._sockets.known_keys if self._sockets.guarded else None,
-            "uptime_s": round(time.monotonic() - self._began, 1),
-            "under_way": len(self._origin.open),
-            "version": __version__,
-            "input": to_plain(manifest.input),
-            "combination": manifest.routing.combination,
-            "labels": list(self._models.labels or ()),
-            "rules": {
-                "top_k": rules.top_k,
-                "local_first": rules.local_first,
-                "latents": rules.latents,
-                "deadline_s": rules.deadline_s,
-                "prefer_near": rules.prefer_near,
-                "hedge": rules.hedge,
-            },
-            "class_mix": {
-                "adapt": rules.adapt,
-                "rows": mix.rows,
-                "mix": None if mix.mix is None else [round(share, 4) for share in mix.mix.tolist()],
-            },
-            "peers": self._peers.facts(),
-            **self.counts.facts(),
-        }
+    def _status_report(self) -> StatusReport:
+        uptime_s = time.monotonic() - self._began
+        return status_report(
+            self._models, self._requests, self._peers, self._sockets, self._metrics, self._files.threads, uptime_s
+        )

@@ -1,7 +1,7 @@
-"""The other devices of the fleet: who is there, who is worth asking, what is said to them to find out.
+"""The other devices of the fleet: which of them are reachable and healthy.
 
-It greets, pings and probes by itself when `tick` is called; what comes of it changes who is `alive`. A peer that is
-lost is told to whoever waits for it.
+`tick` greets, pings and probes them. The replies change which peers are alive, and `tick` reports the experts that were
+lost, so that requests stop waiting for them. Whether a peer is worth asking is decided in protocol/health.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nmoe_edge.bundle.fleet import Device, is_loopback, port_of
 from nmoe_edge.common.log import Log
-from nmoe_edge.device.dns import is_numbers
+from nmoe_edge.device.dns import is_numeric
 from nmoe_edge.device.metrics import Metrics
 from nmoe_edge.device.sockets import Sender, Sockets
 from nmoe_edge.errors import NetworkError
@@ -31,122 +30,127 @@ from nmoe_edge.protocol.messages import (
     Refuse,
     Welcome,
 )
+from nmoe_edge.status import PeerReport
 
-_PING_S, _PING_A_PEER_S = 0.5, 0.1
-"""A quiet peer is pinged so often; in a large fleet more rarely, so that pings stay a small work."""
-_PROBES = 8
-"""At one place, before another is tried."""
+_MIN_PING_S = 0.5
+"""A quiet peer is pinged this often in a small fleet."""
+_PING_S_PER_PEER = 0.1
+"""In a large fleet pings are rarer, so that their total stays at ten a second."""
+_PROBES_PER_ADDRESS = 8
+"""Unanswered probes at one address before another is tried."""
 
 
 @dataclass(slots=True)
 class _Peer:
     device: Device
     health: Health
-    placed_at: str
-    """Where the fleet says, in numbers; empty while nobody knows what a name there stands for."""
-    found_at: str = ""
-    """Where it was found by mDNS."""
-    reached_at: str = ""
-    """Which of the two is tried, or is it."""
+    fleet_address: str
+    """The address in fleet.toml, in numbers; empty until its host name is resolved."""
+    discovered_address: str = ""
+    """The address that mDNS names."""
+    current_address: str = ""
+    """Which of the two is in use."""
     probes: int = 0
-    """Since it was alive, or tried elsewhere."""
+    """Probes since it was alive or its address changed."""
     bundle: str = ""
-    """Digest of what it said it serves."""
+    """Digest of the bundle that its Welcome names."""
     asked: int = 0
     answered: int = 0
     refused: int = 0
 
 
 class Peers:
-    """Everybody but this device, by expert."""
+    """The peers of this device, by the number of their expert."""
 
     def __init__(
         self,
         hello: Callable[[], Hello],
         sockets: Sockets,
         numbers: Iterator[int],
-        counts: Metrics,
+        metrics: Metrics,
         log: Log,
         look_up: Callable[[Device], None],
     ) -> None:
-        """hello: how this device introduces itself at present; look_up: what a host name stands for, see `placed`."""
-        self._hello, self._sockets, self._numbers, self._look_up = hello, sockets, numbers, look_up
-        self._counts, self._log = counts, log
+        """hello: makes this device's greeting; look_up: starts to resolve a host name, see `resolved`."""
+        self._hello = hello
+        self._sockets = sockets
+        self._numbers = numbers
+        self._metrics = metrics
+        self._log = log
+        self._look_up = look_up
         self._peers: dict[int, _Peer] = {}
         self._lost: list[int] = []
-        self._gone_at: dict[int, float] = {}
-        """When nothing more is hoped for from those who took their leave."""
+        """Experts that the next `tick` reports as lost."""
+        self._left_until: dict[int, float] = {}
+        """For peers that said goodbye: the time until which they may still answer earlier Asks."""
         self.wake_at = 0.0
-        """When `tick` is due again: now and then too early, never too late."""
+        """When `tick` must be called; sometimes too early, never too late."""
 
-    def become(self, devices: Collection[Device]) -> None:
-        """These are the peers from now on; who is reached as before keeps its connection."""
+    def set_devices(self, devices: Collection[Device]) -> None:
+        """Replace the set of peers. A peer with the same name, address and key keeps its connection."""
         wanted = {device.expert: device for device in devices}
         self.wake_at = 0.0
-        ping_s = max(_PING_S, _PING_A_PEER_S * len(wanted))
-        for expert in [e for e in self._peers if e not in wanted]:
+        ping_s = max(_MIN_PING_S, _PING_S_PER_PEER * len(wanted))
+        removed = [expert for expert in self._peers if expert not in wanted]
+        for expert in removed:
             del self._peers[expert]
-            self._sockets.disconnect(expert)
-            self._gone_at.pop(expert, None)
-            self._lost.append(expert)
+            self._drop_connection(expert)
         for expert, device in wanted.items():
             known = self._peers.get(expert)
-            if known is not None and _reached(known.device) == _reached(device):
+            if known is not None and _same_endpoint(known.device, device):
                 known.device = device
                 continue
             if known is not None:
-                self._gone_at.pop(expert, None)
-                self._sockets.disconnect(expert)
-                self._lost.append(expert)
+                self._drop_connection(expert)
             peer = self._peers[expert] = _Peer(device, Health(random.random, ping_s), "")
-            if is_numbers(device.address):
-                peer.placed_at = device.address
-                self._reach(expert, peer, device.address)
+            if is_numeric(device.address):
+                peer.fleet_address = device.address
+                self._connect(expert, peer, device.address)
             else:
                 self._look_up(device)
 
-    def placed(self, device: Device, address: str) -> None:
-        """What a host name of the fleet stands for; of no use where the fleet says another by now."""
+    def resolved(self, device: Device, address: str) -> None:
+        """The host name in the device's address stands for `address`. Ignored if fleet.toml has changed meanwhile."""
         peer = self._peers.get(device.expert)
-        if peer is not None and _reached(peer.device) == _reached(device) and peer.placed_at != address:
-            peer.placed_at = address
-            self._try(device.expert, peer, address)
+        if peer is not None and _same_endpoint(peer.device, device) and peer.fleet_address != address:
+            peer.fleet_address = address
+            self._try_address(device.expert, peer, address)
 
-    def found(self, name: str, address: str) -> None:
-        """A device of the fleet is said to be elsewhere: believed only while it is not where it was.
+    def discovered(self, name: str, address: str) -> None:
+        """mDNS names this address for the device `name`. It is tried only while the peer is not alive elsewhere.
 
-        Without keys anybody could say so, and only loopback is listened to.
+        mDNS is not authenticated, so a device without keys accepts loopback addresses only.
         """
         for expert, peer in self._peers.items():
-            if peer.device.name != name or peer.reached_at == address or not port_of(address):
+            if peer.device.name != name or peer.current_address == address or not port_of(address):
                 continue
-            if not self._sockets.guarded and not is_loopback(address):
+            if not self._sockets.has_keys and not is_loopback(address):
                 continue
-            peer.found_at = address
-            self._try(expert, peer, address)
-            self._log.rarely(f"{name} found", address, peer=name)
+            peer.discovered_address = address
+            self._try_address(expert, peer, address)
+            self._log.rarely("peer_found", address, peer=name)
 
     def trusted(self, now: float) -> frozenset[int]:
         """The experts that may be asked."""
         return frozenset([expert for expert, peer in self._peers.items() if peer.health.trusted(now)])
 
     def expected_s(self, expert: int) -> float:
-        """What an answer usually takes; zero while nobody knows."""
+        """Seconds that an answer of this expert usually takes; 0 while unknown."""
         peer = self._peers.get(expert)
         return 0.0 if peer is None or peer.health.rtt_s is None else peer.health.rtt_s
 
     def patience(self, expert: int) -> float:
-        """After how many seconds another is worth asking as well."""
+        """Seconds after which another expert is asked as well."""
         peer = self._peers.get(expert)
         return float("inf") if peer is None else min(peer.health.p95_s, peer.health.doubt_s)
 
-    def made_sense(self, expert: int) -> None:
-        """An answer of this peer was of use."""
+    def answer_accepted(self, expert: int) -> None:
+        """The exchange could use an answer of this peer."""
         if expert in self._peers:
             self._peers[expert].health.made_sense()
 
     def ask(self, ask: Ask, now: float) -> bool:
-        """Send an Ask; False when there is no way to the peer, which is lost then."""
+        """Send an Ask. False when the peer is not alive or cannot be reached; it is lost then."""
         peer = self._peers.get(ask.expert)
         if peer is None or not peer.health.alive:
             return False
@@ -159,175 +163,195 @@ class Peers:
         return True
 
     def fail(self, expert: int, why: Failure, now: float) -> None:
-        """Ask it nothing more for now, and let those know who wait for it: `tick` says so."""
+        """Stop asking this peer until a probe succeeds; the next `tick` reports its expert as lost."""
         peer = self._peers.get(expert)
         if peer is None:
             return
         self.wake_at = 0.0
         if peer.health.alive:
-            self._counts.events[f"peers {why}"] += 1
-            self._log.rarely(f"{peer.device.name} {why}", "asked nothing more until it is back", peer=peer.device.name)
+            self._metrics.counts[f"peers_{why}"] += 1
+            self._log.rarely(f"peer_{why}", "not asked until it is back", peer=peer.device.name)
             self._lost.append(expert)
         peer.health.failed(why, now)
 
-    def heard(self, expert: int, message: Message | None, request: int | None, now: float) -> Answer | Refuse | None:
-        """What a peer replied: an answer or a refusal of an Ask is returned, the rest is between it and us.
+    def handle_reply(
+        self, expert: int, message: Message | None, request: int | None, now: float
+    ) -> Answer | Refuse | None:
+        """Process a message that came over the connection to a peer.
 
-        request: of what was no message, where so much could be read
+        Returns what the requests must know: the Answer or Refuse to an Ask. message None: it could not be decoded;
+        request: its number, where that could be read.
         """
         peer = self._peers.get(expert)
         if peer is None:
             return None
-        if isinstance(message, Welcome):
-            self._welcomed(expert, peer, message, now)
-        elif isinstance(message, Pong):
-            peer.health.answered_ping(message.request, now)
-        elif isinstance(message, Answer):
+        if isinstance(message, Answer):
             peer.health.heard(message.request, now)
             peer.answered += 1
             return message
-        elif isinstance(message, Refuse) and message.request == 0:
-            leaves = message.reason == Reason.SHUTTING_DOWN
-            self.fail(expert, "left" if leaves else "foreign", now)
-            if not leaves:
-                self._log.rarely(f"{peer.device.name} refuses us", message.detail, peer=peer.device.name)
-        elif isinstance(message, Refuse):
-            peer.health.heard(message.request, now, sound=False)
-            peer.refused += 1
-            if message.reason == Reason.WRONG_TRUNK:
-                self.fail(expert, "foreign", now)
-            elif message.reason == Reason.SHUTTING_DOWN:
-                self.fail(expert, "left", now)
-            return message
-        else:  # no message at all, or one that nobody asked for
-            self.fail(expert, "wrong", now)
-            return Refuse(request, Reason.FAILED) if request else None
-        return None
+        if isinstance(message, Pong):
+            peer.health.answered_ping(message.request, now)
+            return None
+        if isinstance(message, Welcome):
+            self._handle_welcome(expert, peer, message, now)
+            return None
+        if isinstance(message, Refuse):
+            return self._handle_refusal(expert, peer, message, now)
+        # It could not be decoded, or a peer does not send messages of this kind.
+        self.fail(expert, "wrong", now)
+        return Refuse(request, Reason.FAILED) if request else None
 
-    def greeted(self, hello: Hello, sender: Sender, now: float) -> Message:
-        """Somebody introduces himself."""
+    def handle_hello(self, hello: Hello, sender: Sender, now: float) -> Message:
+        """The reply to a device that greets this one: a Welcome, or a Refuse that says what differs."""
         mine = self._hello()
         peer = self._peers.get(hello.expert)
         if hello.trunk != mine.trunk:
-            return Refuse(0, Reason.WRONG_TRUNK, f"the trunk here is {mine.trunk.hex()}, yours {hello.trunk.hex()}")
-        if (
-            peer is None
-            or peer.device.name != hello.device
-            or self._sockets.name_of(sender) not in (None, hello.device)
-        ):
-            return Refuse(0, Reason.BAD_REQUEST, "no device of this fleet: compare fleet.toml there and here")
+            return Refuse(0, Reason.WRONG_TRUNK, f"this device has trunk {mine.trunk.hex()}, yours {hello.trunk.hex()}")
+        is_named_peer = peer is not None and peer.device.name == hello.device
+        has_its_key = self._sockets.name_of(sender) in (None, hello.device)
+        if peer is None or not is_named_peer or not has_its_key:
+            return Refuse(0, Reason.BAD_REQUEST, "no device of this fleet: compare fleet.toml on both devices")
         if PROTOCOL not in hello.protocols:
-            return Refuse(0, Reason.BAD_REQUEST, f"this device speaks protocol {PROTOCOL} alone")
+            return Refuse(0, Reason.BAD_REQUEST, f"this device supports protocol {PROTOCOL} only")
         peer.health.returns(now)
         self.wake_at = 0.0
         return Welcome(mine.device, mine.expert, mine.trunk, mine.capabilities, PROTOCOL, mine.bundle)
 
-    def left(self, leave: Leave, sender: Sender, now: float) -> int | None:
-        """A peer takes its leave; its expert, where it is one and it speaks for itself."""
+    def handle_leave(self, leave: Leave, sender: Sender, now: float) -> int | None:
+        """The expert of a peer that says goodbye; None when its sender is not that peer."""
         for expert, peer in self._peers.items():
             if peer.device.name == leave.device and self._sockets.name_of(sender) in (None, leave.device):
                 if peer.health.alive:
-                    self._gone_at[expert] = now + peer.health.silence_s
+                    self._left_until[expert] = now + peer.health.silence_s
                     peer.health.failed("left", now)
                     self.wake_at = 0.0
-                    self._counts.events["peers left"] += 1
+                    self._metrics.counts["peers_left"] += 1
                 return expert
         return None
 
     def tick(self, now: float) -> list[int]:
-        """Probe, ping, give up on the silent; which experts were lost since the last time."""
+        """Send the probes and pings that are needed and give up on silent peers. Returns the experts lost since."""
         for expert, peer in self._peers.items():
             health = peer.health
             if health.overdue(now):
                 self.fail(expert, "silent", now)
-            due = health.due(now)
-            if due == "probe":
-                self._look_elsewhere(expert, peer)
+            action = health.due(now)
+            if action == "probe":
+                self._change_address_after_probes(expert, peer)
                 if not self._sockets.send(expert, self._hello()):
                     health.unreachable(now)
-            elif due == "ping":
+            elif action == "ping":
                 number = next(self._numbers)
                 if self._sockets.send(expert, Ping(number)):
                     health.sent(number, now, timed=False)
                 else:
                     self.fail(expert, "lost", now)
-        for expert in [expert for expert, at in self._gone_at.items() if now >= at]:
-            del self._gone_at[expert]
+        gone = [expert for expert, until in self._left_until.items() if now >= until]
+        for expert in gone:
+            del self._left_until[expert]
             self._lost.append(expert)
-        due_at = [peer.health.wake_at for peer in self._peers.values()]
-        self.wake_at = min([*due_at, *self._gone_at.values()], default=float("inf"))
+        wake_times = [peer.health.wake_at for peer in self._peers.values()]
+        self.wake_at = min([*wake_times, *self._left_until.values()], default=float("inf"))
         lost, self._lost = self._lost, []
         return lost
 
     def say_goodbye(self, leave: Leave) -> None:
-        """To everybody who hears it."""
+        """Send a Leave to every peer that can be reached."""
         for expert in self._peers:
             self._sockets.send(expert, leave)
 
-    def facts(self) -> list[dict[str, Any]]:
-        """For a status report."""
-        return [
-            {
-                "name": peer.device.name,
-                "expert": expert,
-                "address": peer.reached_at or peer.device.address,
-                "state": peer.health.state,
-                "rtt_ms": _ms(peer.health.rtt_s),
-                "p95_ms": _ms(peer.health.p95_s),
-                "asked": peer.asked,
-                "answered": peer.answered,
-                "refused": peer.refused,
-                "owed": peer.health.owed,
-                "bundle": peer.bundle[:12],
-            }
-            for expert, peer in sorted(self._peers.items())
-        ]
+    def report(self) -> list[PeerReport]:
+        """The peers' part of a status report."""
+        return [_peer_report(expert, peer) for expert, peer in sorted(self._peers.items())]
 
-    def _reach(self, expert: int, peer: _Peer, address: str) -> None:
-        peer.reached_at, peer.probes = address, 0
+    def _connect(self, expert: int, peer: _Peer, address: str) -> None:
+        peer.current_address = address
+        peer.probes = 0
         self._sockets.connect(expert, replace(peer.device, address=address))
 
-    def _try(self, expert: int, peer: _Peer, address: str) -> None:
-        """Look for it at another place, unless it is alive where it is."""
-        if peer.health.alive or peer.reached_at == address:
+    def _drop_connection(self, expert: int) -> None:
+        self._left_until.pop(expert, None)
+        self._sockets.disconnect(expert)
+        self._lost.append(expert)
+
+    def _try_address(self, expert: int, peer: _Peer, address: str) -> None:
+        """Connect to the peer at another address, unless it is alive at the current one."""
+        if peer.health.alive or peer.current_address == address:
             return
         try:
-            self._reach(expert, peer, address)
+            self._connect(expert, peer, address)
         except NetworkError as error:
-            self._log.rarely(f"{peer.device.name} cannot be reached", str(error), peer=peer.device.name)
+            self._log.rarely("peer_unreachable", str(error), peer=peer.device.name)
         peer.health.returns(0.0)
         self.wake_at = 0.0
 
-    def _look_elsewhere(self, expert: int, peer: _Peer) -> None:
-        """What the fleet says and what was found take turns, and names may stand for something else by now."""
+    def _change_address_after_probes(self, expert: int, peer: _Peer) -> None:
+        """After some unanswered probes, resolve the host name again and try the other known address."""
         peer.probes += 1
-        if peer.probes % _PROBES == 0:
-            if not is_numbers(peer.device.address):
+        if peer.probes % _PROBES_PER_ADDRESS == 0:
+            if not is_numeric(peer.device.address):
                 self._look_up(peer.device)
-            elsewhere = peer.found_at if peer.reached_at == peer.placed_at else peer.placed_at
-            if elsewhere:
-                self._try(expert, peer, elsewhere)
+            is_at_fleet_address = peer.current_address == peer.fleet_address
+            other = peer.discovered_address if is_at_fleet_address else peer.fleet_address
+            if other:
+                self._try_address(expert, peer, other)
 
-    def _welcomed(self, expert: int, peer: _Peer, welcome: Welcome, now: float) -> None:
+    def _handle_welcome(self, expert: int, peer: _Peer, welcome: Welcome, now: float) -> None:
         mine = self._hello()
-        if (welcome.device, welcome.expert) != (peer.device.name, expert) or welcome.trunk != mine.trunk:
+        is_this_peer = (welcome.device, welcome.expert) == (peer.device.name, expert)
+        if not is_this_peer or welcome.trunk != mine.trunk:
             self.fail(expert, "foreign", now)
-            self._log.rarely(f"{peer.device.name} is somebody else", f"{welcome.device}, trunk {welcome.trunk.hex()}")
+            answering = f"{welcome.device} answers there, with trunk {welcome.trunk.hex()}"
+            self._log.rarely("peer_mismatch", answering, peer=peer.device.name)
             return
-        was = peer.health.alive
+        was_alive = peer.health.alive
         peer.health.welcomed(now)
         self.wake_at = min(self.wake_at, peer.health.wake_at)
-        if peer.health.alive and not was:
-            peer.bundle, peer.probes = welcome.bundle, 0
-            if self._gone_at.pop(expert, None) is not None:  # what it was asked before it left, nobody knows there
+        if peer.health.alive and not was_alive:
+            peer.bundle = welcome.bundle
+            peer.probes = 0
+            if self._left_until.pop(expert, None) is not None:  # it restarted and has forgotten earlier Asks
                 self._lost.append(expert)
                 self.wake_at = 0.0
-            self._log.rarely(f"{peer.device.name} alive", peer=peer.device.name)
+            self._log.rarely("peer_alive", peer=peer.device.name)
+
+    def _handle_refusal(self, expert: int, peer: _Peer, refuse: Refuse, now: float) -> Refuse | None:
+        if refuse.request == 0:  # it refuses our Hello
+            if refuse.reason == Reason.SHUTTING_DOWN:
+                self.fail(expert, "left", now)
+            else:
+                self.fail(expert, "foreign", now)
+                self._log.rarely("peer_refuses", refuse.detail, peer=peer.device.name)
+            return None
+        peer.health.heard(refuse.request, now, sound=False)
+        peer.refused += 1
+        if refuse.reason == Reason.WRONG_TRUNK:
+            self.fail(expert, "foreign", now)
+        elif refuse.reason == Reason.SHUTTING_DOWN:
+            self.fail(expert, "left", now)
+        return refuse
 
 
-def _reached(device: Device) -> tuple[Any, ...]:
-    """What a connection depends on."""
-    return device.name, device.address, device.public_key
+def _peer_report(expert: int, peer: _Peer) -> PeerReport:
+    health = peer.health
+    return {
+        "name": peer.device.name,
+        "expert": expert,
+        "address": peer.current_address or peer.device.address,
+        "state": health.state,
+        "rtt_ms": _ms(health.rtt_s),
+        "p95_ms": _ms(health.p95_s),
+        "asked": peer.asked,
+        "answered": peer.answered,
+        "refused": peer.refused,
+        "owed": health.owed,
+        "bundle": peer.bundle[:12],
+    }
+
+
+def _same_endpoint(one: Device, other: Device) -> bool:
+    """Whether a connection to `one` serves for `other` too."""
+    return (one.name, one.address, one.public_key) == (other.name, other.address, other.public_key)
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -1,4 +1,7 @@
-"""What a device has learnt, kept across its restarts: the rows that its class mix is estimated from."""
+"""Saves the rows from which a device estimates its class mix, so that they survive a restart.
+
+A state that cannot be read or written is logged and costs no request.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +16,41 @@ from nmoe_edge.protocol.classmix import ClassMix
 
 
 def default_state() -> Path:
-    """Where state is kept when nobody says."""
-    home = os.environ.get("XDG_STATE_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "state") / "nmoe"
+    """The user's state folder: nmoe in $XDG_STATE_HOME, by default in ~/.local/state."""
+    configured = os.environ.get("XDG_STATE_HOME")
+    parent = Path(configured) if configured else Path.home() / ".local" / "state"
+    return parent / "nmoe"
 
 
 def mix_path(state: Path, manifest: Manifest) -> Path:
-    """Where the class mix of this device and this trunk is kept."""
+    """The file for the class mix of this device with this trunk."""
     return state / f"{manifest.device}-{manifest.trunk[:12]}-mix.npz"
 
 
-def keep_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
-    """Write it: a reader sees the old file or the new one."""
+def save_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
+    """Replace the saved class mix; an empty one is not saved. A reader sees the old file or the new one."""
     if not mix.rows:
         return
     path = mix_path(state, manifest)
     try:
         state.mkdir(parents=True, exist_ok=True)
         replace_file(path, write_npz({"rows": mix.remembered()}))
-    except OSError as error:  # the device serves all the same
-        log.rarely("class mix", f"{path}: not kept: {error.strerror}")
+    except OSError as error:
+        log.rarely("class_mix_unsaved", f"{path}: cannot be written: {error.strerror}")
 
 
-def kept_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
-    """Take up what was kept, if anything."""
+def load_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
+    """Read the saved class mix, if there is one, into `mix`."""
     path = mix_path(state, manifest)
     try:
         mix.recall(read_npz(path.read_bytes())["rows"])
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError) as error:
-        log("class mix", f"{path}: cannot be read, and is learnt anew: {error}")
+        log("class_mix_unreadable", f"{path}: cannot be read, and is learned again: {error}")
 
 
 def forget_mix(state: Path, device: str) -> None:
-    """Remove what was kept of a device; of attic, not of attic-2."""
+    """Delete the saved class mixes of one device, for every trunk. A device attic-2 is not affected by attic."""
     for path in state.glob(f"{device}-{'[0-9a-f]' * 12}-mix.npz"):
         path.unlink()

@@ -106,7 +106,7 @@ def everybody(folder, inputs, labels, owners):
                         right += int(answers.outputs[0].argmax() == label)
                         degraded += answers.rows[0].degraded
             counts = [client.status()["counts"] for client in asked]
-        home = sum(c.get("rows kept at home", 0) for c in counts) / sum(c["rows"] for c in counts)
+        home = sum(c.get("rows_local", 0) for c in counts) / sum(c["rows"] for c in counts)
         p50, p99 = np.percentile(took, [50, 99]) * 1000
         n = len(took)
         print(f"{near:<13}{right / n:>8.1%}{home:>9.1%}{degraded / n:>10.1%}{p50:>8.2f}{p99:>8.2f}")

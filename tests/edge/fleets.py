@@ -19,9 +19,9 @@ import zmq
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.client import Client
-from nmoe_edge.common.log import Log
+from nmoe_edge.common.log import StderrLog
 from nmoe_edge.device.node import Node
-from nmoe_edge.device.requests import Rules
+from nmoe_edge.device.rules import Rules
 from nmoe_edge.errors import CallError
 from nmoe_edge.keys import key_path, keys_folder, read_key, with_keys
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Ping, Pong, Status, Welcome
@@ -29,7 +29,7 @@ from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import decode, encode
 
 NAMES = ("attic", "barn", "cellar")
-ALONE = Rules(hedge=False)
+NO_HEDGES = Rules(hedge=False)
 
 
 def free_ports(count):
@@ -125,12 +125,12 @@ def mangled(rng, sound, least=0):
 
 
 @contextlib.contextmanager
-def nodes(folder, *names, rules=ALONE, **options):
+def nodes(folder, *names, rules=NO_HEDGES, **options):
     """Devices of a fleet in this process, that know each other."""
     with contextlib.ExitStack() as running:
         made = []
         for name in names or NAMES:
-            node = Node(folder / name, folder / FLEET_FILE, rules=rules, log=Log(name), **options)
+            node = Node(folder / name, folder / FLEET_FILE, rules=rules, log=StderrLog(name), **options)
             running.callback(node.close)
             made.append(node)
         for node in made:

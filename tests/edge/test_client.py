@@ -7,11 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
-from edge.fleets import ALONE, address_of, bright, nodes, until
+from edge.fleets import NO_HEDGES, address_of, bright, nodes, until
 
 from nmoe_edge.bundle.fleet import FLEET_FILE
 from nmoe_edge.client import Client
-from nmoe_edge.common.log import Log
+from nmoe_edge.common.log import StderrLog
 from nmoe_edge.device.node import Node
 from nmoe_edge.errors import CallError
 from nmoe_edge.protocol.wire import DEFAULT_CAPS
@@ -25,7 +25,7 @@ def test_a_client_of_a_dead_port_never_hangs_and_keeps_nothing_for_later(fleet):
         for _ in range(5):
             with pytest.raises(CallError, match="no answer"):
                 client.infer(bright(0), 0.01)
-        with Node(fleet / "attic", fleet / FLEET_FILE, rules=ALONE, log=Log("attic")) as attic:
+        with Node(fleet / "attic", fleet / FLEET_FILE, rules=NO_HEDGES, log=StderrLog("attic")) as attic:
             until(lambda: client.infer(bright(0)).rows)
             assert attic.status()["counts"]["rows"] == 1
     with pytest.raises(CallError, match="the client is closed"):

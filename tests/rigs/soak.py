@@ -240,7 +240,7 @@ def hostile(folder, count=1_000_000):
             counts = client.status()["counts"]
             must(client.infer(bright(0)).rows[0].experts == (0,), "hostile: the node does not answer any more")
         must("bugs" not in counts, "hostile: a message made a bug show")
-    text = f"{counts['malformed messages']:,} refused; memory grew {grown / 1024:.1f} MB"
+    text = f"{counts['messages_malformed']:,} refused; memory grew {grown / 1024:.1f} MB"
     show(f"{count:,} random and mutated messages", text, "10 MB, no crash", grown < 10 * 1024)
 
 

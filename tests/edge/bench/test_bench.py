@@ -277,7 +277,7 @@ def test_a_device_that_cannot_be_served_says_why(fleet, quiet):
         (("FLEET/attic", "--key", "some.key"), "a key without a fleet.toml"),
         (("FLEET/attic", "--fleet", "nowhere.toml"), "nowhere.toml: No such file"),
         (("FLEET/attic", "--rate", "nan", "--fleet", "FLEET/fleet.toml"), "rate is nan"),
-        (("FLEET/attic", "--at", "nonsense"), "tcp://HOST:PORT is due"),
+        (("FLEET/attic", "--at", "nonsense"), "expected tcp://HOST:PORT"),
         (("compare", "FLEET/fleet.toml", "FLEET/fleet.toml"), "fleet.toml: no record of nmoe-edge bench"),
         (("compare", "nowhere", "nowhere"), "nowhere: No such file"),
     ],

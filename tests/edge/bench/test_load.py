@@ -118,7 +118,7 @@ def test_a_peer_welcomes_us_and_its_expert_is_asked(fleet):
         assert (found.asked, found.rows, found.refused) == (len(found.took_ns), len(found.took_ns), 0)
         wrong = asking(np.ones((2, 4), "f4"), "int8", 1, 2, manifest.trunk_bytes)
         assert drive(line, wrong, numbers, 0.05, clients=1).refused > 0
-        with pytest.raises(BenchError, match="expert 1 lives here, not 2"):
+        with pytest.raises(BenchError, match="this device has expert 1, not 2"):
             settled(line, wrong, numbers, 1)
         with pytest.raises(BenchError, match="attic2 is not welcome"):
             greet(
@@ -147,7 +147,7 @@ def test_a_peer_that_talks_nonsense_is_one_line(fleet):
         line = Line(address_of(fleet, "barn"))
         greet(line, read_bundle(fleet / "attic").manifest)
         question = asking(np.ones((2, 4), "f4"), "int8", 1, 1, manifest.trunk_bytes)
-        with pytest.raises(CallError, match="does not speak as we do"):
+        with pytest.raises(CallError, match="sent a message that cannot be read"):
             drive(line, question, itertools.count(), 1.0, clients=1)
         line.close()
 

@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from nmoe_edge.common.log import Log
+from nmoe_edge.common.log import EVENTS, LOGGER, LoggingLog, StderrLog
+
+SERVING = Path(__file__).parents[3] / "nmoe_edge" / "device" / "SERVING.md"
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A list whose one number is the time."""
+    """A list with one number, the time."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
@@ -24,80 +28,117 @@ def lines(capsys):
     return lambda: capsys.readouterr().err.splitlines()
 
 
-def test_a_line_for_people_names_device_event_and_text(lines):
-    Log("attic")("barn lost", "asked nothing more")
-    Log("attic")("draining")
-    first, second = lines()
-    assert first.endswith(" attic barn lost: asked nothing more")
-    assert second.endswith(" attic draining")
+def test_a_line_for_people_names_device_event_peer_and_text(lines):
+    StderrLog("attic")("peer_lost", "not asked until it is back", peer="barn")
+    StderrLog("attic")("peer_alive", peer="barn")
+    StderrLog("attic")("leaving", "2 requests to finish")
+    StderrLog("attic")("leaving")
+    first, second, third, fourth = lines()
+    assert first.endswith(" attic peer_lost: barn: not asked until it is back")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d attic peer_alive: barn", second)
+    assert third.endswith(" attic leaving: 2 requests to finish")
+    assert fourth.endswith(" attic leaving")
 
 
-def test_a_line_of_json_holds_text_and_facts(lines):
-    Log("attic", as_json=True)("barn lost", 'a "reason"\nof two lines', peer="barn", rows=3)
+def test_a_line_of_json_holds_text_peer_and_fields(lines):
+    StderrLog("attic", as_json=True)("peer_lost", 'a "reason"\nof two lines', peer="barn", rows=3)
     (line,) = lines()
     found = json.loads(line)
     assert found.pop("time") > 0
     text = 'a "reason"\nof two lines'
-    assert found == {"device": "attic", "event": "barn lost", "text": text, "peer": "barn", "rows": 3}
+    assert found == {"device": "attic", "event": "peer_lost", "text": text, "peer": "barn", "rows": 3}
 
 
-def test_an_event_without_text_has_none_in_json(lines):
-    Log("attic", as_json=True)("draining")
-    assert "text" not in json.loads(lines()[0])
+def test_an_event_without_text_or_peer_has_neither_in_json(lines):
+    StderrLog("attic", as_json=True)("leaving")
+    assert json.loads(lines()[0]).keys() == {"time", "device", "event"}
 
 
-def test_nothing_is_said_on_stdout(capsys):
-    Log("attic")("draining")
+def test_nothing_is_written_to_stdout(capsys):
+    StderrLog("attic")("leaving")
     assert capsys.readouterr().out == ""
 
 
-def test_what_a_stranger_said_makes_no_line_of_its_own(capsys):
-    Log("attic")("barn refuses us", "no\n12:00:00 attic all is well\x1b[2J\r")
-    said = capsys.readouterr().err
-    assert (said.count("\n"), "\x1b" in said, "\r" in said) == (1, False, False)
+def test_text_from_outside_cannot_start_a_line_of_its_own(capsys):
+    StderrLog("attic")("peer_refuses", "no\n12:00:00 attic all is well\x1b[2J\r", peer="barn")
+    written = capsys.readouterr().err
+    assert (written.count("\n"), "\x1b" in written, "\r" in written) == (1, False, False)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_same_is_said_once_a_minute_with_how_often_it_came(lines, clock, as_json):
-    log = Log("attic", as_json)
+def test_a_repeated_event_is_logged_once_a_minute_with_the_number_left_out(lines, clock, as_json):
+    log = StderrLog("attic", as_json)
     for at in (0.0, 1.0, 30.0, 59.9):
         clock[0] = at
-        log.rarely("odd message", "from somebody")
+        log.rarely("message_malformed", "no frames")
     assert len(lines()) == 1
     clock[0] = 60.0
-    log.rarely("odd message", "from somebody")
+    log.rarely("message_malformed", "no frames")
     (line,) = lines()
     assert "3 more" in line
     assert not as_json or json.loads(line)["held"] == 3
 
 
-def test_what_was_held_is_said_once(lines, clock):
-    log = Log("attic", as_json=True)
+def test_the_number_left_out_is_reported_once(lines, clock):
+    log = StderrLog("attic", as_json=True)
     for at in (0.0, 1.0, 60.0, 120.0):
         clock[0] = at
-        log.rarely("odd message")
+        log.rarely("message_malformed")
     assert [json.loads(line)["held"] for line in lines()] == [0, 1, 0]
 
 
-def test_another_event_is_not_held_back(lines, clock):
-    log = Log("attic")
-    log.rarely("barn lost")
-    log.rarely("cellar lost")
-    assert len(lines()) == 2
+def test_the_limit_is_per_event_and_peer(lines, clock):
+    log = StderrLog("attic")
+    log.rarely("peer_lost", peer="barn")
+    log.rarely("peer_lost", peer="cellar")
+    log.rarely("peer_silent", peer="barn")
+    log.rarely("peer_lost", peer="barn")
+    assert len(lines()) == 3
 
 
-def test_the_first_is_said_even_when_the_machine_has_just_started(lines, clock):
+def test_the_first_event_is_logged_even_when_the_machine_has_just_started(lines, clock):
     clock[0] = 0.5
-    Log("attic").rarely("barn lost")
+    StderrLog("attic").rarely("peer_lost", peer="barn")
     assert len(lines()) == 1
 
 
-def test_a_log_that_nobody_can_write_to_any_more_is_done_without():
+def test_a_stderr_that_cannot_be_written_is_ignored():
     with Path("/dev/full").open("w") as full, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", full)
-        Log("attic")("barn lost")
+        StderrLog("attic")("leaving")
         with contextlib.suppress(OSError):
             full.close()
-        Log("attic")("barn lost")
+        StderrLog("attic")("leaving")
         patch.setattr(sys, "stderr", None)
-        Log("attic")("barn lost")
+        StderrLog("attic")("leaving")
+
+
+@pytest.mark.parametrize("log", [StderrLog("attic"), LoggingLog("attic")])
+def test_an_event_that_is_not_listed_is_an_error(log):
+    with pytest.raises(KeyError, match="barn lost"):
+        log("barn lost")
+    with pytest.raises(KeyError, match="barn lost"):
+        log.rarely("barn lost")
+
+
+def test_pythons_logging_gets_device_event_and_fields_of_their_own(caplog):
+    caplog.set_level(logging.INFO, LOGGER)
+    LoggingLog("attic")("peer_found", "tcp://127.0.0.1:1", peer="barn", rows=3)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("nmoe", "INFO")
+    assert record.getMessage() == "attic peer_found: barn: tcp://127.0.0.1:1"
+    assert (record.device, record.event, record.peer, record.rows) == ("attic", "peer_found", "barn", 3)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_every_event_reaches_pythons_logging_at_its_level(event, caplog):
+    caplog.set_level(logging.DEBUG, LOGGER)
+    LoggingLog("attic").rarely(event, peer="barn")
+    (record,) = caplog.records
+    assert (record.levelno, record.event, record.held) == (EVENTS[event].level, event, 0)
+
+
+def test_serving_md_lists_every_event_with_its_level_and_meaning():
+    section = SERVING.read_text().partition("### Log events")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", section, re.M)
+    assert rows == [(name, logging.getLevelName(event.level), event.meaning) for name, event in EVENTS.items()]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zmq
 from edge.fleets import (
-    ALONE,
+    NO_HEDGES,
     Impostor,
     address_of,
     answered_by,
@@ -26,7 +26,7 @@ from edge.fleets import (
 from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.client import Client
-from nmoe_edge.common.log import Log
+from nmoe_edge.common.log import StderrLog
 from nmoe_edge.device.node import Node
 from nmoe_edge.errors import CallError, FleetError, KeyFileError, NetworkError
 from nmoe_edge.keys import key_path, make_pair, read_key
@@ -83,7 +83,7 @@ def test_frames_of_every_kind_of_nonsense_leave_a_live_node_alive(fleet, pytestc
             dealer.connect(attic.address)
             for _ in range(count):
                 dealer.send_multipart(mangled(rng, sound[:3], least=1))
-            until(lambda: attic.status()["counts"].get("malformed messages", 0) > count / 3)
+            until(lambda: attic.status()["counts"].get("messages_malformed", 0) > count / 3)
         assert "bugs" not in attic.status()["counts"]
         until(lambda: attic.status()["under_way"] == 0)
         until(lambda: answered_by(attic, bright(1)) == (1,))
@@ -102,8 +102,8 @@ def test_a_stranger_without_the_right_key_is_refused_and_counted(keyed):
         known = read_key(key_path(keyed / FLEET_FILE, "cellar"))
         with Client(attic.address, known, device.public_key) as friend:
             counts = friend.status()["counts"]
-        assert counts["unknown keys"] >= 1
-        assert counts["failed handshakes"] >= 1
+        assert counts["keys_unknown"] >= 1
+        assert counts["handshakes_failed"] >= 1
 
 
 def test_nobody_says_goodbye_for_somebody_else(keyed):
@@ -122,26 +122,26 @@ def test_nobody_says_goodbye_for_somebody_else(keyed):
 
 def test_without_keys_nothing_but_loopback_is_served(fleet):
     with pytest.raises(NetworkError, match="not loopback.*nmoe-edge keygen"):
-        Node(fleet / "attic", fleet / FLEET_FILE, listen="tcp://0.0.0.0:7199", log=Log("attic"))
+        Node(fleet / "attic", fleet / FLEET_FILE, listen="tcp://0.0.0.0:7199", log=StderrLog("attic"))
 
 
 def test_a_key_that_others_may_read_or_that_is_not_the_fleets_is_refused(keyed):
     path = key_path(keyed / FLEET_FILE, "attic")
     path.chmod(0o644)
     with pytest.raises(KeyFileError, match="others may read it"):
-        Node(keyed / "attic", keyed / FLEET_FILE, log=Log("attic"))
+        Node(keyed / "attic", keyed / FLEET_FILE, log=StderrLog("attic"))
     with pytest.raises(FleetError, match="not that of its key file"):
-        Node(keyed / "attic", keyed / FLEET_FILE, key=key_path(keyed / FLEET_FILE, "barn"), log=Log("attic"))
+        Node(keyed / "attic", keyed / FLEET_FILE, key=key_path(keyed / FLEET_FILE, "barn"), log=StderrLog("attic"))
 
 
 def test_an_address_that_somebody_tells_is_believed_only_of_a_peer_that_is_not_where_it_was(fleet):
     with nodes(fleet, "attic", "barn") as (attic, barn):
-        attic.found("barn", "tcp://127.0.0.1:1")
-        attic.found("cellar", "tcp://192.0.2.1:7101")  # no loopback, and nobody has keys
-        attic.found("nobody", "tcp://127.0.0.1:1")
+        attic.peer_discovered("barn", "tcp://127.0.0.1:1")
+        attic.peer_discovered("cellar", "tcp://192.0.2.1:7101")  # no loopback, and nobody has keys
+        attic.peer_discovered("nobody", "tcp://127.0.0.1:1")
         facts = {peer["name"]: peer["address"] for peer in attic.status()["peers"]}
         assert facts == {"barn": barn.address, "cellar": address_of(fleet, "cellar")}
-        attic.found("cellar", "tcp://127.0.0.1:1")
+        attic.peer_discovered("cellar", "tcp://127.0.0.1:1")
         until(lambda: attic.status()["peers"][1]["address"] == "tcp://127.0.0.1:1")
 
 
@@ -161,7 +161,7 @@ def test_no_peer_answers_or_refuses_in_the_name_of_another(fleet):
     with (
         Impostor(address_of(fleet, "barn"), barn, liar),
         Impostor(address_of(fleet, "cellar"), slow, late),
-        nodes(fleet, "attic", rules=replace(ALONE, top_k=3)) as (attic,),
+        nodes(fleet, "attic", rules=replace(NO_HEDGES, top_k=3)) as (attic,),
     ):
         until(lambda: set(states(attic.status()).values()) == {"alive"})
         (row,) = attic.infer(bright(0), 3.0).rows
@@ -173,7 +173,7 @@ def test_a_peer_that_says_goodbye_and_nothing_more_is_not_waited_for_to_the_end(
     cellar = read_bundle(fleet / "cellar").manifest
     with (
         Impostor(address_of(fleet, "cellar"), cellar, lambda _ask: []) as impostor,
-        nodes(fleet, "attic", "barn", rules=replace(ALONE, deadline_s=30.0)) as (attic, _),
+        nodes(fleet, "attic", "barn", rules=replace(NO_HEDGES, deadline_s=30.0)) as (attic, _),
     ):
         until(lambda: states(attic.status())["cellar"] == "alive")
         found = []

@@ -26,7 +26,7 @@ def barn(tiny_fleet):
 
 
 def changed(fleet_file, name, **change):
-    """Let one device of the fleet be another."""
+    """Change one device in fleet.toml."""
     fleet = read_fleet(fleet_file)
     devices = (replace(d, **change) if d.name == name else d for d in fleet.device)
     write_fleet(fleet_file, replace(fleet, device=tuple(devices)))
@@ -48,18 +48,18 @@ def test_a_key_without_a_fleet_is_refused(barn, tmp_path):
 
 
 def test_a_device_finds_the_others_and_its_address(fleet_file, barn):
-    place = find_membership(fleet_file, barn)
-    assert [device.name for device in place.others] == ["attic", "cellar"]
-    assert (place.keys, place.allowed, place.listen) == (None, (), "tcp://127.0.0.1:7102")
+    membership = find_membership(fleet_file, barn)
+    assert [device.name for device in membership.others] == ["attic", "cellar"]
+    assert (membership.keys, membership.allowed, membership.listen) == (None, (), "tcp://127.0.0.1:7102")
 
 
-def test_a_device_that_the_fleet_does_not_name_is_refused(fleet_file, barn):
+def test_a_device_that_fleet_toml_does_not_list_is_refused(fleet_file, barn):
     with pytest.raises(FleetError, match="no device is named 'shed'"):
         find_membership(fleet_file, replace(barn, device="shed"))
 
 
 @pytest.mark.parametrize("change", [{"bundle": "0" * 64}, {"expert": 7}])
-def test_another_bundle_than_the_fleet_names_is_refused(fleet_file, barn, change):
+def test_another_bundle_than_fleet_toml_lists_is_refused(fleet_file, barn, change):
     changed(fleet_file, "barn", **change)
     with pytest.raises(FleetError, match="names another bundle for barn"):
         find_membership(fleet_file, barn)
@@ -70,21 +70,21 @@ def test_a_missing_fleet_is_refused(tmp_path, barn):
         find_membership(tmp_path / FLEET_FILE, barn)
 
 
-def test_with_keys_everybody_whose_key_is_there_may_ask(keyed, barn):
-    place = find_membership(keyed, barn)
+def test_with_keys_every_device_with_a_public_key_may_connect(keyed, barn):
+    membership = find_membership(keyed, barn)
     fleet = read_fleet(keyed)
-    assert place.keys.public == fleet.named("barn").public_key
-    assert dict(place.allowed) == {fleet.named(name).public_key: name for name in NAMES}
+    assert membership.keys.public == fleet.named("barn").public_key
+    assert dict(membership.allowed) == {fleet.named(name).public_key: name for name in NAMES}
 
 
-def test_a_device_without_a_key_may_not_ask(keyed, barn):
+def test_a_device_without_a_public_key_may_not_connect(keyed, barn):
     changed(keyed, "attic", public_key=None)
-    place = find_membership(keyed, barn)
-    assert sorted(name for _, name in place.allowed) == ["barn", "cellar"]
-    assert [device.name for device in place.others] == ["attic", "cellar"]
+    membership = find_membership(keyed, barn)
+    assert sorted(name for _, name in membership.allowed) == ["barn", "cellar"]
+    assert [device.name for device in membership.others] == ["attic", "cellar"]
 
 
-def test_a_key_of_another_place_can_be_given(keyed, barn, tmp_path):
+def test_a_key_file_in_another_place_can_be_given(keyed, barn, tmp_path):
     usual = keys_folder(keyed) / "barn.key"
     usual.rename(tmp_path / "elsewhere")
     with pytest.raises(KeyFileError, match="No such file"):
@@ -94,13 +94,13 @@ def test_a_key_of_another_place_can_be_given(keyed, barn, tmp_path):
     )
 
 
-def test_a_key_that_is_not_the_fleets_is_refused(keyed, barn, tmp_path):
+def test_a_key_that_fleet_toml_does_not_list_is_refused(keyed, barn, tmp_path):
     write_key(tmp_path / "other", make_pair())
     with pytest.raises(FleetError, match="public key of barn"):
         find_membership(keyed, barn, tmp_path / "other")
 
 
-def test_a_key_for_a_device_that_the_fleet_knows_no_key_of_is_refused(fleet_file, barn, tmp_path):
+def test_a_key_file_for_a_device_without_a_public_key_is_refused(fleet_file, barn, tmp_path):
     write_key(tmp_path / "other", make_pair())
     with pytest.raises(FleetError, match="public key of barn"):
         find_membership(fleet_file, barn, tmp_path / "other")
@@ -122,12 +122,12 @@ def test_with_keys_a_device_listens_on_every_interface_unless_it_is_loopback(key
     assert find_membership(keyed, barn).listen == listen
 
 
-def test_without_keys_it_never_listens_on_every_interface(fleet_file, barn):
+def test_without_keys_a_device_never_listens_on_every_interface(fleet_file, barn):
     assert find_membership(fleet_file, barn).listen.startswith("tcp://127.0.0.1:")
 
 
-def test_a_device_without_keys_has_no_peer_on_the_network(fleet_file, barn):
-    """Latents in clear, and answers from anybody at that address."""
+def test_a_device_without_keys_has_peers_on_loopback_only(fleet_file, barn):
+    """Otherwise latents would travel unencrypted, and any machine at that address could answer."""
     changed(fleet_file, "attic", address="tcp://192.0.2.7:7999")
-    with pytest.raises(FleetError, match="attic at tcp://192.0.2.7:7999 is not loopback, and there are not keys"):
+    with pytest.raises(FleetError, match="attic at tcp://192.0.2.7:7999 is not loopback, so both ends need keys"):
         find_membership(fleet_file, barn)

@@ -10,15 +10,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zmq
-from edge.fleets import ALONE, Impostor, address_of, answered_by, bright, nodes, pinned, settled, states, until
+from edge.fleets import NO_HEDGES, Impostor, address_of, answered_by, bright, nodes, pinned, settled, states, until
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.bundle.folder import read_bundle, write_bundle
 from nmoe_edge.bundle.manifest import trunk_digest
 from nmoe_edge.client import Client
-from nmoe_edge.common.log import Log
+from nmoe_edge.common.log import StderrLog
 from nmoe_edge.device.node import Node
-from nmoe_edge.device.requests import Rules
+from nmoe_edge.device.rules import Rules
 from nmoe_edge.errors import CallError, FleetError, ModelError, NetworkError
 from nmoe_edge.models import Models
 from nmoe_edge.protocol.exchange import Exchange
@@ -46,7 +46,7 @@ def in_one_process(folder, images, own, top_k):
 def test_a_fleet_answers_row_for_row_as_its_bundles_do_in_one_process(tiny_fleet, tmp_path, top_k, keys):
     folder = settled(tiny_fleet, tmp_path / "fleet", keyed=keys)
     images = np.random.default_rng(0).integers(0, 256, (40, 1, 6, 6)).astype(np.uint8)
-    with nodes(folder, rules=replace(ALONE, top_k=top_k)) as (attic, *_):
+    with nodes(folder, rules=replace(NO_HEDGES, top_k=top_k)) as (attic, *_):
         answers = attic.infer(images)
         assert np.allclose(answers.outputs, in_one_process(folder, images, 0, top_k), atol=1e-5)
         assert not any(row.degraded for row in answers.rows)
@@ -72,7 +72,7 @@ def test_a_client_gets_what_the_node_itself_says_from_many_threads(fleet):
 
 
 def test_without_a_fleet_a_device_answers_alone(fleet):
-    with Node(fleet / "attic", log=Log("attic")) as attic:
+    with Node(fleet / "attic", log=StderrLog("attic")) as attic:
         assert attic.address == ""
         answers = attic.infer(bright(0, 1))
         assert [row.experts for row in answers.rows] == [(0,), (0,)]
@@ -100,7 +100,7 @@ def test_a_peer_that_comes_back_is_the_same_peer(fleet):
     with nodes(fleet) as (attic, barn, _):
         barn.close()
         assert attic.infer(bright(1)).rows[0].degraded
-        with Node(fleet / "barn", fleet / FLEET_FILE, rules=ALONE, log=Log("barn")):
+        with Node(fleet / "barn", fleet / FLEET_FILE, rules=NO_HEDGES, log=StderrLog("barn")):
             until(lambda: states(attic.status())["barn"] == "alive")
             assert attic.infer(bright(1)).rows[0].experts == (1,)
             assert len(attic.status()["peers"]) == 2
@@ -118,14 +118,14 @@ def other_trunk(folder, name):
 def test_two_trunks_never_exchange_a_row(fleet):
     other_trunk(fleet, "cellar")
     with nodes(fleet, "attic", "barn") as (attic, barn):
-        cellar = Node(fleet / "cellar", fleet / FLEET_FILE, rules=ALONE, log=Log("cellar"))
+        cellar = Node(fleet / "cellar", fleet / FLEET_FILE, rules=NO_HEDGES, log=StderrLog("cellar"))
         try:
             until(lambda: states(attic.status())["cellar"] == "foreign")
             for _ in range(20):
                 assert attic.infer(bright(2)).rows[0].missing == (2,)
                 assert cellar.infer(bright(0, 1)).rows[0].experts == (2,)
             for node in (attic, barn, cellar):
-                assert "rows answered for others" not in node.status()["counts"] or node is barn
+                assert "rows_for_peers" not in node.status()["counts"] or node is barn
             # And an Ask that comes without any Hello.
             ask = Ask(
                 5,
@@ -167,7 +167,7 @@ def test_an_ask_whose_budget_is_spent_is_never_run_and_pings_are_answered(fleet)
         reply = raw_call(attic.address, Ask(5, 0, 0, 0, trunk, Tensor.pack(np.ones((1, 4), "f4"), "float32")))
         assert reply == Refuse(5, Reason.EXPIRED)
         assert raw_call(attic.address, Ping(9)) == Pong(9)
-        assert "rows answered for others" not in attic.status()["counts"]
+        assert "rows_for_peers" not in attic.status()["counts"]
 
 
 class Late:
@@ -210,14 +210,14 @@ def test_a_request_that_cannot_be_done_in_time_is_refused_and_more_than_the_queu
 
 def test_an_address_that_is_taken_is_one_line(fleet):
     with nodes(fleet, "attic") as (attic,), pytest.raises(NetworkError, match=r"7|in use"):
-        Node(fleet / "barn", fleet / FLEET_FILE, listen=attic.address, log=Log("barn"))
+        Node(fleet / "barn", fleet / FLEET_FILE, listen=attic.address, log=StderrLog("barn"))
 
 
 def test_another_bundle_than_the_fleet_names_is_refused(fleet):
     bundle = read_bundle(fleet / "attic")
     write_bundle(fleet / "attic", replace(bundle.manifest, target="pi"), bundle.contents)
     with pytest.raises(FleetError, match="names another bundle for attic"):
-        Node(fleet / "attic", fleet / FLEET_FILE, log=Log("attic"))
+        Node(fleet / "attic", fleet / FLEET_FILE, log=StderrLog("attic"))
 
 
 def worse(folder, name):
@@ -230,8 +230,8 @@ def worse(folder, name):
 def test_a_bundle_that_fails_its_selftest_is_served_only_by_force_and_loudly(fleet, capsys):
     worse(fleet, "attic")
     with pytest.raises(ModelError, match="FAILED its self-test on this machine"):
-        Node(fleet / "attic", fleet / FLEET_FILE, log=Log("attic"))
-    with Node(fleet / "attic", fleet / FLEET_FILE, force=True, log=Log("attic")) as attic:
+        Node(fleet / "attic", fleet / FLEET_FILE, log=StderrLog("attic"))
+    with Node(fleet / "attic", fleet / FLEET_FILE, force=True, log=StderrLog("attic")) as attic:
         assert attic.infer(bright(0)).rows[0].experts == (0,)
     assert "SERVING ALL THE SAME" in capsys.readouterr().err
 
@@ -259,7 +259,7 @@ def test_a_new_bundle_is_taken_up_and_a_bad_one_is_not_while_requests_go_on(flee
                 until(lambda changed=changed: attic.status()["bundle"] == changed.manifest.digest)
             worse(fleet, "attic")
             attic.reload()
-            until(lambda: attic.status()["counts"].get("reloads refused") == 1)
+            until(lambda: attic.status()["counts"].get("reloads_refused") == 1)
         finally:
             over.set()
             thread.join()
@@ -283,18 +283,18 @@ def test_what_is_under_way_is_finished_before_a_device_leaves(fleet):
 
 
 def test_a_row_whose_own_expert_is_sure_stays_at_home(fleet):
-    with nodes(fleet, rules=replace(ALONE, local_first=0.0)) as (attic, *_):
+    with nodes(fleet, rules=replace(NO_HEDGES, local_first=0.0)) as (attic, *_):
         answers = attic.infer(bright(0, 1, 2))
         assert [row.experts for row in answers.rows] == [(0,)] * 3
         assert not any(row.degraded for row in answers.rows)
-        assert attic.status()["counts"] == {"rows": 3, "rows kept at home": 3}
+        assert attic.status()["counts"] == {"rows": 3, "rows_local": 3}
 
 
 def test_a_far_peer_loses_score_and_zero_is_the_gates_own_choice(fleet):
-    with nodes(fleet, rules=replace(ALONE, prefer_near=1e6)) as (attic, *_):
+    with nodes(fleet, rules=replace(NO_HEDGES, prefer_near=1e6)) as (attic, *_):
         assert attic.infer(bright(1)).rows[0].experts == (1,)  # nobody knows yet that it is far
         assert attic.infer(bright(1)).rows[0].experts == (0,)
-    with nodes(fleet, rules=ALONE) as (attic, *_):
+    with nodes(fleet, rules=NO_HEDGES) as (attic, *_):
         assert all(attic.infer(bright(1)).rows[0].experts == (1,) for _ in range(3))
 
 
@@ -345,7 +345,7 @@ def test_a_device_learns_its_class_mix_uses_it_after_200_rows_and_keeps_it(fleet
         assert attic.infer(unsure).outputs[0, 0] > before[0]
     with nodes(fleet, "attic", state=tmp_path / "state") as (attic,):
         assert attic.status()["class_mix"]["rows"] == mix["rows"] + 1
-    with nodes(fleet, "attic", state=tmp_path / "state", rules=replace(ALONE, adapt=False)) as (attic,):
+    with nodes(fleet, "attic", state=tmp_path / "state", rules=replace(NO_HEDGES, adapt=False)) as (attic,):
         assert attic.status()["class_mix"]["adapt"] is False
 
 
@@ -354,7 +354,7 @@ def test_adapting_with_answers_that_carry_a_prior_is_refused(tiny_fleet, tmp_pat
     bundle = read_bundle(folder / "attic")
     pinned(folder, write_bundle(folder / "attic", replace(bundle.manifest, answers_carry_prior=True), bundle.contents))
     with pytest.raises(ModelError, match="carry no prior, and these do"):
-        Node(folder / "attic", folder / FLEET_FILE, rules=Rules(adapt=True), log=Log("attic"))
+        Node(folder / "attic", folder / FLEET_FILE, rules=Rules(adapt=True), log=StderrLog("attic"))
 
 
 def test_a_reload_may_take_peers_away_from_requests_under_way(fleet):
@@ -379,8 +379,8 @@ def test_a_reload_may_take_peers_away_from_requests_under_way(fleet):
 
 
 def test_a_far_peer_loses_rank_and_no_weight(fleet):
-    with nodes(fleet, rules=replace(ALONE, top_k=3, prefer_near=0.01)) as (attic, *_):
+    with nodes(fleet, rules=replace(NO_HEDGES, top_k=3, prefer_near=0.01)) as (attic, *_):
         attic.infer(bright(1))
         weights = attic.infer(bright(1)).rows[0].weights
-    with nodes(fleet, rules=replace(ALONE, top_k=3)) as (attic, *_):
+    with nodes(fleet, rules=replace(NO_HEDGES, top_k=3)) as (attic, *_):
         assert attic.infer(bright(1)).rows[0].weights == weights

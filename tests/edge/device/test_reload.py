@@ -28,7 +28,7 @@ def test_a_bundle_that_is_copied_file_by_file_is_taken_up_when_it_is_whole(fleet
     with nodes(fleet, "attic") as (attic,):
         time.sleep(0.2)
         shutil.copy(other / "attic" / MANIFEST, fleet / "attic" / MANIFEST)
-        until(lambda: attic.status()["counts"].get("reloads refused"))
+        until(lambda: attic.status()["counts"].get("reloads_refused"))
         assert attic.status()["bundle"] == bundle.manifest.digest
         pinned(fleet, changed)
         shutil.copy(other / "attic" / "labels.txt", fleet / "attic" / "labels.txt")
@@ -43,5 +43,5 @@ def test_keys_that_come_while_a_device_serves_without_take_a_restart(fleet):
         remote = replace(described.device[1], address="tcp://192.0.2.7:7101")
         write_fleet(path, replace(described, device=(described.device[0], remote, described.device[2])))
         attic.reload()
-        until(lambda: attic.status()["counts"].get("reloads refused"))
+        until(lambda: attic.status()["counts"].get("reloads_refused"))
         assert {peer["address"].split(":")[1] for peer in attic.status()["peers"]} == {"//127.0.0.1"}

@@ -8,12 +8,12 @@ import pytest
 
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.bundle.manifest import trunk_digest
-from nmoe_edge.common.log import Log
+from nmoe_edge.common.log import StderrLog
 from nmoe_edge.common.npz import write_npz
-from nmoe_edge.device.saved_mix import default_state, forget_mix, keep_mix, kept_mix, mix_path
+from nmoe_edge.device.saved_mix import default_state, forget_mix, load_mix, mix_path, save_mix
 from nmoe_edge.protocol.classmix import ClassMix
 
-LOG = Log("attic")
+LOG = StderrLog("attic")
 
 
 @pytest.fixture
@@ -22,52 +22,52 @@ def manifest(tiny_fleet):
 
 
 @pytest.fixture
-def learnt():
+def learned():
     mix = ClassMix(3)
     mix.weighed(np.random.default_rng(0).dirichlet([3.0, 1.0, 1.0], 300).astype(np.float32))
     return mix
 
 
-def recalled(state, manifest):
+def loaded(state, manifest):
     mix = ClassMix(3)
-    kept_mix(state, manifest, mix, LOG)
+    load_mix(state, manifest, mix, LOG)
     return mix
 
 
-def test_what_was_kept_is_recalled(tmp_path, manifest, learnt, capsys):
-    keep_mix(tmp_path / "new" / "state", manifest, learnt, LOG)
-    mix = recalled(tmp_path / "new" / "state", manifest)
-    assert np.array_equal(mix.remembered(), learnt.remembered())
-    assert mix.mix == pytest.approx(learnt.mix)
+def test_a_saved_mix_is_loaded_again(tmp_path, manifest, learned, capsys):
+    save_mix(tmp_path / "new" / "state", manifest, learned, LOG)
+    mix = loaded(tmp_path / "new" / "state", manifest)
+    assert np.array_equal(mix.remembered(), learned.remembered())
+    assert mix.mix == pytest.approx(learned.mix)
     assert capsys.readouterr().err == ""
 
 
-def test_one_file_is_left_and_the_newest_is_what_it_holds(tmp_path, manifest, learnt):
-    keep_mix(tmp_path, manifest, learnt, LOG)
-    learnt.weighed(np.full((1, 3), 1 / 3, np.float32))
-    keep_mix(tmp_path, manifest, learnt, LOG)
+def test_saving_again_replaces_the_file(tmp_path, manifest, learned):
+    save_mix(tmp_path, manifest, learned, LOG)
+    learned.weighed(np.full((1, 3), 1 / 3, np.float32))
+    save_mix(tmp_path, manifest, learned, LOG)
     assert list(tmp_path.iterdir()) == [mix_path(tmp_path, manifest)]
-    assert recalled(tmp_path, manifest).rows == 301
+    assert loaded(tmp_path, manifest).rows == 301
 
 
-def test_nothing_learnt_is_not_kept_over_what_was(tmp_path, manifest, learnt):
-    keep_mix(tmp_path, manifest, learnt, LOG)
-    keep_mix(tmp_path, manifest, ClassMix(3), LOG)
-    assert recalled(tmp_path, manifest).rows == 300
+def test_an_empty_mix_does_not_replace_a_saved_one(tmp_path, manifest, learned):
+    save_mix(tmp_path, manifest, learned, LOG)
+    save_mix(tmp_path, manifest, ClassMix(3), LOG)
+    assert loaded(tmp_path, manifest).rows == 300
 
 
-def test_a_device_that_has_learnt_nothing_says_nothing(tmp_path, manifest, capsys):
-    assert recalled(tmp_path, manifest).rows == 0
+def test_loading_without_a_saved_mix_logs_nothing(tmp_path, manifest, capsys):
+    assert loaded(tmp_path, manifest).rows == 0
     assert capsys.readouterr().err == ""
 
 
-def test_another_device_or_trunk_recalls_nothing(tmp_path, manifest, learnt):
-    keep_mix(tmp_path, manifest, learnt, LOG)
-    assert recalled(tmp_path, replace(manifest, device="barn")).rows == 0
+def test_another_device_or_trunk_loads_nothing(tmp_path, manifest, learned):
+    save_mix(tmp_path, manifest, learned, LOG)
+    assert loaded(tmp_path, replace(manifest, device="barn")).rows == 0
     source = "0" * 64
     trunk = trunk_digest(source, manifest.latent.dim, manifest.experts, manifest.outputs)
-    assert recalled(tmp_path, replace(manifest, extractor_source=source, trunk=trunk)).rows == 0
-    assert recalled(tmp_path, manifest).rows == 300
+    assert loaded(tmp_path, replace(manifest, extractor_source=source, trunk=trunk)).rows == 0
+    assert loaded(tmp_path, manifest).rows == 300
 
 
 @pytest.mark.parametrize(
@@ -84,52 +84,53 @@ def test_another_device_or_trunk_recalls_nothing(tmp_path, manifest, learnt):
     ],
     ids=["empty", "no zip", "cut off", "other name", "other width", "nan", "one row", "a number"],
 )
-def test_a_damaged_file_is_learnt_anew_with_a_line_in_the_log(tmp_path, manifest, capsys, data):
+def test_a_damaged_file_is_logged_and_ignored(tmp_path, manifest, capsys, data):
     path = mix_path(tmp_path, manifest)
     path.write_bytes(data)
-    assert recalled(tmp_path, manifest).rows == 0
+    assert loaded(tmp_path, manifest).rows == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{path}: cannot be read, and is learnt anew" in line
+    assert f"{path}: cannot be read, and is learned again" in line
 
 
-def test_a_damaged_file_is_replaced(tmp_path, manifest, learnt):
+def test_a_damaged_file_is_replaced(tmp_path, manifest, learned):
     mix_path(tmp_path, manifest).write_bytes(b"no zip")
-    keep_mix(tmp_path, manifest, learnt, LOG)
-    assert recalled(tmp_path, manifest).rows == 300
+    save_mix(tmp_path, manifest, learned, LOG)
+    assert loaded(tmp_path, manifest).rows == 300
 
 
-def test_a_state_folder_that_is_a_file_is_a_line_in_the_log_and_no_end(tmp_path, manifest, learnt, capsys):
+def test_a_state_folder_that_is_a_file_is_logged_and_costs_nothing(tmp_path, manifest, learned, capsys):
     (tmp_path / "state").touch()
-    keep_mix(tmp_path / "state", manifest, learnt, Log("attic"))
-    assert recalled(tmp_path / "state", manifest).rows == 0
-    kept, read = capsys.readouterr().err.splitlines()
-    assert "not kept" in kept
-    assert "learnt anew" in read
+    save_mix(tmp_path / "state", manifest, learned, StderrLog("attic"))
+    assert loaded(tmp_path / "state", manifest).rows == 0
+    saving, loading = capsys.readouterr().err.splitlines()
+    assert "class_mix_unsaved" in saving
+    assert "cannot be written" in saving
+    assert "learned again" in loading
 
 
-def test_a_folder_that_cannot_be_written_to_is_a_line_in_the_log(tmp_path, manifest, learnt, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_logged(tmp_path, manifest, learned, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # a test may run as root, whom no folder refuses
-    keep_mix(tmp_path, manifest, learnt, Log("attic"))
-    assert "not kept: Permission denied" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "open", refuse)  # permissions do not stop a test that runs as root
+    save_mix(tmp_path, manifest, learned, StderrLog("attic"))
+    assert "cannot be written: Permission denied" in capsys.readouterr().err
 
 
-def test_forgetting_removes_that_devices_alone(tmp_path, manifest, learnt):
+def test_forgetting_removes_the_mixes_of_one_device_only(tmp_path, manifest, learned):
     others = [replace(manifest, device=name) for name in ("barn", "attic-2", "attic.2", "attic2", "an-attic")]
-    for one in (manifest, *others):
-        keep_mix(tmp_path, one, learnt, LOG)
+    for device in (manifest, *others):
+        save_mix(tmp_path, device, learned, LOG)
     forget_mix(tmp_path, "attic")
-    assert set(tmp_path.iterdir()) == {mix_path(tmp_path, one) for one in others}
+    assert set(tmp_path.iterdir()) == {mix_path(tmp_path, device) for device in others}
 
 
-def test_forgetting_where_nothing_was_kept_is_no_error(tmp_path):
+def test_forgetting_without_a_saved_mix_is_not_an_error(tmp_path):
     forget_mix(tmp_path / "nothing", "attic")
     assert not (tmp_path / "nothing").exists()
 
 
-def test_state_is_kept_where_the_user_keeps_it(monkeypatch, tmp_path):
+def test_the_default_state_folder_follows_the_users_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert default_state() == tmp_path / "nmoe"
     monkeypatch.delenv("XDG_STATE_HOME")

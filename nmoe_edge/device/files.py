@@ -1,0 +1,86 @@
+"""The files that a device serves from: its bundle, fleet.toml and its key. Reads them, and notices when they change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmoe_edge.common.folders import stamps
+from nmoe_edge.common.log import Log
+from nmoe_edge.device.membership import Membership, find_membership
+from nmoe_edge.device.rules import ResolvedRules, Rules
+from nmoe_edge.errors import BundleError, FleetError
+from nmoe_edge.models import Models, open_bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What was read from the files, checked and ready to serve."""
+
+    models: Models
+    rules: ResolvedRules
+    membership: Membership
+
+
+class ServedFiles:
+    """The bundle's folder, fleet.toml and the key file of one device."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        fleet_file: Path | str | None,
+        key: Path | str | None,
+        rules: Rules,
+        *,
+        provider: str,
+        threads: int,
+        force: bool,
+        log: Log,
+    ) -> None:
+        """The arguments are those of Node."""
+        self.folder = Path(folder)
+        self.fleet_file = None if fleet_file is None else Path(fleet_file)
+        self.threads = threads
+        self._key = None if key is None else Path(key)
+        self._rules = rules
+        self._provider = provider
+        self._force = force
+        self._log = log
+        self._read_stamp = self._seen_stamp = stamps(self.folder, self.fleet_file)
+
+    def read(self) -> Served:
+        """Read and check everything, and replay the bundle's self-test. An EdgeError says what does not fit."""
+        models = open_bundle(self.folder, self.threads, self._provider, self._force, self._log_failed_selftest)
+        rules = self._rules.resolve(models.manifest)
+        membership = find_membership(self.fleet_file, models.manifest, self._key)
+        return Served(models, rules, membership)
+
+    def read_again(self, device: str, has_keys: bool) -> Served:
+        """Like `read`, for a device that serves already; an EdgeError also for a change that needs a restart.
+
+        device: its name; has_keys: whether it was started with keys.
+        """
+        served = self.read()
+        if served.models.manifest.device != device:
+            raise BundleError(
+                f"{self.folder} is now the bundle of {served.models.manifest.device}; that needs a restart"
+            )
+        if (served.membership.keys is not None) != has_keys:
+            raise FleetError(f"{self.fleet_file}: keys were added or removed; that needs a restart")
+        return served
+
+    def changed(self) -> bool:
+        """Whether the files have changed since this last said so, or since the start.
+
+        True only if two calls in a row see the same files, so that a copy in progress is not read.
+        """
+        stamp = stamps(self.folder, self.fleet_file)
+        is_stable = stamp == self._seen_stamp
+        self._seen_stamp = stamp
+        if stamp == self._read_stamp or not is_stable:
+            return False
+        self._read_stamp = stamp
+        return True
+
+    def _log_failed_selftest(self, text: str) -> None:
+        self._log("selftest_failed", text)
