@@ -65,7 +65,8 @@ EDGE = {
     ),
     "device.files": "device.membership device.rules models",
     "device.report": (
-        "__init__ device.metrics device.peers device.requests device.rules device.sockets models protocol.classmix status"
+        "__init__ device.metrics device.peers device.requests device.rules device.sockets models protocol.classmix"
+        " status"
     ),
     "device.node": (
         "bundle.fleet client device.dns device.extraction device.files device.metrics device.peers device.report"

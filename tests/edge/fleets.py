@@ -33,16 +33,16 @@ NO_HEDGES = Rules(hedge=False)
 
 
 def free_ports(count):
-    """Ports that nobody has: each was taken for a moment."""
+    """Ports that were free a moment ago."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for reserved in sockets:
+            reserved.bind(("127.0.0.1", 0))
+        return [reserved.getsockname()[1] for reserved in sockets]
 
 
 def settled(source, folder, keyed=False):
-    """A copy of a fleet's folder with addresses of its own, and with keys."""
+    """A copy of a fleet's folder with free ports on loopback; keyed: with keys for every device."""
     shutil.copytree(source, folder)
     fleet = read_fleet(folder / FLEET_FILE)
     ports = free_ports(len(fleet.device))
@@ -55,7 +55,7 @@ def settled(source, folder, keyed=False):
 
 
 def pinned(folder, bundle):
-    """Let fleet.toml name this bundle."""
+    """Write this bundle's digest into fleet.toml."""
     fleet = read_fleet(folder / FLEET_FILE)
     manifest = bundle.manifest
     devices = (replace(d, bundle=manifest.digest) if d.name == manifest.device else d for d in fleet.device)
@@ -63,7 +63,7 @@ def pinned(folder, bundle):
 
 
 def bright(*thirds):
-    """An image for each: bright in that third, so that the gate wants that expert."""
+    """Images, uint8 (n, 1, 6, 6), each bright in one third; the gate sends it to the expert of that number."""
     images = np.full((len(thirds), 1, 6, 6), 10, np.uint8)
     for image, third in zip(images, thirds, strict=True):
         image[0, 2 * third : 2 * third + 2] = 200
@@ -71,37 +71,42 @@ def bright(*thirds):
 
 
 def until(holds, seconds=10.0):
-    """Wait for something that comes by itself; say so when it does not."""
+    """Wait until a condition holds; fail when it does not in time."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.01)
 
 
-def states(facts):
-    """Peer -> state, of a status."""
-    return {peer["name"]: peer["state"] for peer in facts["peers"]}
+def states(report):
+    """Peer name -> state, from a status report."""
+    return {peer["name"]: peer["state"] for peer in report["peers"]}
+
+
+def alive_peers(report):
+    """The names of the peers that are alive, from a status report."""
+    return {name for name, state in states(report).items() if state == "alive"}
 
 
 def address_of(folder, name):
-    """Of a device of the fleet."""
+    """The address of a device in fleet.toml."""
     return read_fleet(folder / FLEET_FILE).named(name).address
 
 
 def answered_by(device, image):
-    """Who answers it; nobody while what was given up is still in the device's queue."""
+    """The experts that answer an image; None while the device is still busy with earlier requests."""
     with contextlib.suppress(CallError):
         return device.infer(image).rows[0].experts
 
 
 def answering(ask, number=0, expert=2, shape=None):
-    """An Answer as frames; by default the right one."""
+    """An Answer to this Ask, as frames. number is added to its request number; the defaults make a correct answer."""
     outputs = np.ones(shape or (ask.latents.rows, 3), np.float32)
     return encode(Answer(ask.request + number, expert, 1, Tensor.pack(outputs, "float32")))
 
 
 def sound_frames(manifest):
-    """A message of every kind that a device takes from others, as frames."""
+    """One valid message of every kind that a device accepts, as frames."""
     trunk = manifest.trunk_bytes
     return [
         encode(Ask(5, 0, 1000, manifest.expert, trunk, Tensor.pack(np.ones((2, 4), "f4"), "float32"))),
@@ -113,7 +118,7 @@ def sound_frames(manifest):
 
 
 def mangled(rng, sound, least=0):
-    """One of these with a few bytes changed, or now and then frames of nothing but noise."""
+    """One of these messages with up to three bytes changed, at least `least`; every fifth is frames of random bytes."""
     if rng.random() < 0.2:
         return [bytes(rng.bytes(rng.integers(0, 300))) for _ in range(rng.integers(1, 6))]
     frames = [bytearray(frame) for frame in sound[rng.integers(len(sound))]]
@@ -126,30 +131,32 @@ def mangled(rng, sound, least=0):
 
 @contextlib.contextmanager
 def nodes(folder, *names, rules=NO_HEDGES, **options):
-    """Devices of a fleet in this process, that know each other."""
+    """Serve devices of a fleet in this process, once all of them are alive to each other."""
     with contextlib.ExitStack() as running:
-        made = []
+        started = []
         for name in names or NAMES:
             node = Node(folder / name, folder / FLEET_FILE, rules=rules, log=StderrLog(name), **options)
             running.callback(node.close)
-            made.append(node)
-        for node in made:
-            others = {other.models.manifest.device for other in made if other is not node}
-            until(lambda node=node, others=others: all(states(node.status())[other] == "alive" for other in others))
-        yield made
+            started.append(node)
+        for node in started:
+            others = {other.models.manifest.device for other in started if other is not node}
+            until(lambda node=node, others=others: others <= alive_peers(node.status()))
+        yield started
 
 
 def serve_command(folder, name, *options):
-    """What is typed to serve a device."""
+    """The command that serves a device."""
     state = str(folder.parent / "state")
     return [sys.executable, "-m", "nmoe_edge", "serve", str(folder / name), "--state", state, *options]
 
 
 class Processes:
-    """Devices of a fleet in processes of their own, ended by their pid."""
+    """Devices of a fleet, each in a process of its own."""
 
     def __init__(self, folder, *names, options=()):
-        self.folder, self.options, self.running = folder, options, {}
+        self.folder = folder
+        self.options = options
+        self.running = {}
         self.logs = folder.parent / "logs"
         self.logs.mkdir(exist_ok=True)
         try:
@@ -162,11 +169,10 @@ class Processes:
             raise
 
     def command(self, name):
-        """What is typed to serve it."""
         return serve_command(self.folder, name, *self.options)
 
     def start(self, name):
-        """One more, or the same again."""
+        """Start a device, or start it again; `ready` waits until it serves."""
         root = str(Path(__file__).parents[2])
         with (self.logs / name).open("a") as log:
             self.running[name] = subprocess.Popen(
@@ -178,36 +184,35 @@ class Processes:
             )
 
     def ready(self, name):
-        """Its ready line."""
+        """Wait for the device's ready line and return it."""
         line = self.running[name].stdout.readline()
         assert line.startswith("ready: "), (self.logs / name).read_text()
         return line
 
     def signal(self, name, which):
-        """Send it a signal."""
         os.kill(self.running[name].pid, which)
 
     def kill(self, name):
-        """Without a word."""
+        """End a device without a goodbye."""
         self.running[name].kill()
         self.running[name].wait()
         self.running[name].stdout.close()
 
     def client(self, name):
-        """A client of it."""
+        """A client of the device, with its own key if it has one."""
         device = read_fleet(self.folder / FLEET_FILE).named(name)
         if device.public_key is None:
             return Client(device.address)
         return Client(device.address, read_key(key_path(self.folder / FLEET_FILE, name)), device.public_key)
 
     def acquainted(self, name, others=None):
-        """Wait until it knows the others."""
+        """Wait until the other devices are alive to this one."""
         wanted = set(others if others is not None else self.running) - {name}
         with self.client(name) as client:
-            until(lambda: wanted <= {n for n, state in states(client.status()).items() if state == "alive"})
+            until(lambda: wanted <= alive_peers(client.status()))
 
     def end(self):
-        """All of them."""
+        """End all processes."""
         for process in self.running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -228,26 +233,35 @@ class Processes:
 
 
 def two_thirds(rng):
-    """Two images of the tiny fleet, and their classes."""
+    """Two random images of the tiny fleet, and their classes."""
     thirds = rng.integers(0, 3, 2)
     return bright(*thirds), thirds
 
 
 class Load:
-    """Closed-loop clients of one device; what became of their rows, and when."""
+    """Clients of one device that ask again as soon as they are answered; counts how their rows were answered."""
 
     def __init__(self, fleet, name, clients=4, deadline_s=1.0, draw=two_thirds):
-        """draw: a random generator -> inputs, and the classes that they should be answered with"""
+        """draw: a random generator -> inputs, and their expected classes"""
         self._draw = draw
-        self.done, self.unanswered, self.wrong, self.degraded, self.refused = [], 0, 0, 0, []
-        self._over, self._fleet, self._name, self._deadline_s = threading.Event(), fleet, name, deadline_s
+        self._fleet = fleet
+        self._name = name
+        self._deadline_s = deadline_s
+        self.done = []
+        """The time of every answer."""
+        self.unanswered = 0
+        self.wrong = 0
+        self.degraded = 0
+        self.refused = []
+        """The text of every refusal."""
+        self._over = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
 
     def _run(self, seed):
         rng = np.random.default_rng(seed)
         with self._fleet.client(self._name) as client:
             while not self._over.is_set():
-                inputs, due = self._draw(rng)
+                inputs, expected = self._draw(rng)
                 try:
                     answers = client.infer(inputs, self._deadline_s)
                 except CallError as error:
@@ -256,19 +270,19 @@ class Load:
                 self.done.append(time.monotonic())
                 self.unanswered += sum(not row.experts for row in answers.rows)
                 self.degraded += sum(row.degraded for row in answers.rows)
-                self.wrong += int((answers.outputs.argmax(1) != due).sum())
+                self.wrong += int((answers.outputs.argmax(1) != expected).sum())
 
     def rate(self, start, end):
-        """Requests a second between two moments."""
+        """Answered requests per second between two times."""
         return sum(start <= at < end for at in self.done) / (end - start)
 
     @property
     def sound(self):
-        """Whether every row was answered, and rightly."""
+        """Whether every row was answered, and correctly."""
         return not (self.unanswered or self.wrong or self.refused)
 
     def summary(self):
-        """What must not be."""
+        """What went wrong, as text."""
         return f"{self.unanswered} unanswered, {self.wrong} wrong, {len(self.refused)} refused {self.refused[:2]}"
 
     def __enter__(self):
@@ -283,12 +297,14 @@ class Load:
 
 
 class Impostor:
-    """Listens at a device's address and greets as it would; what it does with an Ask is the test's choice."""
+    """Listens at a device's address and greets as it would; the test chooses how it answers an Ask."""
 
     def __init__(self, address, manifest, answer):
-        """answer: an Ask -> frames to send back, or nothing."""
+        """answer: an Ask -> a list of messages to send back, each a list of frames"""
         self.asked = 0
-        self._manifest, self._answer = manifest, answer
+        """Asks received."""
+        self._manifest = manifest
+        self._answer = answer
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 0)

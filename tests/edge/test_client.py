@@ -19,7 +19,7 @@ from nmoe_edge.protocol.wire import DEFAULT_CAPS
 pytestmark = pytest.mark.socket
 
 
-def test_a_client_of_a_dead_port_never_hangs_and_keeps_nothing_for_later(fleet):
+def test_a_client_of_a_dead_port_never_hangs_and_queues_nothing(fleet):
     address = address_of(fleet, "attic")
     with Client(address) as client:
         for _ in range(5):
@@ -33,23 +33,23 @@ def test_a_client_of_a_dead_port_never_hangs_and_keeps_nothing_for_later(fleet):
 
 
 @pytest.mark.parametrize("deadline_s", [0.0, -1.0, float("nan"), float("inf"), 3601.0])
-def test_a_deadline_is_a_number_of_seconds_that_a_message_can_say(fleet, deadline_s):
+def test_a_deadline_out_of_range_is_refused(fleet, deadline_s):
     with nodes(fleet, "attic") as (attic,), Client(attic.address) as client:
-        for who in (client, attic):
-            with pytest.raises(CallError, match=r"is not over 0 and at most 3600"):
-                who.infer(bright(0), deadline_s)
+        for device in (client, attic):
+            with pytest.raises(CallError, match=r"must be over 0 and at most 3600"):
+                device.infer(bright(0), deadline_s)
 
 
-def test_more_rows_than_a_message_holds_are_named(fleet):
+def test_more_rows_than_a_message_holds_are_refused(fleet):
     with Client(address_of(fleet, "attic")) as client, pytest.raises(CallError, match="4097 rows are over 4096"):
         client.infer(np.zeros((DEFAULT_CAPS.rows + 1, 1, 6, 6), np.uint8))
 
 
-def test_a_forked_process_has_lines_of_its_own(fleet):
+def test_a_forked_process_opens_its_own_connections(fleet):
     with nodes(fleet, "attic") as (attic,), Client(attic.address) as client:
         assert client.infer(bright(0)).rows[0].experts == (0,)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that threads are left behind is what is tried
+            warnings.simplefilter("ignore")  # Python warns of forking with threads, which is what this test does
             child = os.fork()
         if child == 0:
             status = 1

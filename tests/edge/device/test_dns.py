@@ -36,7 +36,9 @@ def test_a_host_name_is_resolved():
 
 
 def test_a_name_is_looked_up_once_at_a_time_and_again_after_a_failure(monkeypatch):
-    asked, may_fail, failed = [], threading.Event(), threading.Event()
+    asked = []
+    may_fail = threading.Event()
+    failed = threading.Event()
 
     def fail(host, *_):
         asked.append(host)

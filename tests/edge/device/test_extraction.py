@@ -62,7 +62,8 @@ class Harness:
         return taken
 
     def wait(self, *jobs):
-        while not all(any(job is one for one in self.finished) for job in jobs):
+        waited_for = {id(job) for job in jobs}
+        while not waited_for <= {id(job) for job in self.finished}:
             assert self.woken.acquire(timeout=PATIENCE_S), "nothing was finished"
             self.finished += self.extraction.done(MAX_REQUESTS)
 
@@ -191,7 +192,9 @@ def test_the_own_expert_is_not_run_unless_a_job_wants_it(harness):
 def test_an_expired_and_a_dropped_job_are_never_run(harness):
     occupying, _ = harness.occupied()
     models = Fake()
-    expired, dropped, sound = harness.offer(models, value=1.0), harness.offer(models), harness.offer(models, value=3.0)
+    expired = harness.offer(models, value=1.0)
+    dropped = harness.offer(models)
+    sound = harness.offer(models, value=3.0)
     expired.deadline = time.monotonic() - 1
     dropped.dropped = True
     occupying.may_go.set()
@@ -275,7 +278,9 @@ def test_inputs_that_fail_do_not_affect_other_jobs_of_the_batch(harness):
 
     occupying, _ = harness.occupied()
     picky = Picky()
-    before, bad, behind = (harness.offer(picky, value=value) for value in (1.0, 7.0, 2.0))
+    before = harness.offer(picky, value=1.0)
+    bad = harness.offer(picky, value=7.0)
+    behind = harness.offer(picky, value=2.0)
     occupying.may_go.set()
     harness.wait(before, bad, behind)
     assert bad.error == "extractor.onnx: no sevens"

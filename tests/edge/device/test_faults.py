@@ -1,4 +1,4 @@
-"""Peers that lie, strangers without keys, frames that are no message: what a device makes of them."""
+"""Peers that send wrong answers, callers without a key, and frames that are not messages."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def nan_answer(ask):
 
 NONSENSE = {
     "other bytes": lambda _ask: [(b"\0" * 64, b"x" * 10)],
-    "no frames of ours": lambda _ask: [(b"hello",)],
+    "a foreign frame": lambda _ask: [(b"hello",)],
     "NaN": lambda ask: [nan_answer(ask)],
     "the wrong shape": lambda ask: [answering(ask, shape=(3, 9))],
-    "another expert's": lambda ask: [answering(ask, expert=0)],
-    "other numbers": lambda ask: [answering(ask, number=9)],
+    "another expert": lambda ask: [answering(ask, expert=0)],
+    "other request numbers": lambda ask: [answering(ask, number=9)],
     "nothing": lambda _ask: [],
     "a refusal": lambda ask: [encode(Refuse(ask.request, Reason.FAILED, "no"))],
 }
 
 
 @pytest.mark.parametrize("what", NONSENSE)
-def test_a_peer_that_answers_nonsense_is_cut_off_and_every_row_is_answered(fleet, what):
+def test_a_peer_with_unusable_answers_is_not_asked_again_and_every_row_is_answered(fleet, what):
     cellar = read_bundle(fleet / "cellar").manifest
     with (
         Impostor(address_of(fleet, "cellar"), cellar, NONSENSE[what]) as impostor,
@@ -66,14 +66,14 @@ def test_a_peer_that_answers_nonsense_is_cut_off_and_every_row_is_answered(fleet
             assert answers.rows[0].missing == (2,)
             assert answers.rows[1].experts == (1,)
             assert np.isfinite(answers.outputs).all()
-        if what not in ("a refusal", "nothing", "other numbers"):
+        if what not in ("a refusal", "nothing", "other request numbers"):
             assert states(attic.status())["cellar"] == "wrong"
             assert impostor.asked <= 2
-        if what in ("nothing", "other numbers"):
-            assert impostor.asked <= 6  # asked again only after a probe was welcome
+        if what in ("nothing", "other request numbers"):
+            assert impostor.asked <= 6  # asked again only after a successful probe
 
 
-def test_frames_of_every_kind_of_nonsense_leave_a_live_node_alive(fleet, pytestconfig):
+def test_random_and_mutated_frames_do_not_stop_a_node(fleet, pytestconfig):
     count = 2 * pytestconfig.getoption("--fuzz-examples")
     rng = np.random.default_rng(0)
     with nodes(fleet, "attic", "barn") as (attic, _):
@@ -89,7 +89,7 @@ def test_frames_of_every_kind_of_nonsense_leave_a_live_node_alive(fleet, pytestc
         until(lambda: answered_by(attic, bright(1)) == (1,))
 
 
-def test_a_stranger_without_the_right_key_is_refused_and_counted(keyed):
+def test_a_caller_without_a_known_key_is_refused_and_counted(keyed):
     with nodes(keyed, "attic", "barn") as (attic, _):
         device = read_fleet(keyed / FLEET_FILE).named("attic")
         with Client(attic.address) as plain, pytest.raises(CallError, match=r"no answer within 0\.4 s"):
@@ -100,13 +100,13 @@ def test_a_stranger_without_the_right_key_is_refused_and_counted(keyed):
         ):
             unknown.status(0.4)
         known = read_key(key_path(keyed / FLEET_FILE, "cellar"))
-        with Client(attic.address, known, device.public_key) as friend:
-            counts = friend.status()["counts"]
+        with Client(attic.address, known, device.public_key) as known_client:
+            counts = known_client.status()["counts"]
         assert counts["keys_unknown"] >= 1
         assert counts["handshakes_failed"] >= 1
 
 
-def test_nobody_says_goodbye_for_somebody_else(keyed):
+def test_a_device_cannot_say_goodbye_in_the_name_of_another(keyed):
     with nodes(keyed) as (attic, *_):
         cellar = read_key(key_path(keyed / FLEET_FILE, "cellar"))
         with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
@@ -125,7 +125,7 @@ def test_without_keys_nothing_but_loopback_is_served(fleet):
         Node(fleet / "attic", fleet / FLEET_FILE, listen="tcp://0.0.0.0:7199", log=StderrLog("attic"))
 
 
-def test_a_key_that_others_may_read_or_that_is_not_the_fleets_is_refused(keyed):
+def test_a_key_file_that_others_may_read_or_of_another_device_is_refused(keyed):
     path = key_path(keyed / FLEET_FILE, "attic")
     path.chmod(0o644)
     with pytest.raises(KeyFileError, match="others may read it"):
@@ -134,19 +134,19 @@ def test_a_key_that_others_may_read_or_that_is_not_the_fleets_is_refused(keyed):
         Node(keyed / "attic", keyed / FLEET_FILE, key=key_path(keyed / FLEET_FILE, "barn"), log=StderrLog("attic"))
 
 
-def test_an_address_that_somebody_tells_is_believed_only_of_a_peer_that_is_not_where_it_was(fleet):
+def test_a_discovered_address_is_tried_only_while_the_peer_is_not_alive(fleet):
     with nodes(fleet, "attic", "barn") as (attic, barn):
         attic.peer_discovered("barn", "tcp://127.0.0.1:1")
-        attic.peer_discovered("cellar", "tcp://192.0.2.1:7101")  # no loopback, and nobody has keys
-        attic.peer_discovered("nobody", "tcp://127.0.0.1:1")
-        facts = {peer["name"]: peer["address"] for peer in attic.status()["peers"]}
-        assert facts == {"barn": barn.address, "cellar": address_of(fleet, "cellar")}
+        attic.peer_discovered("cellar", "tcp://192.0.2.1:7101")  # not loopback, and this fleet has no keys
+        attic.peer_discovered("shed", "tcp://127.0.0.1:1")
+        addresses = {peer["name"]: peer["address"] for peer in attic.status()["peers"]}
+        assert addresses == {"barn": barn.address, "cellar": address_of(fleet, "cellar")}
         attic.peer_discovered("cellar", "tcp://127.0.0.1:1")
         until(lambda: attic.status()["peers"][1]["address"] == "tcp://127.0.0.1:1")
 
 
-def test_no_peer_answers_or_refuses_in_the_name_of_another(fleet):
-    """Numbers of asks are easy to guess; the connection that an answer comes over is not."""
+def test_a_peer_cannot_answer_or_refuse_in_the_name_of_another(fleet):
+    """Request numbers are easy to guess, but an answer counts only from the connection that was asked."""
     barn, slow = read_bundle(fleet / "barn").manifest, read_bundle(fleet / "cellar").manifest
 
     def liar(ask):
@@ -165,11 +165,11 @@ def test_no_peer_answers_or_refuses_in_the_name_of_another(fleet):
     ):
         until(lambda: set(states(attic.status()).values()) == {"alive"})
         (row,) = attic.infer(bright(0), 3.0).rows
-        assert 2 in row.experts  # cellar's own answer, late as it was
+        assert 2 in row.experts  # cellar's own answer, although it was late
         assert states(attic.status()) == {"barn": "wrong", "cellar": "alive"}
 
 
-def test_a_peer_that_says_goodbye_and_nothing_more_is_not_waited_for_to_the_end(fleet):
+def test_a_peer_that_says_goodbye_and_never_answers_is_not_waited_for_until_the_deadline(fleet):
     cellar = read_bundle(fleet / "cellar").manifest
     with (
         Impostor(address_of(fleet, "cellar"), cellar, lambda _ask: []) as impostor,
@@ -188,14 +188,14 @@ def test_a_peer_that_says_goodbye_and_nothing_more_is_not_waited_for_to_the_end(
         assert found[0].rows[0].missing == (2,)
 
 
-def test_a_key_that_is_taken_out_of_the_fleet_is_heard_no_more(keyed):
+def test_messages_with_a_key_removed_from_the_fleet_are_ignored(keyed):
     with nodes(keyed, "attic", "barn") as (attic, _):
         described = read_fleet(keyed / FLEET_FILE)
         known = read_key(key_path(keyed / FLEET_FILE, "cellar"))
-        with Client(attic.address, known, described.named("attic").public_key) as friend:
-            assert friend.status()
+        with Client(attic.address, known, described.named("attic").public_key) as known_client:
+            assert known_client.status()
             write_fleet(keyed / FLEET_FILE, replace(described, device=described.device[:2]))
             attic.reload()
             until(lambda: attic.status()["counts"].get("reloads") == 1)
             with pytest.raises(CallError, match="no answer"):
-                friend.status(0.4)
+                known_client.status(0.4)

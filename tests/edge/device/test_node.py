@@ -1,4 +1,4 @@
-"""Devices on real sockets, in this process: what they answer, and what they do when peers do not."""
+"""Devices on real sockets, in this process: their answers, with and without peers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ pytestmark = pytest.mark.socket
 
 
 def in_one_process(folder, images, own, top_k):
-    """What the same bundles say without sockets."""
-    models = {m.manifest.expert: m for m in (Models(read_bundle(folder / n)) for n in ("attic", "barn", "cellar"))}
+    """The outputs of the same bundles without sockets."""
+    opened = [Models(read_bundle(folder / name)) for name in ("attic", "barn", "cellar")]
+    models = {one.manifest.expert: one for one in opened}
     latents = models[own].extractor(images)
-    found = route(models[own].gate(latents), own, models, top_k)
-    it = Exchange(found, 3, itertools.count(), deadline=1.0)
-    for call in it.start(0.0):
-        it.answered(call.request, call.expert, models[call.expert].expert(latents[list(call.rows)]), 0.5)
-    return it.result()[0]
+    routed = route(models[own].gate(latents), own, models, top_k)
+    exchange = Exchange(routed, 3, itertools.count(), deadline=1.0)
+    for call in exchange.start(0.0):
+        exchange.answered(call.request, call.expert, models[call.expert].expert(latents[list(call.rows)]), 0.5)
+    return exchange.result()[0]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -51,10 +52,10 @@ def test_a_fleet_answers_row_for_row_as_its_bundles_do_in_one_process(tiny_fleet
         assert np.allclose(answers.outputs, in_one_process(folder, images, 0, top_k), atol=1e-5)
         assert not any(row.degraded for row in answers.rows)
         assert {expert for row in answers.rows for expert in row.experts} == {0, 1, 2}
-        assert attic.status()["counts"]["asks"] == 2  # one for each remote expert, whatever the rows
+        assert attic.status()["counts"]["asks"] == 2  # one per remote expert, not per row
 
 
-def test_a_client_gets_what_the_node_itself_says_from_many_threads(fleet):
+def test_a_client_used_by_many_threads_gets_the_same_answers_as_the_node(fleet):
     with nodes(fleet) as (attic, *_), Client(attic.address) as client:
         expected = attic.infer(bright(0, 1, 2)).outputs
         found = []
@@ -79,14 +80,14 @@ def test_without_a_fleet_a_device_answers_alone(fleet):
         assert [row.missing for row in answers.rows] == [(), (1,)]
 
 
-def test_a_row_whose_expert_is_gone_goes_to_the_next_by_rank_and_says_so(fleet):
+def test_when_an_expert_is_gone_its_row_goes_to_the_next_by_rank_and_names_the_missing_one(fleet):
     with nodes(fleet, "attic", "barn") as (attic, _):
         (row,) = attic.infer(bright(2)).rows
         assert row.missing == (2,)
         assert row.experts in {(0,), (1,)}
 
 
-def test_when_all_peers_leave_every_row_is_answered_at_home_and_marked(fleet):
+def test_when_all_peers_leave_every_row_is_answered_locally_and_marked_as_degraded(fleet):
     with nodes(fleet) as (attic, barn, cellar):
         barn.close()
         cellar.close()
@@ -96,7 +97,7 @@ def test_when_all_peers_leave_every_row_is_answered_at_home_and_marked(fleet):
         assert [row.degraded for row in answers.rows] == [False, True, True]
 
 
-def test_a_peer_that_comes_back_is_the_same_peer(fleet):
+def test_a_peer_that_returns_is_used_again(fleet):
     with nodes(fleet) as (attic, barn, _):
         barn.close()
         assert attic.infer(bright(1)).rows[0].degraded
@@ -107,7 +108,7 @@ def test_a_peer_that_comes_back_is_the_same_peer(fleet):
 
 
 def other_trunk(folder, name):
-    """The device's bundle as if its extractor had been trained again."""
+    """Change the device's bundle as if its extractor had been trained again."""
     bundle = read_bundle(folder / name)
     manifest, source = bundle.manifest, "ab" * 32
     trunk = trunk_digest(source, manifest.latent.dim, manifest.experts, manifest.outputs)
@@ -115,7 +116,7 @@ def other_trunk(folder, name):
     pinned(folder, write_bundle(folder / name, changed, bundle.contents))
 
 
-def test_two_trunks_never_exchange_a_row(fleet):
+def test_devices_with_different_trunks_never_exchange_rows(fleet):
     other_trunk(fleet, "cellar")
     with nodes(fleet, "attic", "barn") as (attic, barn):
         cellar = Node(fleet / "cellar", fleet / FLEET_FILE, rules=NO_HEDGES, log=StderrLog("cellar"))
@@ -126,7 +127,7 @@ def test_two_trunks_never_exchange_a_row(fleet):
                 assert cellar.infer(bright(0, 1)).rows[0].experts == (2,)
             for node in (attic, barn, cellar):
                 assert "rows_for_peers" not in node.status()["counts"] or node is barn
-            # And an Ask that comes without any Hello.
+            # An Ask without a Hello before it is refused too.
             ask = Ask(
                 5,
                 0,
@@ -143,7 +144,7 @@ def test_two_trunks_never_exchange_a_row(fleet):
 
 
 def raw_call(address, message, wait_ms=3000):
-    """A message and the first reply, without a client."""
+    """Send a message without a client and return the first reply."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.connect(address)
@@ -152,7 +153,7 @@ def raw_call(address, message, wait_ms=3000):
         return decode(dealer.recv_multipart())
 
 
-def test_what_does_not_fit_is_refused_with_a_line(fleet):
+def test_inputs_that_do_not_fit_are_refused_with_a_reason(fleet):
     with nodes(fleet, "attic") as (attic,), Client(attic.address) as client:
         with pytest.raises(CallError, match=r"inputs are uint8 \[1, 5, 5\], not uint8 \[1, 6, 6\]"):
             client.infer(np.zeros((1, 1, 5, 5), np.uint8))
@@ -161,7 +162,7 @@ def test_what_does_not_fit_is_refused_with_a_line(fleet):
         assert attic.infer(bright(0)).rows[0].experts == (0,)
 
 
-def test_an_ask_whose_budget_is_spent_is_never_run_and_pings_are_answered(fleet):
+def test_an_ask_with_a_spent_budget_is_never_run_and_pings_are_answered(fleet):
     with nodes(fleet, "attic") as (attic,):
         trunk = attic.models.manifest.trunk_bytes
         reply = raw_call(attic.address, Ask(5, 0, 0, 0, trunk, Tensor.pack(np.ones((1, 4), "f4"), "float32")))
@@ -171,17 +172,19 @@ def test_an_ask_whose_budget_is_spent_is_never_run_and_pings_are_answered(fleet)
 
 
 class Late:
-    """A graph that begins when it may."""
+    """A graph that waits before each run."""
 
     def __init__(self, graph, wait):
-        self.graph, self.wait, self.provider = graph, wait, graph.provider
+        self.graph = graph
+        self.wait = wait
+        self.provider = graph.provider
 
     def __call__(self, rows):
         self.wait()
         return self.graph(rows)
 
 
-def test_a_request_that_cannot_be_done_in_time_is_refused_and_more_than_the_queue_holds_too(fleet):
+def test_requests_that_miss_their_deadline_are_refused_and_later_ones_are_answered(fleet):
     with nodes(fleet, "attic") as (attic,), Client(attic.address) as client:
         busy = threading.Event()
         attic.models.extractor = Late(attic.models.extractor, lambda: busy.wait(5))
@@ -201,19 +204,19 @@ def test_a_request_that_cannot_be_done_in_time_is_refused_and_more_than_the_queu
             thread.join()
         assert time.monotonic() - began < 5
         assert len(found) == 8
-        assert all("the deadline was over" in line for line in found)
+        assert all("the deadline passed" in line for line in found)
         busy.set()
         until(lambda: attic.status()["under_way"] == 0)
-        # The front has learnt that a row takes long, and still runs what has nothing to wait for.
+        # The device has learned that a row takes long, and still runs a request that waits for no other.
         until(lambda: answered_by(client, bright(0)) == (0,))
 
 
-def test_an_address_that_is_taken_is_one_line(fleet):
+def test_an_address_in_use_is_an_error(fleet):
     with nodes(fleet, "attic") as (attic,), pytest.raises(NetworkError, match=r"7|in use"):
         Node(fleet / "barn", fleet / FLEET_FILE, listen=attic.address, log=StderrLog("barn"))
 
 
-def test_another_bundle_than_the_fleet_names_is_refused(fleet):
+def test_another_bundle_than_fleet_toml_lists_is_refused(fleet):
     bundle = read_bundle(fleet / "attic")
     write_bundle(fleet / "attic", replace(bundle.manifest, target="pi"), bundle.contents)
     with pytest.raises(FleetError, match="names another bundle for attic"):
@@ -221,22 +224,24 @@ def test_another_bundle_than_the_fleet_names_is_refused(fleet):
 
 
 def worse(folder, name):
-    """A bundle whose self-test fails here, and sealed all the same."""
+    """Replace a bundle with one that is valid, but fails its self-test."""
     bundle = read_bundle(folder / name)
     other = replace(bundle.selftest, outputs=bundle.selftest.outputs + np.float32(9))
     pinned(folder, write_bundle(folder / name, bundle.manifest, {**bundle.contents, "selftest.npz": other.write()}))
 
 
-def test_a_bundle_that_fails_its_selftest_is_served_only_by_force_and_loudly(fleet, capsys):
+def test_a_bundle_that_fails_its_selftest_is_served_only_by_force_and_logged(fleet, capsys):
     worse(fleet, "attic")
     with pytest.raises(ModelError, match="FAILED its self-test on this machine"):
         Node(fleet / "attic", fleet / FLEET_FILE, log=StderrLog("attic"))
     with Node(fleet / "attic", fleet / FLEET_FILE, force=True, log=StderrLog("attic")) as attic:
         assert attic.infer(bright(0)).rows[0].experts == (0,)
-    assert "SERVING ALL THE SAME" in capsys.readouterr().err
+    logged = capsys.readouterr().err
+    assert "attic selftest_failed: " in logged
+    assert "SERVING ALL THE SAME" in logged
 
 
-def test_a_new_bundle_is_taken_up_and_a_bad_one_is_not_while_requests_go_on(fleet):
+def test_a_reload_serves_a_good_bundle_and_refuses_a_bad_one_without_failing_requests(fleet):
     with nodes(fleet) as (attic, *_):
         failed, over = [], threading.Event()
 
@@ -244,7 +249,7 @@ def test_a_new_bundle_is_taken_up_and_a_bad_one_is_not_while_requests_go_on(flee
             while not over.is_set():
                 try:
                     if not all(row.experts for row in attic.infer(bright(0, 1, 2)).rows):
-                        failed.append("nobody")
+                        failed.append("unanswered")
                 except CallError as error:
                     failed.append(str(error))
 
@@ -264,12 +269,12 @@ def test_a_new_bundle_is_taken_up_and_a_bad_one_is_not_while_requests_go_on(flee
             over.set()
             thread.join()
         assert not failed
-        # A device looks for a new bundle by itself as well, and may take one up twice.
+        # The device also finds new bundles by itself, so it may reload the same one twice.
         assert attic.status()["counts"]["reloads"] >= 10
         assert attic.models.manifest.target == "x86"
 
 
-def test_what_is_under_way_is_finished_before_a_device_leaves(fleet):
+def test_a_leaving_device_finishes_open_requests(fleet):
     with nodes(fleet) as (attic, *_):
         attic.models.extractor = Late(attic.models.extractor, lambda: time.sleep(0.3))
         found = []
@@ -282,7 +287,7 @@ def test_what_is_under_way_is_finished_before_a_device_leaves(fleet):
         assert attic.ended.wait(5)
 
 
-def test_a_row_whose_own_expert_is_sure_stays_at_home(fleet):
+def test_rows_with_a_confident_own_expert_are_answered_locally(fleet):
     with nodes(fleet, rules=replace(NO_HEDGES, local_first=0.0)) as (attic, *_):
         answers = attic.infer(bright(0, 1, 2))
         assert [row.experts for row in answers.rows] == [(0,)] * 3
@@ -290,15 +295,15 @@ def test_a_row_whose_own_expert_is_sure_stays_at_home(fleet):
         assert attic.status()["counts"] == {"rows": 3, "rows_local": 3}
 
 
-def test_a_far_peer_loses_score_and_zero_is_the_gates_own_choice(fleet):
+def test_prefer_near_lowers_the_score_of_a_far_peer_and_zero_changes_nothing(fleet):
     with nodes(fleet, rules=replace(NO_HEDGES, prefer_near=1e6)) as (attic, *_):
-        assert attic.infer(bright(1)).rows[0].experts == (1,)  # nobody knows yet that it is far
+        assert attic.infer(bright(1)).rows[0].experts == (1,)  # its answering time is not known yet
         assert attic.infer(bright(1)).rows[0].experts == (0,)
     with nodes(fleet, rules=NO_HEDGES) as (attic, *_):
         assert all(attic.infer(bright(1)).rows[0].experts == (1,) for _ in range(3))
 
 
-def test_a_late_expert_gets_company_within_the_budget_of_hedges(fleet):
+def test_a_late_expert_is_hedged_within_the_budget_of_hedges(fleet):
     cellar, slow = read_bundle(fleet / "cellar").manifest, threading.Event()
 
     def answer(ask):
@@ -322,7 +327,7 @@ def test_a_late_expert_gets_company_within_the_budget_of_hedges(fleet):
 
 
 def adapting(folder):
-    """The fleet with answers that carry no prior, adapting."""
+    """Change the fleet to adapt, with answers that carry no prior."""
     for name in ("attic", "barn", "cellar"):
         bundle = read_bundle(folder / name)
         routing = replace(bundle.manifest.routing, adapt=True)
@@ -331,7 +336,7 @@ def adapting(folder):
     return folder
 
 
-def test_a_device_learns_its_class_mix_uses_it_after_200_rows_and_keeps_it(fleet, tmp_path):
+def test_a_device_learns_its_class_mix_uses_it_after_200_rows_and_saves_it(fleet, tmp_path):
     adapting(fleet)
     unsure = bright(0)
     unsure[0, 0, 2:4] = 195
@@ -357,7 +362,7 @@ def test_adapting_with_answers_that_carry_a_prior_is_refused(tiny_fleet, tmp_pat
         Node(folder / "attic", folder / FLEET_FILE, rules=Rules(adapt=True), log=StderrLog("attic"))
 
 
-def test_a_reload_may_take_peers_away_from_requests_under_way(fleet):
+def test_a_reload_may_remove_peers_that_open_requests_wait_for(fleet):
     cellar, barn = read_bundle(fleet / "cellar").manifest, read_bundle(fleet / "barn").manifest
     with (
         Impostor(address_of(fleet, "cellar"), cellar, lambda _ask: []) as impostor,
@@ -378,7 +383,7 @@ def test_a_reload_may_take_peers_away_from_requests_under_way(fleet):
         assert "bugs" not in attic.status()["counts"]
 
 
-def test_a_far_peer_loses_rank_and_no_weight(fleet):
+def test_prefer_near_changes_the_ranking_and_no_weights(fleet):
     with nodes(fleet, rules=replace(NO_HEDGES, top_k=3, prefer_near=0.01)) as (attic, *_):
         attic.infer(bright(1))
         weights = attic.infer(bright(1)).rows[0].weights

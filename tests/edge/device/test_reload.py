@@ -1,4 +1,4 @@
-"""What a device makes of files that change while it serves."""
+"""Files that change while a device serves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nmoe_edge.keys import keys_folder, with_keys
 pytestmark = pytest.mark.socket
 
 
-def test_a_bundle_that_is_copied_file_by_file_is_taken_up_when_it_is_whole(fleet, tiny_fleet, tmp_path, monkeypatch):
+def test_a_bundle_that_is_copied_file_by_file_is_served_once_it_is_complete(fleet, tiny_fleet, tmp_path, monkeypatch):
     monkeypatch.setattr(node, "_LOOK_S", 0.05)
     other = settled(tiny_fleet, tmp_path / "other")
     bundle = read_bundle(other / "attic")
@@ -36,7 +36,7 @@ def test_a_bundle_that_is_copied_file_by_file_is_taken_up_when_it_is_whole(fleet
         assert attic.status()["labels"] == ["one", "two", "three"]
 
 
-def test_keys_that_come_while_a_device_serves_without_take_a_restart(fleet):
+def test_keys_that_are_added_while_a_device_serves_need_a_restart(fleet):
     with nodes(fleet, "attic") as (attic,):
         path = fleet / FLEET_FILE
         described = with_keys(read_fleet(path), ["attic", "barn", "cellar"], keys_folder(path))

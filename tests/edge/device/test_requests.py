@@ -29,7 +29,9 @@ def test_inputs_with_larger_latents_than_a_message_holds_are_refused(fleet, monk
 
 def test_a_request_that_was_closed_by_force_is_replied_to_once(fleet):
     with nodes(fleet, "attic") as (attic,):
-        begun, may_go, replies = threading.Event(), threading.Event(), []
+        begun = threading.Event()
+        may_go = threading.Event()
+        replies = []
         extractor = attic.models.extractor
 
         def held(rows):

@@ -263,7 +263,7 @@ def test_an_ask_with_an_answer_too_large_for_a_message_is_refused_at_once(harnes
     harness.ask(1, rows=10)
     harness.ask(2, rows=11)
     harness.run()
-    refuse, answer = (message for _, message in harness.replies)
+    (_, refuse), (_, answer) = harness.replies
     assert (refuse.request, refuse.reason) == (2, Reason.BAD_REQUEST)
     assert refuse.detail == "the answer to 11 rows is over 120 bytes; ask with fewer"
     assert answer.request == 1
