@@ -13,7 +13,7 @@ from nmoe_edge.status import DurationReport
 COUNTERS = {
     "rows": "rows of requests that this device routed",
     "rows_local": "rows sent to the device's own expert alone, by local-first or by the gate",
-    "rows_degraded": "rows answered without an expert that the gate wanted",
+    "rows_degraded": "rows answered without an expert that the gate wanted, or by no expert at all",
     "rows_unanswered": "rows that no expert answered; their outputs are zeros",
     "requests_refused_busy": "requests refused because the queue is full or the deadline too near",
     "requests_refused_expired": "requests refused because their deadline passed before extraction was finished",
@@ -58,9 +58,9 @@ COUNTERS = {
 """Counter -> what one count means."""
 
 DURATIONS = {
-    "extraction": "a request's wait for extractor and gate, from its arrival, and their work",
-    "request_local": "a request that the device's own expert answered alone, from its arrival to its Result",
-    "request_remote": "a request with at least one row that a peer answered, from its arrival to its Result",
+    "extraction": "from a request's arrival until extractor and gate are done with it",
+    "request_local": "from arrival to Result, of a request answered by the device's own expert alone",
+    "request_remote": "from arrival to Result, of a request with a row that peers answered",
 }
 """Duration -> what it measures."""
 
