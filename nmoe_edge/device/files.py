@@ -1,7 +1,12 @@
-"""The files that a device serves from: its bundle, fleet.toml and its key. Reads them, and notices when they change."""
+"""The files that a device serves from: its bundle, fleet.toml and its key.
+
+Reads and checks them, notices when they change, and reads them again while the device serves.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +14,7 @@ from nmoe_edge.common.folders import stamps
 from nmoe_edge.common.log import Log
 from nmoe_edge.device.membership import Membership, find_membership
 from nmoe_edge.device.rules import ResolvedRules, Rules
-from nmoe_edge.errors import BundleError, FleetError
+from nmoe_edge.errors import BundleError, EdgeError, FleetError
 from nmoe_edge.models import Models, open_bundle
 
 
@@ -84,3 +89,42 @@ class ServedFiles:
 
     def _log_failed_selftest(self, text: str) -> None:
         self._log("selftest_failed", text)
+
+
+class Reloader:
+    """Reads the files again in a thread of its own, one reload at a time."""
+
+    def __init__(
+        self,
+        read: Callable[[], Served],
+        accepted: Callable[[Served], None],
+        refused: Callable[[str], None],
+        ended: threading.Event,
+    ) -> None:
+        """read: reads and checks, or raises an EdgeError. accepted or refused is then called, in the same thread.
+
+        ended: once it is set, nothing is read any more.
+        """
+        self._read = read
+        self._accepted = accepted
+        self._refused = refused
+        self._ended = ended
+        self._wanted = threading.Event()
+        self._lock = threading.Lock()
+
+    def request(self) -> None:
+        """Start a reload and return at once. Requests made before it begins share one reload."""
+        self._wanted.set()
+        threading.Thread(target=self._run, name="reload", daemon=True).start()
+
+    def _run(self) -> None:
+        with self._lock:
+            if not self._wanted.is_set() or self._ended.is_set():
+                return
+            self._wanted.clear()
+            try:
+                served = self._read()
+            except EdgeError as error:
+                self._refused(str(error))
+            else:
+                self._accepted(served)

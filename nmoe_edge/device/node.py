@@ -18,6 +18,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from nmoe_edge.common.log import Log, LoggingLog
 from nmoe_edge.common.memory import trim
 from nmoe_edge.device.dns import Resolver
 from nmoe_edge.device.extraction import Extraction
-from nmoe_edge.device.files import Served, ServedFiles
+from nmoe_edge.device.files import Reloader, Served, ServedFiles
 from nmoe_edge.device.metrics import Metrics
 from nmoe_edge.device.peers import Peers
 from nmoe_edge.device.report import status_report
@@ -38,7 +39,7 @@ from nmoe_edge.device.rules import Rules
 from nmoe_edge.device.saved_mix import forget_mix, load_mix, save_mix
 from nmoe_edge.device.service import Service
 from nmoe_edge.device.sockets import Received, Sockets
-from nmoe_edge.errors import CallError, EdgeError
+from nmoe_edge.errors import CallError
 from nmoe_edge.models import Models
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Leave, Ping, Reason, Refuse, Report, Result, Status
 from nmoe_edge.protocol.tensor import Tensor
@@ -136,8 +137,9 @@ class Node:
         self._began = time.monotonic()
         self._looked_at = self._began
         self._saved_at = self._began
-        self._reload_wanted = threading.Event()
-        self._reload_lock = threading.Lock()
+        accepted = partial(self._do_if_open, self._serve)
+        refused = partial(self._do_if_open, self._refuse_reload)
+        self._reloader = Reloader(self._read_again, accepted, refused, self.ended)
         self._leaving_since: float | None = None
         self._busy_s = 0.0
         self.broke = False
@@ -187,12 +189,11 @@ class Node:
         When they pass every check the device serves them, and no request fails. Otherwise it keeps the old ones and
         logs `reload_refused`. A device also reloads by itself when the files change.
         """
-        self._reload_wanted.set()
-        threading.Thread(target=self._reload, name="reload", daemon=True).start()
+        self._reloader.request()
 
     def peer_discovered(self, name: str, address: str) -> None:
         """Say that the peer `name` may be at `address`, tcp://HOST:PORT; tried only if it is not alive elsewhere."""
-        self._do_if_open(lambda: self._peers.discovered(name, address))
+        self._do_if_open(self._peers.discovered, name, address)
 
     def leave(self) -> None:
         """Start to shut down: say goodbye, refuse new work, finish what is open. `ended` is set when that is done."""
@@ -217,12 +218,13 @@ class Node:
         self._inbox.append(task)
         self._sockets.wake()
 
-    def _do_if_open(self, task: Callable[[], None]) -> None:
+    def _do_if_open(self, task: Callable[..., None], *arguments: object) -> None:
+        """Call a function in the node's thread, unless the node is closed."""
         with contextlib.suppress(CallError):
-            self._do(lambda _now: task())
+            self._do(lambda _now: task(*arguments))
 
     def _peer_resolved(self, device: Device, address: str) -> None:
-        self._do_if_open(lambda: self._peers.resolved(device, address))
+        self._do_if_open(self._peers.resolved, device, address)
 
     def _run(self) -> None:
         """The node's thread."""
@@ -367,18 +369,13 @@ class Node:
         if self._state is not None and self._requests.rules.adapt:
             save_mix(self._state, self._models.manifest, self._requests.mix, self._log)
 
-    def _reload(self) -> None:
-        """In a thread of its own, one at a time; a reload serves every `reload()` called before it began."""
-        with self._reload_lock:
-            if self._reload_wanted.is_set() and not self.ended.is_set():
-                self._reload_wanted.clear()
-                try:
-                    served = self._files.read_again(self._models.manifest.device, self._sockets.has_keys)
-                except EdgeError as error:
-                    self._metrics.counts["reloads_refused"] += 1
-                    self._log("reload_refused", f"keeps the old bundle: {error}")
-                    return
-                self._do_if_open(lambda: self._serve(served))
+    def _read_again(self) -> Served:
+        """In the reload thread."""
+        return self._files.read_again(self._models.manifest.device, self._sockets.has_keys)
+
+    def _refuse_reload(self, why: str) -> None:
+        self._metrics.counts["reloads_refused"] += 1
+        self._log("reload_refused", f"keeps the old bundle: {why}")
 
     def _serve(self, served: Served) -> None:
         manifest = served.models.manifest

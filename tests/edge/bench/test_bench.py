@@ -274,7 +274,7 @@ def test_a_device_that_cannot_be_served_says_why(fleet, quiet):
         (("FLEET",), "is a whole fleet; measure one of its devices"),
         (("FLEET/attic", "--provider", "tensorrt"), "pip install 'nmoe[edge-gpu]'"),
         (("FLEET/attic", "--json", "nowhere/a.json"), "choose another place"),
-        (("FLEET/attic", "--key", "some.key"), "a key without a fleet.toml"),
+        (("FLEET/attic", "--key", "some.key"), "a key needs a fleet.toml"),
         (("FLEET/attic", "--fleet", "nowhere.toml"), "nowhere.toml: No such file"),
         (("FLEET/attic", "--rate", "nan", "--fleet", "FLEET/fleet.toml"), "rate is nan"),
         (("FLEET/attic", "--at", "nonsense"), "expected tcp://HOST:PORT"),

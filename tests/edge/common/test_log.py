@@ -7,10 +7,12 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from nmoe_edge.common.log import EVENTS, LOGGER, LoggingLog, StderrLog
+from nmoe_edge.protocol.health import Failure
 
 SERVING = Path(__file__).parents[3] / "nmoe_edge" / "device" / "SERVING.md"
 
@@ -136,6 +138,12 @@ def test_every_event_reaches_pythons_logging_at_its_level(event, caplog):
     LoggingLog("attic").rarely(event, peer="barn")
     (record,) = caplog.records
     assert (record.levelno, record.event, record.held) == (EVENTS[event].level, event, 0)
+
+
+def test_every_listed_event_is_logged_somewhere():
+    source = "".join(path.read_text() for path in SERVING.parent.glob("*.py"))
+    put_together = {f"peer_{failure}" for failure in get_args(Failure)}
+    assert {event for event in EVENTS if f'"{event}"' not in source} <= put_together <= EVENTS.keys()
 
 
 def test_serving_md_lists_every_event_with_its_level_and_meaning():

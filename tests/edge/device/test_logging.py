@@ -33,7 +33,6 @@ with Node(sys.argv[1], sys.argv[2]) as node:
     node.reload()
     while "reloads_refused" not in node.status()["counts"]:
         time.sleep(0.01)
-    time.sleep(0.1)  # the event is logged just after it is counted
 """
 
 

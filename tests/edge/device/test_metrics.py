@@ -79,14 +79,20 @@ def test_names_are_identifiers():
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in (*COUNTERS, *DURATIONS))
 
 
-def test_counters_exist_for_every_reason_and_failure():
-    """The code puts these names together."""
+def put_together():
+    """The names that the code puts together, by a reason or a failure."""
     reasons = {reason.name.lower() for reason in Reason}
-    assert {f"answers_refused_{reason}" for reason in reasons} <= COUNTERS.keys()
-    assert {f"requests_refused_{reason}" for reason in reasons - {"wrong_trunk"}} <= COUNTERS.keys()
-    assert {f"asks_refused_{reason}" for reason in reasons - {"shutting_down"}} <= COUNTERS.keys()
-    assert {f"peers_{failure}" for failure in get_args(Failure)} <= COUNTERS.keys()
-    assert {f"calls_{why}" for why in get_args(Why)} <= COUNTERS.keys()
+    names = {f"answers_refused_{reason}" for reason in reasons}
+    names |= {f"requests_refused_{reason}" for reason in reasons - {"wrong_trunk"}}
+    names |= {f"asks_refused_{reason}" for reason in reasons - {"shutting_down"}}
+    names |= {f"peers_{failure}" for failure in get_args(Failure)}
+    return names | {f"calls_{why}" for why in get_args(Why)}
+
+
+def test_every_listed_name_is_used_and_every_name_put_together_is_listed():
+    source = "".join(path.read_text() for path in SERVING.parent.glob("*.py") if path.stem != "metrics")
+    unused = {name for name in (*COUNTERS, *DURATIONS) if f'"{name}"' not in source}
+    assert unused <= put_together() <= COUNTERS.keys()
 
 
 @pytest.mark.parametrize(("heading", "names"), [("Counters", COUNTERS), ("Durations", DURATIONS)])
