@@ -37,22 +37,22 @@ from nmoe_train.stages.losses import load_loss, mixture_loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """A client's samples as its gate sees them."""
+class GateSamples:
+    """One client's training data for its gate."""
 
-    h: Tensor
+    latents: Tensor
     """(n, d)"""
-    said: Tensor
-    """What the experts say: see losses.mixture_loss."""
+    expert_answers: Tensor
+    """With gate.loss = "outputs" every expert's outputs (n, N, K); else its log-probability of the truth (n, N)"""
     y: Tensor
-    """(n,)"""
+    """True classes (n,)"""
 
 
-def seen(h: Tensor, outputs: Tensor, y: Tensor, kind: str) -> Seen:
+def gate_samples(h: Tensor, outputs: Tensor, y: Tensor, kind: str) -> GateSamples:
     """What a mixture's loss needs of every expert's outputs (n, N, K)."""
     if kind == "probabilities":
         outputs = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (n, N)
-    return Seen(h, outputs, y)
+    return GateSamples(h, outputs, y)
 
 
 class Gate(nn.Module):
@@ -96,7 +96,7 @@ def imported(state: State, own: State) -> dict[str, Tensor]:
 
 
 def fedgate_round(
-    net: Gate, gates: Sequence[State], data: Sequence[Seen], round_: int, seed: int, config: GateConfig
+    net: Gate, gates: Sequence[State], data: Sequence[GateSamples], round_: int, seed: int, config: GateConfig
 ) -> tuple[list[State], Round]:
     """One round: every client's gate before -> after."""
     rate = config.rate * cosine(round_, config.rounds)
@@ -115,7 +115,7 @@ def fedgate_round(
 def _stacked_updates(
     net: Gate,
     gates: Sequence[State],
-    data: Sequence[Seen],
+    data: Sequence[GateSamples],
     here: Sequence[int],
     rate: float,
     round_: int,
@@ -133,7 +133,7 @@ def _stacked_updates(
         noise, present = torch.stack([d[1] for d in drawn]), torch.stack([d[2] for d in drawn])
         h, said, y = (
             torch.stack([getattr(data[i], name)[rows] for i, (rows, _, _) in zip(here, drawn, strict=True)])
-            for name in ("h", "said", "y")
+            for name in ("latents", "expert_answers", "y")
         )
         for key in learned:
             theta[key].requires_grad_()
@@ -173,14 +173,14 @@ def _step_sizes(gradients: Sequence[Tensor], rate: float, config: GateConfig) ->
 
 
 def rollgate_stop(
-    net: Gate, gates: Sequence[State], data: Sequence[Seen], stop: int, seed: int, config: GateConfig
+    net: Gate, gates: Sequence[State], data: Sequence[GateSamples], stop: int, seed: int, config: GateConfig
 ) -> tuple[list[State], Round]:
     """One stop of RollGate: the client whose turn it is trains the one gate for an epoch, then hands it on.
 
     Its samples are labelled with itself with probability p, else with any other expert.
     """
     client, experts = visited(stop, len(data), seed, config), len(data)
-    h = data[client].h
+    h = data[client].latents
     g = generator(seed, "rollgate", stop, client)
     others = torch.randint(0, experts - 1, (len(h),), generator=g)
     others = others + (others >= client)

@@ -9,7 +9,7 @@ from torch import nn
 from nmoe_train.config import Config, GateConfig
 from nmoe_train.nets import MLP, NetSpec, build
 from nmoe_train.stages.federation import attending, generator
-from nmoe_train.stages.gate import Gate, exported, fedgate_round, imported, rollgate_stop, seen, visited
+from nmoe_train.stages.gate import Gate, exported, fedgate_round, gate_samples, imported, rollgate_stop, visited
 from nmoe_train.stages.losses import load_loss, mixture_loss
 
 DIM, EXPERTS, CLASSES = 4, 3, 5
@@ -23,10 +23,10 @@ def begin(net):
     return {key: value.detach().clone() for key, value in net.state_dict().items()}
 
 
-def sights(*sizes, kind="probabilities", seed=0):
+def samples(*sizes, kind="probabilities", seed=0):
     torch.manual_seed(seed)
     return [
-        seen(torch.randn(n, DIM), 5 * torch.randn(n, EXPERTS, CLASSES), torch.randint(0, CLASSES, (n,)), kind)
+        gate_samples(torch.randn(n, DIM), 5 * torch.randn(n, EXPERTS, CLASSES), torch.randint(0, CLASSES, (n,)), kind)
         for n in sizes
     ]
 
@@ -40,7 +40,7 @@ def test_a_fresh_gate_prefers_nobody():
 def test_clients_that_do_not_take_part_change_nothing_of_their_own():
     net, config = gate(), GateConfig(share=0.3, rounds=2)
     ((active,), _) = attending(3, 0.3, 0.0, 0, "gate", 0)
-    after, told = fedgate_round(net, [begin(net)] * 3, sights(9, 9, 9), 0, 0, config)
+    after, told = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, config)
     for client in range(3):
         assert (after[client]["own.bias"].abs().sum() > 0) == (client == active)
         assert torch.equal(after[client]["shared.weight"], after[active]["shared.weight"])
@@ -52,7 +52,7 @@ def test_clients_that_do_not_take_part_change_nothing_of_their_own():
 )
 def test_what_a_device_keeps_to_itself_is_what_the_setting_says(own, kept):
     net = gate(own=own)
-    after, _ = fedgate_round(net, [begin(net)] * 3, sights(9, 9, 9), 0, 0, GateConfig(own=own, share=1.0, rounds=2))
+    after, _ = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, GateConfig(own=own, share=1.0, rounds=2))
     assert {key for key in after[0] if key.startswith("own.") and after[0][key].any()} == kept
     for key in kept:
         assert not torch.equal(after[0][key], after[1][key])
@@ -71,7 +71,7 @@ def test_one_round_is_the_gradient_of_the_loss_that_the_settings_name():
         rounds=4,
         rate=0.7,
     )
-    net, (data,) = gate(own="nothing"), sights(10, kind="outputs")
+    net, (data,) = gate(own="nothing"), samples(10, kind="outputs")
     after, told = fedgate_round(net, [begin(net)], [data], 1, 5, config)
     g, theta, losses = generator(5, "gate", 1, 0), begin(net), []
     rate = 0.7 * 0.5 * (1 + math.cos(math.pi / 4))
@@ -79,8 +79,8 @@ def test_one_round_is_the_gradient_of_the_loss_that_the_settings_name():
         rows = torch.randperm(10, generator=g)[:6]
         noise = 0.3 * torch.randn(6, EXPERTS, generator=g)
         weight, bias = theta["shared.weight"].requires_grad_(), theta["shared.bias"].requires_grad_()
-        log_g = (data.h[rows] @ weight.T + bias + noise).log_softmax(1)
-        loss = mixture_loss(log_g, data.said[rows], data.y[rows], "outputs").mean()
+        log_g = (data.latents[rows] @ weight.T + bias + noise).log_softmax(1)
+        loss = mixture_loss(log_g, data.expert_answers[rows], data.y[rows], "outputs").mean()
         loss = loss + 0.5 * load_loss(log_g.exp(), torch.ones(6))
         gradients = torch.autograd.grad(loss, [weight, bias])
         length = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
@@ -95,11 +95,11 @@ def test_one_round_is_the_gradient_of_the_loss_that_the_settings_name():
 @pytest.mark.parametrize("kind", ["probabilities", "outputs"])
 def test_gates_trained_at_once_are_those_trained_alone(kind):
     """Clients of unequal size, one smaller than a batch: its padding must count for nothing."""
-    net, data = gate(own="weights"), sights(30, 3, 12, kind=kind)
+    net, data = gate(own="weights"), samples(30, 3, 12, kind=kind)
     config = GateConfig(own="weights", loss=kind, share=1.0, rounds=2, batch=8, local_steps=3, load_loss=0.1, noise=0.0)
     together, _ = fedgate_round(net, [begin(net)] * 3, data, 0, 0, config)
     for client in range(3):
-        others = sights(30, 3, 12, kind=kind, seed=9)
+        others = samples(30, 3, 12, kind=kind, seed=9)
         others[client] = data[client]
         alone, _ = fedgate_round(net, [begin(net)] * 3, others, 0, 0, config)
         assert torch.allclose(alone[client]["own.weight"], together[client]["own.weight"], atol=1e-6)
@@ -110,7 +110,7 @@ def test_a_unit_step_has_the_length_of_the_rate_and_a_clipped_one_at_most():
     net = gate()
     for step in ("unit", "clipped"):
         config = GateConfig(step=step, rounds=1, rate=0.05, own="bias")
-        after, _ = fedgate_round(net, [begin(net)], sights(9), 0, 0, config)
+        after, _ = fedgate_round(net, [begin(net)], samples(9), 0, 0, config)
         length = math.sqrt(sum(value.square().sum().item() for value in after[0].values()))
         assert length == pytest.approx(0.05, rel=1e-4) if step == "unit" else length <= 0.05 * 1.0001
 
@@ -120,7 +120,7 @@ def test_an_mlp_is_a_gate_too():
     config = GateConfig(widths=(8,), rounds=20, rate=0.3, share=1.0)
     states, losses = [begin(net)] * 2, []
     for round_ in range(20):
-        states, told = fedgate_round(net, states, sights(40, 40), round_, 0, config)
+        states, told = fedgate_round(net, states, samples(40, 40), round_, 0, config)
         losses.append(told.loss)
     assert losses[-1] < losses[0]
 
@@ -163,7 +163,7 @@ def test_rollgate_learns_whose_latents_are_whose():
     torch.manual_seed(0)
     centres = 3 * torch.eye(3, DIM)
     data = [
-        seen(
+        gate_samples(
             centres[i] + 0.1 * torch.randn(60, DIM), torch.zeros(60, 3, 2), torch.zeros(60, dtype=torch.long), "outputs"
         )
         for i in range(3)
@@ -173,8 +173,8 @@ def test_rollgate_learns_whose_latents_are_whose():
     for stop in range(18):
         states, told = rollgate_stop(net, states, data, stop, 0, config)
     net.load_state_dict(states[0])
-    for client, sight in enumerate(data):
-        assert (net(sight.h).argmax(1) == client).float().mean() > 0.95
+    for client, client_samples in enumerate(data):
+        assert (net(client_samples.latents).argmax(1) == client).float().mean() > 0.95
     assert told.accuracy == pytest.approx(0.7, abs=0.15)  # three labels in ten are somebody else's
 
 
@@ -182,7 +182,7 @@ def test_rollgate_labels_with_the_own_client_as_often_as_it_is_told():
     """A rate of next to nothing and a gate that always says client 1: what is told is how often that is the label."""
     net = gate()
     state = {**begin(net), "shared.bias": torch.tensor([0.0, 9.0, 0.0])}
-    data = sights(3000, 3000, 3000)
+    data = samples(3000, 3000, 3000)
     for own, share in ((0.9, 0.9), (0.2, 0.2)):
         config = GateConfig(method="rollgate", roll_own=own, rate=1e-9, batch=3000)
         _, told = rollgate_stop(net, [state] * 3, data, 1, 0, config)
@@ -209,6 +209,6 @@ def test_rollgates_rate_falls_like_a_cosine():
     net = gate()
     config = GateConfig(method="rollgate", laps=2, rate=0.1, batch=100)
     for stop in (0, 3, 5):
-        after, _ = rollgate_stop(net, [begin(net)] * 3, sights(9, 9, 9), stop, 0, config)
+        after, _ = rollgate_stop(net, [begin(net)] * 3, samples(9, 9, 9), stop, 0, config)
         moved = math.sqrt(sum((after[0][key] - begin(net)[key]).square().sum().item() for key in after[0]))
         assert moved == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi * stop / 6)), rel=1e-3)
