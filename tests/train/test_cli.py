@@ -106,8 +106,8 @@ def test_a_resumed_training_keeps_its_own_settings(nmoe_train, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--partition", "bogus"), "no split is called 'bogus'"),
-        (("--data", "nowhere"), "no data set is called 'nowhere'"),
+        (("--partition", "bogus"), "unknown partition 'bogus'"),
+        (("--data", "nowhere"), "unknown data set 'nowhere'"),
         (("--data", "npz:nowhere.npz"), "nowhere.npz: cannot be read"),
         (("--clients", "0"), "clients is 0"),
         (("--clients", "1000"), "take fewer data.clients"),
