@@ -152,9 +152,9 @@ def test_an_impossible_partition_is_refused_in_one_line(partition, text):
 
 
 def test_too_few_samples_of_a_class_are_reported_with_their_number():
-    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200: .*data.train_size"):
+    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200; .*data.train_size"):
         split(LABELS, class_counts("iid", 10, 10, 400, seed=0), seed=0)
-    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200: .*data.clients"):
+    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200; .*data.clients"):
         sized(LABELS, "iid", 10, 10, wanted=400, usual=None, seed=0)
 
 

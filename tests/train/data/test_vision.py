@@ -68,7 +68,10 @@ def test_a_failed_download_leaves_no_files_and_can_be_repeated(fashion):
     last = fashion / "t10k-labels-idx1-ubyte.gz"
     whole = last.read_bytes()
     for spoiled in (whole[:-5], None):
-        last.write_bytes(spoiled) if spoiled else last.unlink()
+        if spoiled is None:
+            last.unlink()
+        else:
+            last.write_bytes(spoiled)
         with refused(
             r"fashion-mnist is not in .*data/ and cannot be downloaded \(Error downloading t10k-labels.*Tried"
         ):
