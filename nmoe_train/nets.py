@@ -254,9 +254,7 @@ def _check_latents(name: str, h: object, dim: int) -> None:
             f" Set extractor.dim = {shape[1]}, or change the network"
         )
     if h.dtype != torch.float32:
-        raise NetError(
-            f"the extractor {name} returned {h.dtype} latents, not torch.float32; convert them with .float()"
-        )
+        raise NetError(f"the extractor {name} returned {h.dtype}, not torch.float32; convert with .float()")
 
 
 def _line(error: Exception) -> str:
