@@ -14,6 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -200,7 +201,7 @@ def _npz(path: Path) -> Dataset:
 
 
 def _npz_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Those of the arrays we know that the file contains, by name."""
+    """The arrays of the file that a data set can use, by name."""
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False) if zipfile.is_zipfile(path) else None
@@ -247,26 +248,30 @@ def _folder(path: Path) -> Dataset:
         raise DataError(f"{path / 'test' / min(unknown)}: train/ has no folder for this class: {_LAYOUT}")
     images: dict[str, list[NDArray[np.uint8]]] = {"train": [], "test": []}
     y: dict[str, list[int]] = {"train": [], "test": []}
-    first = None
-    size = (0, 0)
+    first_file, _ = _labelled_files(files["train"], labels)[0]
+    first_image = _pixels(first_file)
     for part, folders in files.items():
-        for label, entries in folders.items():
-            for file in entries:
-                image = _pixels(file)
-                _, height, width = image.shape
-                if first is None:
-                    first = file
-                    size = (width, height)
-                if (width, height) != size:
-                    raise DataError(
-                        f"{file}: is {width} × {height}, but {first} is {size[0]} × {size[1]}; "
-                        "scale all images to one size"
-                    )
-                images[part].append(image)
-                y[part].append(labels.index(label))
-    channels = max(len(image) for part in images.values() for image in part)
+        for file, label in _labelled_files(folders, labels):
+            image = _pixels(file)
+            if image.shape[1:] != first_image.shape[1:]:
+                raise DataError(
+                    f"{file}: is {_size(image)}, but {first_file} is {_size(first_image)}; scale all images to one size"
+                )
+            images[part].append(image)
+            y[part].append(label)
+    channels = max(len(image) for image in (*images["train"], *images["test"]))
     x = {part: np.stack([_with_channels(image, channels) for image in images[part]]) for part in images}
     return Dataset(name, x["train"], np.array(y["train"]), x["test"], np.array(y["test"]), labels)
+
+
+def _labelled_files(folders: Mapping[str, list[Path]], labels: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """Every image file with the number of its class, in alphabetical order."""
+    return [(file, labels.index(label)) for label, files in folders.items() for file in files]
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    _, height, width = image.shape
+    return f"{width} × {height}"
 
 
 def _with_channels(image: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:

@@ -24,7 +24,9 @@ def test_training_held_out_and_test_samples_are_disjoint():
     def numbers(parts):
         return [int(n) for x, _ in parts for n in number_of(x)]
 
-    train, held_out, own = numbers(clients.train), numbers(clients.held_out), numbers(clients.own_test)
+    train = numbers(clients.train)
+    held_out = numbers(clients.held_out)
+    own = numbers(clients.own_test)
     test = numbers([clients.test])
     for part in (train, held_out, own, test):
         assert len(part) == len(set(part))

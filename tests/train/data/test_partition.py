@@ -75,7 +75,8 @@ def test_noniid_text_uses_the_share_of_the_papers_text():
 @pytest.mark.parametrize("alpha", [1e-2, 0.3, 1, 50])
 def test_class_mixes_have_the_mean_and_variance_of_a_dirichlet_distribution(alpha):
     """The marginals of Dirichlet(α) have the mean 1/K and the variance (K-1) / K² / (Kα+1)."""
-    clients, classes, size = 20_000, 5, 10**6
+    clients, classes = 20_000, 5
+    size = 10**6
     mixes = class_counts(f"dirichlet:{alpha}", clients, classes, size, seed=0) / size
     variance = (classes - 1) / classes**2 / (classes * alpha + 1)
     assert np.allclose(mixes.mean(0), 1 / classes, atol=5 * (variance / clients) ** 0.5)

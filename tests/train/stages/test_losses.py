@@ -61,24 +61,26 @@ def test_with_alpha_equal_to_q_the_local_gradients_add_up_to_the_global_gradient
 
 
 def test_the_mixture_losses_match_their_formulae():
-    gate, outputs, y = rows(6, 4).softmax(1), rows(6, 4, 5), torch.randint(0, 5, (6,), generator=g)
-    said = outputs.log_softmax(2)[torch.arange(6), :, y]
+    gate, outputs = rows(6, 4).softmax(1), rows(6, 4, 5)
+    y = torch.randint(0, 5, (6,), generator=g)
+    log_p = outputs.log_softmax(2)[torch.arange(6), :, y]
     naive = [-math.log(sum(gate[b, j] * outputs[b, j].softmax(0)[y[b]] for j in range(4))) for b in range(6)]
-    assert mixture_loss(gate.log(), said, y, "probabilities").tolist() == pytest.approx(naive, abs=1e-6)
+    assert mixture_loss(gate.log(), log_p, y, "probabilities").tolist() == pytest.approx(naive, abs=1e-6)
     naive = [-math.log(sum(gate[b, j] * outputs[b, j] for j in range(4)).softmax(0)[y[b]]) for b in range(6)]
     assert mixture_loss(gate.log(), outputs, y, "outputs").tolist() == pytest.approx(naive, abs=1e-6)
 
 
 def test_the_mixture_loss_accepts_stacked_clients():
-    log_g, outputs, y = rows(2, 6, 4).log_softmax(2), rows(2, 6, 4, 5), torch.randint(0, 5, (2, 6), generator=g)
+    log_g, outputs = rows(2, 6, 4).log_softmax(2), rows(2, 6, 4, 5)
+    y = torch.randint(0, 5, (2, 6), generator=g)
     together = mixture_loss(log_g, outputs, y, "outputs")
     assert torch.allclose(together[1], mixture_loss(log_g[1], outputs[1], y[1], "outputs"))
 
 
 def test_a_gate_that_is_certain_of_a_wrong_expert_has_a_finite_gradient():
     scores = torch.tensor([[200.0, 0.0]], requires_grad=True)
-    said = torch.tensor([[-400.0, 0.0]])
-    mixture_loss(scores.log_softmax(1), said, torch.zeros(1, dtype=torch.long), "probabilities").sum().backward()
+    log_p = torch.tensor([[-400.0, 0.0]])
+    mixture_loss(scores.log_softmax(1), log_p, torch.zeros(1, dtype=torch.long), "probabilities").sum().backward()
     assert scores.grad.isfinite().all()
 
 
