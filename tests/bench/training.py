@@ -19,7 +19,7 @@ from nmoe_train.config import ExpertsConfig, ExtractorConfig, GateConfig
 from nmoe_train.nets import NetSpec, build
 from nmoe_train.stages.experts import train_experts
 from nmoe_train.stages.extractor import Headed, fedce_round
-from nmoe_train.stages.gate import Gate, fedgate_round, seen
+from nmoe_train.stages.gate import Gate, fedgate_round, gate_samples
 
 SAMPLES, DIM, CLASSES = 25_000, 512, 10
 ROUNDS = 30
@@ -44,13 +44,13 @@ def stages_2_and_3(clients):
     every = vmap(lambda state, h: functional_call(expert, state, (h,)), in_dims=(0, None), out_dims=1)
     with torch.no_grad():
         said = [torch.cat([every(stacked, rows) for rows in h.split(512)]) for h, _ in data]
-    sights = [seen(h, outputs, y, "probabilities") for (h, y), outputs in zip(data, said, strict=True)]
+    samples = [gate_samples(h, outputs, y, "probabilities") for (h, y), outputs in zip(data, said, strict=True)]
     outputs_s = time.perf_counter() - began
     began = time.perf_counter()
     net, config = Gate(torch.nn.Linear(DIM, clients), DIM, clients, "bias"), GateConfig()
     gates = [{key: value.detach() for key, value in net.state_dict().items()}] * clients
     for round_ in range(config.rounds):
-        gates, _ = fedgate_round(net, gates, sights, round_, 0, config)
+        gates, _ = fedgate_round(net, gates, samples, round_, 0, config)
     return experts_s, outputs_s, time.perf_counter() - began
 
 
