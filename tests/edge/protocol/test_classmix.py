@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nmoe_edge.protocol.classmix import LEAST_ROWS, MOST_ROWS, ClassMix, class_mix
+from nmoe_edge.protocol.classmix import MAX_ROWS, MIN_ROWS, ClassMix, class_mix
 
 SKEWED = np.array([0.6, 0.25, 0.1, 0.04, 0.01])
 
@@ -19,14 +19,14 @@ def answers(rows, mix=SKEWED, seed=0, unsure=1.2):
 
 
 def test_a_skewed_mix_is_recovered_within_a_few_points():
-    p, truth = answers(MOST_ROWS)
+    p, truth = answers(MAX_ROWS)
     seen = np.bincount(truth, minlength=5) / len(truth)
     assert np.abs(class_mix(p) - seen).max() < 0.05
     assert class_mix(p).sum() == pytest.approx(1)
 
 
 def test_an_even_mix_stays_even():
-    p, _ = answers(MOST_ROWS, np.full(5, 0.2))
+    p, _ = answers(MAX_ROWS, np.full(5, 0.2))
     assert class_mix(p) == pytest.approx(np.full(5, 0.2), abs=0.06)
 
 
@@ -56,7 +56,7 @@ def test_weighed_rows_are_probabilities_of_the_mix_times_the_answer():
 
 
 def test_too_few_rows_leave_an_answer_as_it_is():
-    mix, (p, _) = ClassMix(5), answers(LEAST_ROWS)
+    mix, (p, _) = ClassMix(5), answers(MIN_ROWS)
     for row in p[:-1]:
         assert mix.weighed(row[None]) == pytest.approx(row[None], rel=1e-6)
     assert mix.mix is None
@@ -79,17 +79,17 @@ def test_the_confidence_is_learnt_from_what_came_in_not_from_what_was_weighed():
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes_first():
-    mix, (p, _) = ClassMix(5), answers(MOST_ROWS + 500)
+    mix, (p, _) = ClassMix(5), answers(MAX_ROWS + 500)
     for start in range(0, len(p), 250):
         mix.weighed(p[start : start + 250])
-    assert mix.rows == MOST_ROWS
+    assert mix.rows == MAX_ROWS
     assert np.array_equal(mix.remembered(), p[500:])
 
 
 def test_a_camera_that_was_moved_is_learnt_anew():
     mix = ClassMix(5)
-    mix.weighed(answers(MOST_ROWS, unsure=0.6)[0])
-    mix.weighed(answers(MOST_ROWS, SKEWED[::-1], seed=4, unsure=0.6)[0])
+    mix.weighed(answers(MAX_ROWS, unsure=0.6)[0])
+    mix.weighed(answers(MAX_ROWS, SKEWED[::-1], seed=4, unsure=0.6)[0])
     assert mix.mix == pytest.approx(SKEWED[::-1], abs=0.06)
 
 
@@ -107,12 +107,12 @@ def test_what_was_remembered_is_taken_up_again():
 
 def test_few_remembered_rows_make_no_mix():
     mix = ClassMix(5)
-    mix.recall(answers(LEAST_ROWS - 1)[0])
-    assert (mix.rows, mix.mix) == (LEAST_ROWS - 1, None)
+    mix.recall(answers(MIN_ROWS - 1)[0])
+    assert (mix.rows, mix.mix) == (MIN_ROWS - 1, None)
 
 
 def test_more_rows_than_are_remembered_are_cut_to_the_newest():
-    mix, (p, _) = ClassMix(5), answers(MOST_ROWS + 7)
+    mix, (p, _) = ClassMix(5), answers(MAX_ROWS + 7)
     mix.recall(p)
     assert np.array_equal(mix.remembered(), p[7:])
 
@@ -143,5 +143,5 @@ def test_what_are_no_probabilities_is_not_taken_up(rows):
 def test_the_desk_and_the_device_find_the_same_mix():
     torch = pytest.importorskip("torch")
     evaluate = pytest.importorskip("nmoe_train.results.evaluation")
-    p, _ = answers(MOST_ROWS, seed=5)
+    p, _ = answers(MAX_ROWS, seed=5)
     assert class_mix(p) == pytest.approx(evaluate.class_mix(torch.from_numpy(p)).numpy(), abs=1e-4)

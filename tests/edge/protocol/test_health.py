@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe_edge.protocol.health import (
-    LEAST_SAMPLES,
-    LEAST_SILENCE_S,
-    MOST_PAUSE_S,
-    MOST_SILENCE_S,
+    MAX_PAUSE_S,
+    MAX_SILENCE_S,
+    MIN_SAMPLES,
+    MIN_SILENCE_S,
     SAMPLES,
     Health,
 )
@@ -73,7 +73,7 @@ def test_pauses_double_with_each_failure_up_to_a_most(why):
     for _ in range(12):
         health.failed(why, 0.0)
         pauses.append(pause_after(health, 0.0))
-    most = MOST_PAUSE_S.get(why, 1.0)
+    most = MAX_PAUSE_S.get(why, 1.0)
     assert pauses == pytest.approx([min(pauses[0] * 2**n, most) for n in range(12)])
     assert pauses[-1] == pytest.approx(most)
 
@@ -173,7 +173,7 @@ def test_an_alive_peer_that_introduces_itself_changes_nothing():
 
 def test_p95_says_nothing_before_enough_round_trips():
     health = peer(alive_at=0.0)
-    asked(health, [0.01] * (LEAST_SAMPLES - 1))
+    asked(health, [0.01] * (MIN_SAMPLES - 1))
     assert health.p95_s == math.inf
     asked(health, [0.01])
     assert health.p95_s == pytest.approx(0.01)
@@ -202,10 +202,10 @@ def test_the_round_trip_is_smoothed_towards_what_is_measured():
     assert health.rtt_s == pytest.approx(0.2, rel=1e-3)
 
 
-@pytest.mark.parametrize(("took", "silence"), [(1e-4, LEAST_SILENCE_S), (30.0, MOST_SILENCE_S)])
+@pytest.mark.parametrize(("took", "silence"), [(1e-4, MIN_SILENCE_S), (30.0, MAX_SILENCE_S)])
 def test_silence_has_bounds_whatever_the_round_trips(took, silence):
     health = peer(alive_at=0.0)
-    assert health.silence_s == LEAST_SILENCE_S
+    assert health.silence_s == MIN_SILENCE_S
     asked(health, [took] * 40)
     assert health.silence_s == silence
 
@@ -220,10 +220,10 @@ def test_what_is_owed_for_too_long_is_overdue():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     health.sent(2, 1.4)
-    assert not health.overdue(1.0 + LEAST_SILENCE_S - 1e-6)
-    assert health.overdue(1.0 + LEAST_SILENCE_S)
+    assert not health.overdue(1.0 + MIN_SILENCE_S - 1e-6)
+    assert health.overdue(1.0 + MIN_SILENCE_S)
     health.heard(1, 1.5)
-    assert not health.overdue(1.0 + LEAST_SILENCE_S)
+    assert not health.overdue(1.0 + MIN_SILENCE_S)
     assert health.overdue(1.4 + health.silence_s)
 
 
@@ -301,7 +301,7 @@ def test_every_late_answer_is_asked_after():
 
 def test_a_ping_teaches_no_round_trip():
     health = peer(alive_at=0.0)
-    for number in range(LEAST_SAMPLES):
+    for number in range(MIN_SAMPLES):
         health.sent(number, 0.0, timed=False)
         health.heard(number, 0.3)
     assert (health.rtt_s, health.p95_s, health.owed) == (None, math.inf, 0)

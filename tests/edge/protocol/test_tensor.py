@@ -89,7 +89,7 @@ def test_the_largest_scale_makes_no_infinity():
     ],
 )
 def test_numbers_of_another_kind_are_refused_and_not_cast(kind, dtype):
-    with pytest.raises(LocalProtocolError, match="cannot travel"):
+    with pytest.raises(LocalProtocolError, match="cannot be sent"):
         Tensor.pack(np.ones((1, 2), kind), dtype)
 
 
