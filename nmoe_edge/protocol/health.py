@@ -148,11 +148,11 @@ class Health:
         return self.alive and oldest is not None and now >= oldest[0] + self.silence_s
 
     def sent(self, request: int, now: float, timed: bool = True) -> None:
-        """An Ask was sent; with timed=False a Ping, whose round trip says nothing about computation."""
+        """An Ask was sent; with timed=False a Ping, which does no work, so its round trip is not recorded."""
         self._owed[request] = (now, timed)
 
     def heard(self, request: int, now: float, sound: bool = True) -> None:
-        """It replied to `request`; with sound=False by a refusal, whose round trip is not recorded."""
+        """It replied to `request`. With sound=False it refused, and the round trip is not recorded."""
         sent_at, timed = self._owed.pop(request, (now, False))
         self._quiet_since = now
         if not (timed and sound):
@@ -191,7 +191,7 @@ class Health:
         self._pause(now)
 
     def unreachable(self, now: float) -> None:
-        """The probe could not be sent. That costs nothing, so it is no failure and is tried again soon."""
+        """The probe could not be sent. That costs nothing, so it does not count as a failure."""
         self.failures -= 1
         self._probing = False
         self._probe_at = now + FIRST_PAUSE_S
