@@ -1,4 +1,4 @@
-"""An exchange to be tried, and what its experts say."""
+"""An exchange with four made-up experts, for the tests of exchange.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCORES = np.array([[0.0, 3.0, 1.0, 2.0], [0.0, 3.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2
 
 
 def says(expert, rows):
-    """What an expert answers: a function of who it is and which row it is, so that a mix-up shows."""
+    """An expert's answers, different for every expert and row, so that a mix-up is found."""
     return np.array([[expert, row, expert * row + 1] for row in rows], np.float32)
 
 
