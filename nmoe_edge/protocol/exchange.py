@@ -5,7 +5,7 @@ actions to take: a `Call` asks an expert about some rows, a `Fault` says that an
 keeping time and judging peers are the caller's job.
 
 `start` calls every expert that the route chose, once, with all of its rows. From then on each row is *open* until it
-has one answer for every expert chosen for it, then *closed*. The request is `done` when all rows are closed, and
+has as many answers as experts were chosen for it, then *closed*. The request is `done` when all rows are closed, and
 `result` combines the answers of each.
 
     event                  what happens to the open rows of that call             actions
@@ -17,14 +17,16 @@ has one answer for every expert chosen for it, then *closed*. The request is `do
     leaving                nothing: the expert may still answer                   -
     tick, a call is late   the next expert is asked as well (a hedge); the first  perhaps a Call
                            answers to arrive count
-    tick at the deadline   the row stops waiting for peers                        Fault "silent", perhaps a Call
+    tick at the deadline   the row stops waiting for peers; with an answer it     Fault "silent", perhaps a Call
+                           closes
 
-A row that stops waiting for an expert still waits for the others it asked. Once it waits for none, it closes with the
-answers it has, and their weights grow to sum to 1. With no answer at all it asks a substitute: the next expert by gate
-rank that is reachable and that it has not asked yet. After the deadline only the device's own expert is a substitute.
+A row that stops waiting for an expert still waits for the others that it asked. Once it waits for none, it closes with
+the answers it has, and their weights grow to sum to 1. With no answer at all it asks a substitute: the next expert by
+gate rank that is reachable and was not asked for this row. After the deadline only the device's own expert is a
+substitute.
 
-The own expert is called like any other but is never late, because it needs no network, and it is waited for beyond the
-deadline. A row for which it fails too closes as zeros that name no expert. No row is ever missing or NaN.
+The own expert is called like any other but is never late, because it needs no network. A row without any answer waits
+for it beyond the deadline. If it fails too, the row closes as zeros that name no expert. No row is ever missing or NaN.
 
 `wake_at` says when the next `tick` is needed.
 """
