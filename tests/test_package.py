@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email
-import itertools
 import shutil
 import subprocess
 import sys
@@ -40,9 +39,13 @@ def metadata(wheel, name):
 
 def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    paths = itertools.chain.from_iterable((ROOT / package).rglob("*") for package in PACKAGES)
-    wanted = [path for path in paths if path.suffix in {".py", ".md"} or path.name == "py.typed"]
-    assert shipped == {str(path.relative_to(ROOT)) for path in wanted}
+    ours = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in {".py", ".md"} or path.name == "py.typed"
+    }
+    assert shipped == ours
 
 
 def test_the_wheel_installs_three_commands(wheel):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from edge.exchanges import OUTPUTS, SCORES, answer, exchange, says
+from edge.exchanges import OUTPUTS, SCORES, answer, exchange, outputs_of
 
 from nmoe_edge.errors import LocalProtocolError
 from nmoe_edge.protocol.combine import combine, expert_weights
@@ -29,7 +29,7 @@ def test_every_row_combines_the_answers_of_its_chosen_experts():
     outputs, rows = it.result()
     for row, experts in enumerate([(1, 3), (1, 3), (0, 3)]):
         weights = expert_weights(SCORES[row], experts)
-        answers = {expert: says(expert, [row])[0] for expert in experts}
+        answers = {expert: outputs_of(expert, [row])[0] for expert in experts}
         assert np.allclose(outputs[row], combine(answers, weights))
         assert rows[row] == RowAnswer(tuple(weights), tuple(weights.values()))
         assert not rows[row].degraded
@@ -276,18 +276,18 @@ def test_a_duplicate_answer_changes_nothing():
     it = exchange(SCORES[:1], top_k=2)
     first, second = it.start(0.0)
     answer(it, first)
-    assert it.answered(first.request, first.expert, 99 + says(first.expert, first.rows), 1.1) == []
+    assert it.answered(first.request, first.expert, 99 + outputs_of(first.expert, first.rows), 1.1) == []
     assert it.stray == {"duplicate": 1}
     answer(it, second)
     weights = expert_weights(SCORES[0], (first.expert, second.expert))
-    answers = {call.expert: says(call.expert, [0])[0] for call in (first, second)}
+    answers = {call.expert: outputs_of(call.expert, [0])[0] for call in (first, second)}
     assert np.allclose(it.result()[0][0], combine(answers, weights))
 
 
 def test_a_reply_to_an_unknown_request_changes_nothing():
     it = exchange()
     it.start(0.0)
-    assert it.answered(5, 1, says(1, [0, 1]), 1.0) == []
+    assert it.answered(5, 1, outputs_of(1, [0, 1]), 1.0) == []
     assert it.refused(6, 1.0) == []
     assert it.stray == {"unknown": 2}
 
@@ -295,12 +295,12 @@ def test_a_reply_to_an_unknown_request_changes_nothing():
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda call: (call.expert, says(call.expert, [0, 1])[:1]),
-        lambda call: (call.expert, says(call.expert, [0, 1, 2])),
+        lambda call: (call.expert, outputs_of(call.expert, [0, 1])[:1]),
+        lambda call: (call.expert, outputs_of(call.expert, [0, 1, 2])),
         lambda call: (call.expert, np.zeros((2, OUTPUTS + 1), np.float32)),
         lambda call: (call.expert, np.full((2, OUTPUTS), np.nan, np.float32)),
         lambda call: (call.expert, np.full((2, OUTPUTS), np.inf, np.float32)),
-        lambda call: (2, says(2, [0, 1])),
+        lambda call: (2, outputs_of(2, [0, 1])),
     ],
     ids=["a row short", "a row long", "an output long", "NaN", "infinity", "another expert"],
 )

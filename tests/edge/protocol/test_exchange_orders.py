@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from edge.exchanges import OUTPUTS, exchange, says
+from edge.exchanges import OUTPUTS, exchange, outputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ def run(it, behaviours, chance):
             continue
         call = events.pop(chance.randrange(len(events)))
         behaviour = behaviours[call.expert]
-        reply = says(call.expert, call.rows)
+        reply = outputs_of(call.expert, call.rows)
         if behaviour == "answers late":
             now += 20
             take(it.tick(now))
@@ -98,7 +98,7 @@ def check(it, scores, asked, behaviours):
             assert not outputs[row].any()
             continue
         weights = expert_weights(scores[row], how.experts)
-        answers = {expert: says(expert, [row])[0] for expert in how.experts}
+        answers = {expert: outputs_of(expert, [row])[0] for expert in how.experts}
         assert np.allclose(outputs[row], combine(answers, weights))
 
 
