@@ -103,6 +103,7 @@ class Health:
 
     @property
     def _usual_s(self) -> float:
+        """Mean and four deviations of the round trip, as in TCP's retransmission timer; 0 while it is unknown."""
         return 0.0 if self.rtt_s is None else self.rtt_s + 4 * self._rtt_deviation_s
 
     @property

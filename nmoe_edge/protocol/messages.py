@@ -254,7 +254,7 @@ class Report:
 
     request: int
     facts: str
-    """A JSON object. Its keys may change: they are for display only."""
+    """A JSON object. Its keys are not part of the wire format, and no device depends on them."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "request")
