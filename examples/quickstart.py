@@ -1,9 +1,8 @@
-"""Three devices of a fleet on this machine, asked from Python; then one of them goes.
+"""Three devices of a fleet serve in this process and answer a client; then one of them stops.
 
     python examples/quickstart.py FLEET
 
-FLEET is a folder that nmoe-export wrote, such as bundles/digits; its addresses are on this machine. The devices are
-served by this very process: end those that serve there already.
+FLEET is a folder from nmoe-export, such as bundles/digits. Stop its devices first if they are serving on this machine.
 """
 
 import argparse
@@ -21,25 +20,31 @@ from nmoe_edge.errors import EdgeError, NetworkError
 from nmoe_edge.keys import keys_to
 
 
+def show(answers):
+    """Print one line per row: its class, and the experts that answered it."""
+    for number, (output, row) in enumerate(zip(answers.outputs, answers.rows, strict=True)):
+        experts = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True))
+        print(f"  row {number}: output {output.argmax()}, by {experts}{', degraded' if row.degraded else ''}")
+
+
 def main(folder):
-    """Serve, ask, lose a device, ask again."""
-    path = folder / FLEET_FILE
-    first, *_ = devices = read_fleet(path).device[:3]
-    names = [device.name for device in devices]
-    rows = read_bundle(folder / names[0]).selftest.inputs  # any array of inputs would do
-    away = Rules(local_first=1.0)  # let the gate alone decide, so that there is something to see
-    with ExitStack() as running:
-        nodes = [running.enter_context(Node(folder / name, path, rules=away)) for name in names]
-        client = running.enter_context(Client(first.address, *keys_to(first.name, path, None)))
+    """Serve three devices, ask the first, stop the third, ask again."""
+    fleet_file = folder / FLEET_FILE
+    devices = read_fleet(fleet_file).device[:3]
+    first, last = devices[0], devices[-1]
+    inputs = read_bundle(folder / first.name).selftest.inputs  # any array (rows, …) of the right shape and dtype
+    rules = Rules(local_first=1.0)  # the gate alone decides, so that rows go to other devices
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(Node(folder / device.name, fleet_file, rules=rules)) for device in devices]
+        client = stack.enter_context(Client(first.address, *keys_to(first.name, fleet_file, None)))
         while sum(peer["state"] == "alive" for peer in client.status()["peers"]) < len(nodes) - 1:
-            time.sleep(0.05)  # they are getting to know each other
-        for told in (f"{', '.join(names)} serve; {names[0]} is asked:", f"the same without {names[-1]}:"):
-            print(told)
-            answers = client.infer(rows)
-            for number, (output, row) in enumerate(zip(answers.outputs, answers.rows, strict=True)):
-                who = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True))
-                print(f"  row {number}: output {output.argmax()}, by {who}{', degraded' if row.degraded else ''}")
-            nodes[-1].close()
+            time.sleep(0.05)  # the devices are still greeting each other
+
+        print(f"{', '.join(device.name for device in devices)} serve; {first.name} is asked:")
+        show(client.infer(inputs))
+        nodes[-1].close()
+        print(f"the same without {last.name}:")
+        show(client.infer(inputs))
 
 
 if __name__ == "__main__":
@@ -48,6 +53,6 @@ if __name__ == "__main__":
     try:
         main(parser.parse_args().fleet)
     except NetworkError as error:
-        sys.exit(f"{error} (this example serves the devices by itself)")
+        sys.exit(f"{error} (this example serves the devices itself: stop the ones that are serving already)")
     except EdgeError as error:
         sys.exit(str(error))

@@ -5,7 +5,7 @@ Imports neither torch nor onnx nor its sisters nmoe_train and nmoe_export.
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """As in pyproject.toml; importlib.metadata would bring a megabyte of e-mail along."""
 
 # onnxruntime's wheels for Linux write an id and an event to be sent home as soon as they are imported (1.29 to 1.31 at

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nmoe_edge.models import Graph
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_export.source import Source
-from nmoe_train.results.evaluation import Rows, accuracy, answers, choose_threshold
+from nmoe_train.results.evaluation import DeviceRows, accuracy, answers, choose_threshold
 from nmoe_train.run import Inference
 
 BATCH = 256
@@ -49,11 +49,11 @@ class Simulation:
         )
         """(n, N, K)"""
 
-    def rows(self, device: int, chosen: NDArray[np.int64]) -> Rows:
+    def rows(self, device: int, chosen: NDArray[np.int64]) -> DeviceRows:
         """What a device makes of some of the samples."""
         labels = self.source.labels if self.source.labels is not None else np.zeros(len(self.latents), np.int64)
         scores = self.scores[device % len(self.scores)]
-        return Rows(*(torch.from_numpy(np.array(a[chosen])) for a in (scores, self.outputs, labels)))
+        return DeviceRows(*(torch.from_numpy(np.array(a[chosen])) for a in (scores, self.outputs, labels)))
 
     def load(self) -> list[float]:
         """Share of the measured samples for which the gates prefer each expert, the mean over gates."""

@@ -23,12 +23,12 @@ from nmoe_train.data.clients import Clients, Part
 from nmoe_train.data.datasets import Dataset
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.nets import NetSpec, build, probe
-from nmoe_train.results.evaluation import Rows, adapted, choose_threshold, evaluate, measure
+from nmoe_train.results.evaluation import DeviceRows, adapted, choose_threshold, evaluate, measure
 from nmoe_train.run import DataRecord, Inference, Networks, Run, RunRecord
 from nmoe_train.stages.experts import train_experts
 from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, Shield, fedce_round, fedsc_round
 from nmoe_train.stages.federation import Round, State, generator, size
-from nmoe_train.stages.gate import Gate, fedgate_round, imported, rollgate_stop, seen
+from nmoe_train.stages.gate import Gate, fedgate_round, gate_samples, imported, rollgate_stop
 
 STAGES = ("extractor", "experts", "gate", "evaluate")
 
@@ -36,14 +36,15 @@ Progress = Callable[[Round], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sight:
-    """One part of the data as the frozen networks see it."""
+class FrozenOutputs:
+    """What the frozen extractor and experts compute for one part of the data."""
 
-    h: Tensor
-    """Latents (n, d)"""
-    outputs: Tensor
-    """What every expert says to them (n, N, K)"""
+    latents: Tensor
+    """(n, d)"""
+    expert_outputs: Tensor
+    """Every expert's outputs for every latent (n, N, K)"""
     y: Tensor
+    """True classes (n,)"""
 
 
 class Trainer:
@@ -206,38 +207,38 @@ class Trainer:
             c = replace(c, states={**c.states, "gate": [_detached(self.gate)] * self.count})
         rounds = {"rangate": 0, "rollgate": config.laps * self.count, "fedgate": config.rounds}[config.method]
         step = fedgate_round if config.method == "fedgate" else rollgate_stop
-        sights = [self.sight(c, part) for part in self.clients.train] if c.round < rounds else []
-        data = [seen(s.h, s.outputs, s.y, config.loss) for s in sights]
+        frozen = [self.frozen_outputs(c, part) for part in self.clients.train] if c.round < rounds else []
+        data = [gate_samples(s.latents, s.expert_outputs, s.y, config.loss) for s in frozen]
         for round_ in range(c.round, rounds):
             states, told = step(self.gate, c.states["gate"], data, round_, seed, config)
             c = after(c, states, told)
         return c
 
-    def sight(self, c: Checkpoint, part: Part) -> Sight:
-        """What the frozen extractor and experts make of a part of the data."""
+    def frozen_outputs(self, c: Checkpoint, part: Part) -> FrozenOutputs:
+        """The latents and the experts' outputs of a part of the data."""
         h = self._encoded(part[0])
         stacked = {key: torch.stack([state[key] for state in c.states["experts"]]) for key in c.states["experts"][0]}
         every = vmap(lambda state, h: functional_call(self.expert, state, (h,)), in_dims=(0, None), out_dims=1)
         with torch.no_grad():
-            return Sight(h, torch.cat([every(stacked, rows) for rows in h.split(ENCODE_BATCH)]), part[1])
+            return FrozenOutputs(h, torch.cat([every(stacked, rows) for rows in h.split(ENCODE_BATCH)]), part[1])
 
     def evaluated(self, c: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
         """Choose what a device does, measure it, describe the run."""
         config, clients = self.config, self.clients
         rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
         if config.inference.local_first:
-            held_out = [self.sight(c, part) for part in clients.held_out]
-            everybody = Sight(
-                *(torch.cat([getattr(sight, name) for sight in held_out]) for name in ("h", "outputs", "y"))
+            held_out = [self.frozen_outputs(c, part) for part in clients.held_out]
+            everybody = FrozenOutputs(
+                *(torch.cat([getattr(part, name) for part in held_out]) for name in ("latents", "expert_outputs", "y"))
             )
             threshold = choose_threshold(self.rows(c, held_out), self.rows(c, [everybody] * self.count), rules)
             rules = replace(rules, local_first=threshold)
         metrics: dict[str, Any] = {}
         for name, parts in (("own", clients.own_test), ("iid", [clients.test])):
-            sights = [self.sight(c, part) for part in parts]
-            metrics[name] = evaluate(self.rows(c, sights * (self.count // len(sights))), rules)
+            frozen = [self.frozen_outputs(c, part) for part in parts]
+            metrics[name] = evaluate(self.rows(c, frozen * (self.count // len(frozen))), rules)
             if self.networks.head is not None:
-                metrics[name]["fedce"] = self._classifier(c, sights * (self.count // len(sights)), rules)
+                metrics[name]["fedce"] = self._classifier(c, frozen * (self.count // len(frozen)), rules)
         metrics["split"] = clients.split(self.classes)
         metrics["bytes"] = {
             stage: {way: sum(e[way] for e in c.history if e["stage"] == stage) for way in ("up", "down")}
@@ -253,7 +254,7 @@ class Trainer:
             }
         return self._record(c, rules), metrics
 
-    def _classifier(self, c: Checkpoint, sights: Sequence[Sight], rules: Inference) -> dict[str, Any]:
+    def _classifier(self, c: Checkpoint, frozen: Sequence[FrozenOutputs], rules: Inference) -> dict[str, Any]:
         """Stage 1's classifier, with the head that each device has, and the same class mix."""
         heads = [_part(state, "head.") for state in c.states["extractor"]]
         self.net.head.cpu()
@@ -261,17 +262,17 @@ class Trainer:
         rules = replace(rules, adapt=rules.adapt and self.config.extractor.heads == "shared")
         with torch.no_grad():
             p = [
-                functional_call(self.net.head, head, (sight.h,)).softmax(1)
-                for head, sight in zip(heads, sights, strict=True)
+                functional_call(self.net.head, head, (part.latents,)).softmax(1)
+                for head, part in zip(heads, frozen, strict=True)
             ]
-        return measure([adapted(q, rules) for q in p], [sight.y for sight in sights])
+        return measure([adapted(q, rules) for q in p], [part.y for part in frozen])
 
-    def rows(self, c: Checkpoint, sights: Sequence[Sight]) -> list[Rows]:
+    def rows(self, c: Checkpoint, frozen: Sequence[FrozenOutputs]) -> list[DeviceRows]:
         """What each device makes of its part."""
         with torch.no_grad():
             return [
-                Rows(functional_call(self.gate, gate, (s.h,)), s.outputs, s.y)
-                for gate, s in zip(c.states["gate"], sights, strict=True)
+                DeviceRows(functional_call(self.gate, gate, (s.latents,)), s.expert_outputs, s.y)
+                for gate, s in zip(c.states["gate"], frozen, strict=True)
             ]
 
     def heads(self, c: Checkpoint) -> list[State]:

@@ -1,4 +1,4 @@
-"""Every example runs as it stands."""
+"""Every example runs, and says what its docstring promises."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from PIL import Image
 EXAMPLES = TESTS.parent / "examples"
 
 
-def ended(script, *arguments):
-    """An example that has ended."""
+def finished(script, *arguments):
+    """The finished process of an example."""
     command = [sys.executable, "-W", "error", EXAMPLES / script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def run(script, *arguments):
-    """What an example prints, once it has ended well."""
-    done = ended(script, *arguments)
+    """The stdout of an example, which must succeed."""
+    done = finished(script, *arguments)
     assert done.returncode == 0, done.stderr
     assert "refuses" not in done.stderr
     return done.stdout
@@ -39,33 +39,33 @@ def run(script, *arguments):
         ("bring_your_own_model.py", ("model.py",)),
     ],
 )
-def test_an_example_that_is_called_wrongly_says_how_to_call_it(script, wrong):
+def test_wrong_arguments_print_the_usage(script, wrong):
     for arguments, code in ((wrong, 2), (("--help",), 0)):
-        done = ended(script, *arguments)
+        done = finished(script, *arguments)
         assert (done.returncode, f"{script} " in done.stdout + done.stderr) == (code, True)
         assert "usage: " in (done.stderr if code else done.stdout)
 
 
 @pytest.mark.socket
-def test_the_quickstart_beside_a_fleet_that_is_served_says_that_it_serves_by_itself(tiny_fleet, tmp_path):
+def test_the_quickstart_explains_an_address_in_use(tiny_fleet, tmp_path):
     folder = settled(tiny_fleet, tmp_path / "fleet")
     with Processes(folder, "attic"):
-        done = ended("quickstart.py", folder)
+        done = finished("quickstart.py", folder)
     assert done.returncode == 1
     assert "Address already in use" in done.stderr
-    assert "serves the devices by itself" in done.stderr
+    assert "serves the devices itself" in done.stderr
 
 
-def test_a_fleet_in_one_process_answers_also_without_an_expert(tiny_fleet):
-    said = run("one_process_fleet.py", tiny_fleet)
-    lines = [line.split() for line in said.splitlines()]
+def test_one_process_fleet_answers_also_while_one_expert_is_silent(tiny_fleet):
+    printed = run("one_process_fleet.py", tiny_fleet)
+    lines = [line.split() for line in printed.splitlines()]
     assert [line[0] for line in lines if "answered" in line] == ["top", "middle", "bottom"] * 2
-    assert said.count("degraded, expert 1 is missing") == 1
+    assert printed.count("degraded, expert 1 is missing") == 1
 
 
 @pytest.mark.socket
-@pytest.mark.parametrize("keyed", [False, True], ids=["bare", "keyed"])
-def test_three_devices_serve_and_one_dies(tiny_fleet, tmp_path, keyed):
+@pytest.mark.parametrize("keyed", [False, True], ids=["without keys", "with keys"])
+def test_the_quickstart_answers_with_three_devices_and_with_two(tiny_fleet, tmp_path, keyed):
     folder = settled(tiny_fleet, tmp_path / "fleet", keyed=keyed)
     lines = run("quickstart.py", folder).splitlines()
     assert [line.split("by ")[1] for line in lines[1:4]] == [f"expert {number} (100%)" for number in range(3)]
@@ -74,17 +74,17 @@ def test_three_devices_serve_and_one_dies(tiny_fleet, tmp_path, keyed):
 
 
 @pytest.mark.socket
-def test_a_model_of_ones_own_becomes_two_devices_that_need_each_other():
+def test_two_devices_with_your_own_model_are_better_than_either_alone():
     exported, *devices = run("bring_your_own_model.py").splitlines()
     assert exported == "exported: device-00, device-01"
     for line in devices:
-        fleet, away, alone = (float(share) for share in re.findall(r"([0-9.]+)%", line))
+        fleet, by_other, alone = map(float, re.findall(r"([0-9.]+)%", line))
         assert fleet > 85 > 65 > alone
-        assert 30 < away < 70
+        assert 30 < by_other < 70
 
 
 @pytest.mark.socket
-def test_a_camera_says_what_it_saw_and_what_it_dropped(tiny_fleet, tmp_path):
+def test_a_camera_prints_what_it_saw_and_what_it_dropped(tiny_fleet, tmp_path):
     folder = settled(tiny_fleet, tmp_path / "fleet", keyed=True)
     (tmp_path / "pictures").mkdir()
     for third in range(3):
@@ -100,7 +100,7 @@ def test_a_camera_says_what_it_saw_and_what_it_dropped(tiny_fleet, tmp_path):
 
 
 @pytest.mark.socket
-def test_a_camera_of_a_frozen_device_drops_frames_and_ends_by_ctrl_c(tiny_fleet, tmp_path):
+def test_a_camera_drops_the_frames_of_a_frozen_device_and_ends_with_ctrl_c(tiny_fleet, tmp_path):
     folder = settled(tiny_fleet, tmp_path / "fleet")
     command = [sys.executable, "-W", "error", EXAMPLES / "camera.py", folder, "--fps", "20"]
     with (
@@ -112,8 +112,8 @@ def test_a_camera_of_a_frozen_device_drops_frames_and_ends_by_ctrl_c(tiny_fleet,
             fleet.signal("attic", signal.SIGSTOP)
             assert any("saw nothing" in line for line in camera.stdout)
             camera.send_signal(signal.SIGINT)
-            said, error = camera.communicate(timeout=30)
+            rest, error = camera.communicate(timeout=30)
         finally:
             camera.kill()
     assert (camera.returncode, error) == (0, "")
-    assert int(re.search(r"(\d+) dropped$", said)[1]) > 5
+    assert int(re.search(r"(\d+) dropped$", rest)[1]) > 5

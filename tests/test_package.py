@@ -1,4 +1,4 @@
-"""What is in the wheel, and nothing else."""
+"""The content and the metadata of the wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PACKAGES = ("nmoe_edge", "nmoe_export", "nmoe_train")
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built from a copy so that the checkout stays clean."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    out = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in (*PACKAGES, "tests", "examples"):
@@ -47,12 +48,12 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     assert shipped == ours
 
 
-def test_the_wheel_brings_three_commands(wheel):
+def test_the_wheel_installs_three_commands(wheel):
     lines = [line for line in metadata(wheel, "entry_points.txt").splitlines() if "=" in line]
     assert lines == [f"nmoe-{p} = nmoe_{p}.cli:main" for p in ("edge", "export", "train")]
 
 
-def test_the_wheel_asks_a_device_for_nothing_that_depends_on_its_accelerator(wheel):
+def test_the_base_dependencies_do_not_depend_on_the_accelerator(wheel):
     stated = email.message_from_string(metadata(wheel, "METADATA"))
     base = [line for line in stated.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(line.split(">")[0].strip() for line in base) == ["click", "numpy", "pyzmq", "tomli"]
@@ -61,7 +62,7 @@ def test_the_wheel_asks_a_device_for_nothing_that_depends_on_its_accelerator(whe
     assert stated["Requires-Python"] == ">=3.10"
 
 
-def test_the_wheel_names_its_licence(wheel):
+def test_the_wheel_states_its_licence(wheel):
     stated = email.message_from_string(metadata(wheel, "METADATA"))
     assert stated["License-Expression"] == "Apache-2.0"
     assert "Apache License" in metadata(wheel, "licenses/LICENSE")

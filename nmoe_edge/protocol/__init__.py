@@ -1,1 +1,1 @@
-"""The wire and what is decided from it: no socket, no clock, no onnxruntime. See WIRE.md."""
+"""Messages, and every decision made from them. Pure: no socket, clock, disk or onnxruntime. See WIRE.md."""

@@ -1,7 +1,8 @@
-"""A device's own class mix, learnt from its unlabelled traffic, and how an answer is weighed with it.
+"""How often a device sees each class, learned from its unlabelled traffic, and answers reweighted by it.
 
-Only for answers that carry no prior of their own. The mix that explains the last rows' answers best is found by
-expectation maximisation; it is used from LEAST_ROWS rows on. Pure.
+Only for answers without a class prior of their own: each answer is multiplied by the class mix and normalised. The mix
+is the one that best explains the last answers, found by expectation maximisation, and is used from MIN_ROWS rows on.
+Pure: device/saved_mix.py keeps the rows across restarts.
 """
 
 from __future__ import annotations
@@ -12,71 +13,79 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST_ROWS = 200
-"""Fewer say more about chance than about the device."""
-MOST_ROWS = 2000
-"""Older rows are forgotten: a camera is moved."""
-_EVERY = 20
-"""Rows between two estimates."""
-_STEPS, _MORE_STEPS = 30, 5
-"""Of the first estimate, and of one that goes on from the last."""
-_MOST_NUMBERS = 400_000
-"""Remembered: with a thousand classes an estimate must not hold up a device."""
+MIN_ROWS = 200
+"""Fewer rows say more about chance than about the device."""
+MAX_ROWS = 2000
+"""Older rows are dropped, so that the mix follows a camera that is moved."""
+_ROWS_PER_ESTIMATE = 20
+_FIRST_STEPS = 30
+"""EM steps from an even mix."""
+_NEXT_STEPS = 5
+"""EM steps from the last estimate."""
+_MAX_VALUES = 400_000
+"""Numbers kept: with a thousand classes an estimate must not hold up the device."""
 
 
 class ClassMix:
-    """What this device sees, class by class."""
+    """The class mix of one device, and the answers that it was learned from."""
 
     def __init__(self, outputs: int) -> None:
-        """Knows nothing yet."""
+        """outputs: number of classes"""
         self.outputs = outputs
-        most = max(LEAST_ROWS, min(MOST_ROWS, _MOST_NUMBERS // outputs))
-        self._rows: deque[NDArray[np.float32]] = deque(maxlen=most)
+        max_rows = max(MIN_ROWS, min(MAX_ROWS, _MAX_VALUES // outputs))
+        self._rows: deque[NDArray[np.float32]] = deque(maxlen=max_rows)
         self._mix = np.full(outputs, 1 / outputs)
-        self._fresh = self._estimates = 0
+        self._new_rows = 0
+        self._estimates = 0
 
     @property
     def rows(self) -> int:
-        """How many are remembered."""
+        """Number of answers kept."""
         return len(self._rows)
 
     @property
     def mix(self) -> NDArray[np.float64] | None:
-        """(outputs,), sums to one; None while too few rows are known."""
-        return self._mix if self.rows >= LEAST_ROWS else None
+        """(outputs,), summing to one; None below MIN_ROWS."""
+        return self._mix if self.rows >= MIN_ROWS else None
 
     def weighed(self, p: NDArray[Any]) -> NDArray[np.float32]:
-        """Probabilities without a prior, weighed with the mix so far; then they are learnt from. p: (rows, outputs)"""
+        """Reweight answers with the current mix, which then learns from them. p: (rows, outputs), without a prior"""
         mix = self.mix
         weighed = p * mix if mix is not None else p
         weighed = weighed / weighed.sum(1, keepdims=True)
         self._rows.extend(np.array(p, np.float32))
-        self._fresh += len(p)
-        if self._fresh >= _EVERY and self.rows >= LEAST_ROWS:
-            first = self._estimates == 0
-            self._mix = class_mix(np.stack(self._rows), self._mix, _STEPS if first else _MORE_STEPS)
-            self._fresh, self._estimates = 0, self._estimates + 1
+        self._new_rows += len(p)
+        if self._new_rows >= _ROWS_PER_ESTIMATE and self.rows >= MIN_ROWS:
+            steps = _FIRST_STEPS if self._estimates == 0 else _NEXT_STEPS
+            self._mix = class_mix(np.stack(self._rows), self._mix, steps)
+            self._new_rows = 0
+            self._estimates += 1
         return np.asarray(weighed, np.float32)
 
     def remembered(self) -> NDArray[np.float32]:
-        """Every row, to be kept across a restart: (rows, outputs)."""
+        """The answers kept, as `recall` takes them: (rows, outputs)."""
         return np.stack(self._rows) if self._rows else np.zeros((0, self.outputs), np.float32)
 
     def recall(self, rows: NDArray[Any]) -> None:
-        """Take up what was kept; ValueError where it is not that."""
-        found = np.asarray(rows, np.float32)
-        if found.ndim != 2 or found.shape[1] != self.outputs:
-            raise ValueError(f"rows of {list(found.shape[1:])} numbers, not {self.outputs}")
-        if not np.isfinite(found).all() or (found < 0).any() or not (found.sum(1) > 0).all():
-            raise ValueError("rows that are no probabilities")
+        """Replace the answers kept by saved ones; ValueError, and nothing changed, where they are not probabilities."""
+        saved = np.asarray(rows, np.float32)
+        if saved.ndim != 2 or saved.shape[1] != self.outputs:
+            raise ValueError(f"expected rows of {self.outputs} probabilities, not shape {list(saved.shape)}")
+        if not np.isfinite(saved).all() or (saved < 0).any() or not (saved.sum(1) > 0).all():
+            raise ValueError("the rows are not probabilities")
         self._rows.clear()
-        self._rows.extend(np.array(found))
-        if self.rows >= LEAST_ROWS:
+        self._rows.extend(np.array(saved))
+        if self.rows >= MIN_ROWS:
             self._mix = class_mix(np.stack(self._rows))
 
 
-def class_mix(p: NDArray[Any], start: NDArray[np.float64] | None = None, steps: int = _STEPS) -> NDArray[np.float64]:
-    """The class mix that explains these answers best. (rows, outputs) -> (outputs,)"""
+def class_mix(
+    p: NDArray[Any], start: NDArray[np.float64] | None = None, steps: int = _FIRST_STEPS
+) -> NDArray[np.float64]:
+    """The class mix that best explains these answers: p, (rows, outputs) -> (outputs,).
+
+    Half a row of every class is added in each step, so that no class is ruled out.
+    """
     p = np.asarray(p, np.float64)
     mix = np.full(p.shape[1], 1 / p.shape[1]) if start is None else start
     for _ in range(steps):

@@ -1,7 +1,7 @@
-"""The answers that arrived, one row's -> its output.
+"""Combines the answers of several experts to one row.
 
-Pure. The weights are the softmax of the gate's scores over those who answered: over the top-k when all did, which is
-the paper's definition, and renormalised over the rest when some did not.
+The weights are the softmax of the gate's scores over the experts that answered. When all of the top-k answered, that is
+the paper's definition; otherwise the remaining weights are renormalised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COMBINATIONS = ("outputs", "probabilities")
 
 
 def softmax(scores: NDArray[Any]) -> NDArray[np.float64]:
-    """Along the last axis, of finite numbers."""
+    """Along the last axis. scores: finite"""
     scores = np.asarray(scores, np.float64)
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
     shares: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
@@ -27,26 +27,26 @@ def softmax(scores: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def expert_weights(scores: NDArray[Any], experts: Sequence[int]) -> dict[int, float]:
-    """What each of `experts` weighs in a row, the heaviest first. scores: (experts,)"""
+    """Expert -> its weight in one row, heaviest first. scores: (experts,), the row's gate scores"""
     if len(experts) == 1:
         return {experts[0]: 1.0}
     ranked = sorted(experts, key=lambda expert: (-scores[expert], expert))
-    # As float32, which is how a Result carries them.
+    # Rounded to float32, as a Result carries them.
     return dict(zip(ranked, softmax(scores[ranked]).astype(np.float32).tolist(), strict=True))
 
 
 def combine(
     answers: Mapping[int, NDArray[Any]], weights: Mapping[int, float], combination: str = "outputs"
 ) -> NDArray[np.float32]:
-    """The weighted sum of one row's answers, each (outputs,)."""
+    """The weighted sum of one row's answers. answers: expert -> (outputs,); returns (outputs,)"""
     if combination not in COMBINATIONS:
-        raise LocalProtocolError(f"combination {combination!r} is none of {', '.join(COMBINATIONS)}")
+        raise LocalProtocolError(f"combination {combination!r} is not one of {', '.join(COMBINATIONS)}")
     if len(weights) == 1 and combination == "outputs":  # the softmax of one score is 1
         return np.asarray(answers[next(iter(weights))], np.float32)
     chosen = np.stack([answers[expert] for expert in weights]).astype(np.float64)  # (experts, outputs)
     if combination == "probabilities":
         chosen = softmax(chosen)
     total = np.asarray(list(weights.values())) @ chosen
-    # Float32's largest number times weights that sum to 1 + 1e-7 would be an infinity.
+    # The largest float32 times weights that sum to 1 + 1e-7 would be infinity.
     limit = np.finfo(np.float32).max
     return np.clip(total, -limit, limit).astype(np.float32)

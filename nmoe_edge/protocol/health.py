@@ -1,7 +1,29 @@
-"""One peer as this device sees it: how long it takes to answer, and whether it is worth asking.
+"""The circuit breaker of one peer: whether it may be asked, when to ping or probe it, how long its answers take.
 
-A circuit breaker: `alive` peers are asked; one that is silent, lost or wrong is asked nothing more until a probe, a
-Hello after a pause that doubles with each failure, is welcomed. Pure: time and chance are arguments.
+    state    meaning                                               may be asked       first pause, longest pause
+    -------  ----------------------------------------------------  -----------------  --------------------------
+    unknown  not greeted yet                                       no                 none: probed at once
+    alive    it welcomed our Hello                                 if it is `trusted`
+    silent   an answer took longer than `silence_s`                no                 0.2 s, 1.5 s
+    lost     the connection is gone                                no                 0.2 s, 1 s
+    wrong    it sent what makes no sense                           no                 0.2 s, 60 s
+    foreign  it belongs to another fleet or has another extractor  no                 0.2 s, 10 s
+    left     it said that it shuts down                            no                 0.2 s, 1 s
+
+    from             event                                           to
+    ---------------  ----------------------------------------------  ----------------------------------------------
+    alive            an answer takes longer than `doubt_s`           alive, not trusted until it comes; pinged once
+    any              `failed(why)`                                   why; the pause doubles with each failure
+    any but alive    the pause is over                               the same; `due` says "probe": send a Hello
+    any but alive    `returns`: the peer contacted us                the same, probed at once (wrong: not earlier)
+    probed           `welcomed`                                      alive
+    probed           `unreachable`: the Hello could not be sent      the same, not counted, probed after 0.2 s
+
+A breaker closes with a welcome, but failures are forgotten only with an answer that makes sense (`made_sense`): a peer
+that greets and never answers is probed less and less often.
+
+Pure: time and chance are arguments. The caller sends the messages, and calls `failed("silent")` when a peer is
+`overdue`.
 """
 
 from __future__ import annotations
@@ -14,77 +36,86 @@ from typing import Literal
 State = Literal["unknown", "alive", "silent", "lost", "wrong", "foreign", "left"]
 Failure = Literal["silent", "lost", "wrong", "foreign", "left"]
 
-LEAST_SILENCE_S, MOST_SILENCE_S = 0.5, 1.2
-"""How long a peer may owe an answer: a busy small board pauses for some hundred milliseconds."""
-LEAST_DOUBT_S = 0.1
-"""An answer that takes longer is asked after, and nothing more is asked until it has come."""
+MIN_SILENCE_S = 0.5
+"""A small board under load pauses for some hundred milliseconds."""
+MAX_SILENCE_S = 1.2
+MIN_DOUBT_S = 0.1
 FIRST_PAUSE_S = 0.2
-MOST_PAUSE_S: dict[State, float] = {"silent": 1.5, "wrong": 60.0, "foreign": 10.0}
-"""Before the next probe. A frozen or restarted peer is back soon; one that talks nonsense is not."""
+MAX_PAUSE_S: dict[State, float] = {"silent": 1.5, "wrong": 60.0, "foreign": 10.0}
+"""1 s for other states. A frozen or restarted peer is back soon; one that talks nonsense is not."""
 SAMPLES = 64
-LEAST_SAMPLES = 16
+MIN_SAMPLES = 16
 """Fewer round trips say nothing about the slowest twentieth."""
+
+_NO_REQUEST = -1
 
 
 class Health:
     """The breaker of one peer, and its round trips."""
 
     def __init__(self, chance: Callable[[], float], ping_s: float = 0.5) -> None:
-        """chance: 0..1, so that devices do not probe in step; ping_s: how often a quiet peer is asked whether it is."""
+        """A peer that was not greeted yet.
+
+        chance: a random number in 0..1, so that devices do not probe in step
+        ping_s: seconds of quiet after which an alive peer is pinged
+        """
         self.state: State = "unknown"
         self.failures = 0
-        """In a row, unanswered probes among them, since it last gave an answer that makes sense: a welcome is none."""
+        """Failures in a row, unanswered probes included. A sound answer resets it; a welcome does not."""
         self.rtt_s: float | None = None
-        """Smoothed round trip of what was asked, with the work that was in it."""
-        self._varies_s = 0.0
-        self._trips: deque[float] = deque(maxlen=SAMPLES)
-        self._owed: dict[int, tuple[float, bool]] = {}
+        """Smoothed round trip of an Ask, computation included."""
+        self._rtt_deviation_s = 0.0
+        self._round_trips_s: deque[float] = deque(maxlen=SAMPLES)
+        self._owed: dict[int, tuple[float, bool]] = {}  # request -> when it was sent, whether to learn from it; by age
         self._probing = False
-        self._doubted = -1
-        """The request that was asked after."""
-        self._chance, self._ping_s = chance, ping_s
-        self._probe_at, self._quiet_since = 0.0, 0.0
+        self._doubted = _NO_REQUEST
+        """The owed request that a ping was sent about."""
+        self._chance = chance
+        self._ping_s = ping_s
+        self._probe_at = 0.0
+        self._quiet_since = 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether it may be asked."""
+        """Whether the breaker is closed."""
         return self.state == "alive"
 
     def trusted(self, now: float) -> bool:
-        """Whether it may be asked, and owes nothing for longer than usual."""
+        """Whether to ask it: it is alive, and no answer is late."""
         if self.state != "alive":
             return False
         return not self._owed or now < next(iter(self._owed.values()))[0] + self.doubt_s
 
     @property
     def owed(self) -> int:
-        """How many answers."""
+        """Number of replies still expected from this peer."""
         return len(self._owed)
 
     @property
     def silence_s(self) -> float:
-        """How long an answer may take before the peer counts as silent."""
-        return min(max(2 * self._usual_s, LEAST_SILENCE_S), MOST_SILENCE_S)
+        """Seconds after which a peer that owes an answer is silent."""
+        return min(max(2 * self._usual_s, MIN_SILENCE_S), MAX_SILENCE_S)
 
     @property
     def doubt_s(self) -> float:
-        """How long it may take before nothing more is asked of it for now."""
-        return min(max(2 * self._usual_s, LEAST_DOUBT_S), MOST_SILENCE_S)
+        """Seconds after which an answer is late: the peer is pinged, and asked nothing more for now."""
+        return min(max(2 * self._usual_s, MIN_DOUBT_S), MAX_SILENCE_S)
 
     @property
     def _usual_s(self) -> float:
-        return 0.0 if self.rtt_s is None else self.rtt_s + 4 * self._varies_s
+        """Mean and four deviations of the round trip, as in TCP's retransmission timer; 0 while it is unknown."""
+        return 0.0 if self.rtt_s is None else self.rtt_s + 4 * self._rtt_deviation_s
 
     @property
     def p95_s(self) -> float:
-        """What nineteen in twenty of the last asks took at most; infinity while too few are known."""
-        if len(self._trips) < LEAST_SAMPLES:
+        """95th percentile of the last round trips; infinity while there are fewer than MIN_SAMPLES."""
+        if len(self._round_trips_s) < MIN_SAMPLES:
             return math.inf
-        return sorted(self._trips)[math.ceil(0.95 * len(self._trips)) - 1]
+        return sorted(self._round_trips_s)[math.ceil(0.95 * len(self._round_trips_s)) - 1]
 
     @property
     def wake_at(self) -> float:
-        """When `due` or `overdue` will say something else."""
+        """When to look at `overdue` and `due` again: before it nothing changes by itself."""
         if not self.alive:
             return self._probe_at
         oldest = next(iter(self._owed), None)
@@ -93,78 +124,86 @@ class Health:
         return self._owed[oldest][0] + (self.silence_s if oldest == self._doubted else self.doubt_s)
 
     def due(self, now: float) -> Literal["probe", "ping"] | None:
-        """What to send it now, if anything; a probe is not due again before its pause is over."""
+        """What to send now, if anything: a probe is a Hello to a peer that is not alive, a ping goes to one that is.
+
+        Each probe counts as a failure until it is answered, and starts the next pause.
+        """
         if not self.alive:
             if now < self._probe_at:
                 return None
-            self.failures += 1  # until it is answered
+            self.failures += 1
             self._probing = True
             self._pause(now)
             return "probe"
         if now < self.wake_at:
             return None
-        oldest = next(iter(self._owed), -1)
-        if oldest == self._doubted != -1:
-            return None
+        oldest = next(iter(self._owed), _NO_REQUEST)
+        if oldest != _NO_REQUEST and oldest == self._doubted:
+            return None  # pinged about it before; it is overdue now
         self._doubted = oldest
         return "ping"
 
     def overdue(self, now: float) -> bool:
-        """Whether it owes an answer for too long."""
+        """Whether its oldest answer took longer than `silence_s`: the caller reports it as failed."""
         oldest = next(iter(self._owed.values()), None)
         return self.alive and oldest is not None and now >= oldest[0] + self.silence_s
 
     def sent(self, request: int, now: float, timed: bool = True) -> None:
-        """It was asked; `timed`: with work that its round trip is to be learnt from."""
+        """An Ask was sent; with timed=False a Ping, which does no work, so its round trip is not recorded."""
         self._owed[request] = (now, timed)
 
     def heard(self, request: int, now: float, sound: bool = True) -> None:
-        """It replied to `request`; `sound`: with an answer."""
+        """It replied to `request`. With sound=False it refused, and the round trip is not recorded."""
         sent_at, timed = self._owed.pop(request, (now, False))
         self._quiet_since = now
         if not (timed and sound):
             return
         took = now - sent_at
-        self._trips.append(took)
+        self._round_trips_s.append(took)
         if self.rtt_s is None:
-            self.rtt_s, self._varies_s = took, took / 2
+            self.rtt_s = took
+            self._rtt_deviation_s = took / 2
         else:
-            self._varies_s += (abs(took - self.rtt_s) - self._varies_s) / 4
+            self._rtt_deviation_s += (abs(took - self.rtt_s) - self._rtt_deviation_s) / 4
             self.rtt_s += (took - self.rtt_s) / 8
 
     def answered_ping(self, request: int, now: float) -> None:
-        """It replied to a Ping; a Pong settles nothing else that it owes."""
+        """It sent a Pong, which settles a Ping and nothing else it owes."""
         if not self._owed.get(request, (now, True))[1]:
             self.heard(request, now)
 
     def made_sense(self) -> None:
-        """An answer of its was of use."""
+        """One of its answers was used: its failures are forgotten."""
         self.failures = 0
 
     def welcomed(self, now: float) -> None:
-        """A probe came back well; a welcome that nobody asked for is none."""
+        """It sent a Welcome; one that answers no probe of ours changes nothing."""
         if self._probing:
-            self.state, self._quiet_since, self._probing = "alive", now, False
+            self.state = "alive"
+            self._quiet_since = now
+            self._probing = False
 
     def failed(self, why: Failure, now: float) -> None:
-        """It is asked nothing more until a probe is welcome."""
-        self.state, self._probing = why, False
+        """Open the breaker: it owes nothing more, and is probed after a pause."""
+        self.state = why
+        self._probing = False
         self.failures += 1
         self._owed.clear()
         self._pause(now)
 
     def unreachable(self, now: float) -> None:
-        """There was no way to send the probe that was due: that costs nobody anything, and is tried again soon."""
+        """The probe could not be sent. That costs nothing, so it does not count as a failure."""
         self.failures -= 1
-        self._probing, self._probe_at = False, now + FIRST_PAUSE_S
+        self._probing = False
+        self._probe_at = now + FIRST_PAUSE_S
 
     def returns(self, now: float) -> None:
-        """It spoke up by itself: probe it at once. A peer that talked nonsense waits for its pause all the same."""
+        """The peer contacted us: probe it at once, unless it was wrong, which waits for the end of its pause."""
         if not self.alive and self.state != "wrong":
             self._probe_at = min(self._probe_at, now)
 
     def _pause(self, now: float) -> None:
-        most = MOST_PAUSE_S.get(self.state, 1.0)
-        self._probe_at = now + min(FIRST_PAUSE_S * 2 ** min(max(self.failures - 1, 0), 16), most) * (
-            0.75 + 0.5 * self._chance()
-        )
+        """Set the next probe: a pause that doubles with each failure, give or take a quarter."""
+        doublings = min(max(self.failures - 1, 0), 16)
+        pause_s = min(FIRST_PAUSE_S * 2**doublings, MAX_PAUSE_S.get(self.state, 1.0))
+        self._probe_at = now + pause_s * (0.75 + 0.5 * self._chance())

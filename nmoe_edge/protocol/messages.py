@@ -1,7 +1,7 @@
-"""What devices say to each other, and what a client on a device says to it.
+"""The messages between devices, and between a client and the device it asks.
 
-Each message is frozen and checks itself when it is made, so one that exists is sound. How it lies on the wire is
-wire.py's business; who answers what is in WIRE.md.
+Each message is frozen and validates itself: making an invalid one raises LocalProtocolError. wire.py turns messages
+into bytes; WIRE.md says which message answers which.
 """
 
 from __future__ import annotations
@@ -18,60 +18,60 @@ from nmoe_edge.errors import LocalProtocolError
 from nmoe_edge.protocol.tensor import LATENT_DTYPES, Tensor
 
 PROTOCOL = 1
-"""The version of the wire that this code speaks."""
+"""The version of the wire format that this code writes and reads."""
 
 TRUNK_BYTES = 16
 MAX_DETAIL = 200
-"""Characters of a refusal's detail."""
+"""Characters in the detail of a Refuse."""
 
 _CAPABILITY = re.compile(r"[a-z0-9][a-z0-9_.:/+-]{0,47}")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 
 
 class Reason(IntEnum):
-    """Why a device does not answer. The list is closed; the numbers are the wire's."""
+    """Why a device refuses a request. The numbers are part of the wire format."""
 
     BUSY = 1
     """The queue is full: try another expert."""
     EXPIRED = 2
-    """The budget was spent before the work began."""
+    """The budget ran out before the work began."""
     WRONG_TRUNK = 3
-    """The latents come from another extractor."""
+    """The latents were made by another extractor."""
     BAD_REQUEST = 4
-    """No such expert here, or rows of the wrong shape or dtype."""
+    """Not this device's expert, or rows of the wrong shape or dtype."""
     SHUTTING_DOWN = 5
-    """The device drains and takes nothing new."""
+    """The device finishes what it has begun and accepts nothing new."""
     FAILED = 6
-    """The work was begun and broke."""
+    """The work began and failed."""
 
 
-def _require(holds: bool, text: str, *values: object) -> None:
-    if not holds:
+def _require(condition: bool, text: str, *values: object) -> None:
+    if not condition:
         raise LocalProtocolError(text.format(*values))
 
 
-def _check_device_name(name: str) -> None:
+def _check_name(name: str) -> None:
     try:
         check_device_name(name)
     except ValueError as error:
         raise LocalProtocolError(str(error)) from error
 
 
-def _check_identity(of: Hello | Welcome) -> None:
-    check_device_name(of.device)
-    _check_numbers(of, "expert")
-    _check_trunk(of.trunk)
-    sound = isinstance(of.bundle, str) and _DIGEST.fullmatch(of.bundle)
-    _require(bool(sound), "{!r} is no bundle's digest", of.bundle)
-    _require(isinstance(of.capabilities, tuple), "capabilities are a list")
-    _require(len(of.capabilities) <= 32, "more than 32 capabilities")
-    for capability in of.capabilities:
-        sound = isinstance(capability, str) and _CAPABILITY.fullmatch(capability)
-        _require(bool(sound), "{!r} is no capability", capability)
+def _check_identity(message: Hello | Welcome) -> None:
+    _check_name(message.device)
+    _check_numbers(message, "expert")
+    _check_trunk(message.trunk)
+    valid = isinstance(message.bundle, str) and _DIGEST.fullmatch(message.bundle)
+    _require(bool(valid), "{!r} is not a bundle digest", message.bundle)
+    _require(isinstance(message.capabilities, tuple), "capabilities must be a list")
+    _require(len(message.capabilities) <= 32, "more than 32 capabilities")
+    for capability in message.capabilities:
+        valid = isinstance(capability, str) and _CAPABILITY.fullmatch(capability)
+        _require(bool(valid), "{!r} is not a capability", capability)
 
 
 def _check_protocol(protocol: int) -> None:
-    _require(type(protocol) is int and 0 < protocol < 256, "{!r} is no protocol version", protocol)
+    _require(type(protocol) is int and 0 < protocol < 256, "{!r} is not a protocol version", protocol)
 
 
 _LIMITS = {
@@ -93,9 +93,9 @@ def _check_numbers(message: object, *names: str) -> None:
 
 def _check_rows(what: str, tensor: Tensor, dtypes: tuple[str, ...]) -> None:
     if tensor.dtype not in dtypes:
-        raise LocalProtocolError(f"{what} do not travel as {tensor.dtype}")
+        raise LocalProtocolError(f"{what} cannot be sent as {tensor.dtype}")
     if len(tensor.shape) != 2:
-        raise LocalProtocolError(f"{what} are (rows, {what}), not {tensor.shape}")
+        raise LocalProtocolError(f"{what} must have shape (rows, {what}), not {tensor.shape}")
 
 
 def _check_trunk(trunk: bytes) -> None:
@@ -105,36 +105,36 @@ def _check_trunk(trunk: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first word to a peer: who I am and which latents I make."""
+    """Introduces this device to a peer: its name, its expert and the extractor of its latents."""
 
     device: str
     expert: int
     trunk: bytes
     capabilities: tuple[str, ...] = ()
-    """What this device can do beyond the version's least, such as `latent:int8`; unknown ones are passed over."""
+    """What this device can do beyond the minimum of its version, such as `latent:int8`. Unknown ones are ignored."""
     protocols: tuple[int, ...] = (PROTOCOL,)
-    """Every version that it speaks; the peer picks one."""
+    """Every wire version that it can use; the peer picks one."""
     bundle: str = ""
-    """Digest of the bundle that it serves, so that a peer can tell which; empty when it does not say."""
+    """Digest of the bundle that it serves, for display; may be empty."""
 
     def __post_init__(self) -> None:
         _check_identity(self)
-        _require(isinstance(self.protocols, tuple), "protocol versions are a list")
-        _require(0 < len(self.protocols) <= 16, "a device speaks one to sixteen protocol versions")
+        _require(isinstance(self.protocols, tuple), "protocol versions must be a list")
+        _require(0 < len(self.protocols) <= 16, "expected 1 to 16 protocol versions")
         for protocol in self.protocols:
             _check_protocol(protocol)
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The answer to a Hello that is welcome: the same of the other side."""
+    """Accepts a Hello, and introduces the other device in the same way."""
 
     device: str
     expert: int
     trunk: bytes
     capabilities: tuple[str, ...] = ()
     protocol: int = PROTOCOL
-    """The version to speak from here on."""
+    """The wire version to use from now on."""
     bundle: str = ""
     """As in a Hello."""
 
@@ -148,13 +148,13 @@ class Ask:
     """Run your expert on these latents."""
 
     request: int
-    """The asker's number, never used twice: it counts from a random one, so that a restart meets no old answers."""
+    """The sender's number, never reused. Numbers start at random, so a restarted device matches no old answers."""
     trace: int
-    """Carried along unread, so that logs of several devices can be joined; 0 when nobody traces."""
+    """An id for joining the logs of several devices; passed on unread. 0 for none."""
     budget_ms: int
-    """What is left of the origin's deadline; work whose budget is spent is never begun."""
+    """Milliseconds left until the origin's deadline. Work without budget left is never begun."""
     expert: int
-    """Whose answer is wanted: a device that was given another expert since refuses."""
+    """The expert that is asked. A device that was given another one since refuses."""
     trunk: bytes
     latents: Tensor
     """(rows, latent)"""
@@ -167,12 +167,12 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the expert said, row for row."""
+    """The outputs of an expert for the rows of an Ask."""
 
     request: int
     expert: int
     compute_us: int
-    """From taking the Ask off the queue to here: what is left of the round trip is the network and the queue."""
+    """Microseconds since the Ask left the queue. The rest of the round trip is queue and network."""
     outputs: Tensor
     """(rows, outputs), float32 or float16"""
 
@@ -185,31 +185,31 @@ _REASONS = frozenset(Reason)
 
 
 def detail_of(text: str) -> str:
-    """Any text, as a refusal may say it."""
+    """Any text in a form that a Refuse accepts as its detail."""
     return printable(text)[:MAX_DETAIL]
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """No answer to this request, and why."""
+    """Declines a request, with the reason."""
 
     request: int
-    """Zero for a Hello, which has none."""
+    """Zero when it declines a Hello."""
     reason: Reason
     detail: str = ""
-    """One line for a person; nothing is decided by it."""
+    """One line for people; devices do not act on it."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "request")
-        _require(self.reason in _REASONS, "{!r} is no reason", self.reason)
-        object.__setattr__(self, "reason", Reason(self.reason))  # the wire brings a number
+        _require(self.reason in _REASONS, "{!r} is not a refusal reason", self.reason)
+        object.__setattr__(self, "reason", Reason(self.reason))  # the wire carries the number
         _require(len(self.detail) <= MAX_DETAIL, "a detail has at most {} characters", MAX_DETAIL)
-        _require(self.detail.isprintable(), "a detail is one printable line")
+        _require(self.detail.isprintable(), "a detail must be one printable line")
 
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Are you working? Answered through the same queue as the work, so that a frozen device looks dead."""
+    """Asks a peer whether it works. It goes through the same queue as the work, so a frozen device does not reply."""
 
     request: int
 
@@ -219,10 +219,10 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """I am."""
+    """Answers a Ping."""
 
     request: int
-    """The Ping's."""
+    """The number of the Ping."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "request")
@@ -230,17 +230,17 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """I am going: ask me nothing more."""
+    """The sender shuts down: send it no more requests."""
 
     device: str
 
     def __post_init__(self) -> None:
-        _check_device_name(self.device)
+        _check_name(self.device)
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How are you? A person's question."""
+    """Asks for counters, peers and versions, for people to read."""
 
     request: int
 
@@ -250,73 +250,78 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The answer to a Status: counters, peers, versions."""
+    """Answers a Status."""
 
     request: int
     facts: str
-    """A JSON object. Its keys are the device's to choose; nothing but a screen depends on them."""
+    """A JSON object. Its keys are not part of the wire format, and no device depends on them."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "request")
-        _require(self.facts.isascii(), "a report's facts are ASCII: JSON escapes the rest")
+        _require(self.facts.isascii(), "a report's facts must be ASCII; escape other characters in the JSON")
         try:
             facts = parse_json(self.facts)
         except ValueError as error:
             raise LocalProtocolError(str(error)) from error
-        _require(isinstance(facts, dict), "a report's facts are a JSON object")
+        _require(isinstance(facts, dict), "a report's facts must be a JSON object")
 
 
 @dataclass(frozen=True, slots=True)
 class Infer:
-    """A client's inputs, for the fleet to answer."""
+    """A client's inputs, for the fleet to classify."""
 
     request: int
     trace: int
     budget_ms: int
-    """How long the client will wait."""
+    """Milliseconds that the client waits."""
     inputs: Tensor
-    """(rows, …) as the bundle's manifest describes them"""
+    """(rows, …), as in the bundle's manifest"""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "request", "trace", "budget_ms")
-        _require(self.inputs.dtype != "int8", "inputs do not travel as int8, which has scales")
+        _require(self.inputs.dtype != "int8", "inputs cannot be sent as int8, which has scales")
 
 
 @dataclass(frozen=True, slots=True)
 class RowAnswer:
-    """How one row came to its output."""
+    """Which experts the output of one row comes from."""
 
     experts: tuple[int, ...]
-    """Who answered, the heaviest first; empty when nobody did, not even the local expert: the output is then zeros."""
+    """Those that answered, heaviest first. Empty when even the device's own expert failed: the output is then zeros."""
     weights: tuple[float, ...]
-    """Of each of them in the output; their sum is 1."""
+    """One for each of `experts`, summing to 1."""
     missing: tuple[int, ...] = ()
-    """Whom the gate wanted and who is not in the output: any makes the row degraded."""
+    """Experts that the gate wanted but that are not in the output; any makes the row degraded."""
 
     def __post_init__(self) -> None:
-        _require(len(self.experts) == len(self.weights), "every answering expert has a weight")
+        _require(len(self.experts) == len(self.weights), "expected one weight for each answering expert")
         _require(len(self.experts) <= MAX_ANSWERED, "more than {} experts answer a row", MAX_ANSWERED)
-        _require(len(self.missing) <= MAX_ANSWERED, "more than {} experts miss in a row", MAX_ANSWERED)
+        _require(len(self.missing) <= MAX_ANSWERED, "more than {} experts are missing in a row", MAX_ANSWERED)
         named = self.experts + self.missing
         _require(len(set(named)) == len(named), "an expert is named twice in a row")
-        _require(all(isinstance(e, int) and 0 <= e < MAX_EXPERTS for e in named), "experts {} are no experts", named)
-        _require(all(0 <= w <= 1 for w in self.weights), "a weight is in 0..1")
+        _require(
+            all(isinstance(e, int) and 0 <= e < MAX_EXPERTS for e in named),
+            "the experts {} are not all in 0..{}",
+            named,
+            MAX_EXPERTS - 1,
+        )
+        _require(all(0 <= w <= 1 for w in self.weights), "a weight is not in 0..1")
         total = math.fsum(self.weights)
         _require(not self.weights or abs(total - 1) < 1e-3, "a row's weights sum to {}, not to 1", total)
 
     @property
     def degraded(self) -> bool:
-        """Whether the fleet answered otherwise than the gate wanted."""
+        """Whether an expert that the gate wanted is missing, or none answered."""
         return bool(self.missing) or not self.experts
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to an Infer: every row of it, whatever happened to the peers."""
+    """Answers an Infer: an output for every row, also when peers failed."""
 
     request: int
     elapsed_us: int
-    """From the Infer's arrival to here."""
+    """Microseconds since the Infer arrived."""
     outputs: Tensor
     """(rows, outputs), float32"""
     rows: tuple[RowAnswer, ...]

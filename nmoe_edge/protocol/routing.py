@@ -1,6 +1,6 @@
-"""Gate scores and who is alive -> a route: for every row, who is wanted and who is asked.
+"""Decides which experts a request asks: gate scores and the reachable experts -> a Route.
 
-Pure: knows neither sockets nor time.
+Pure: exchange.py sends the request along the route.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from nmoe_edge.errors import LocalProtocolError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """Where the rows of one request go."""
+    """Which experts each row of one request wants, and which it asks."""
 
     own: int
-    """The origin's own expert: it needs no socket, and is everybody's last resort."""
+    """The expert of the device that received the request: it needs no socket, and is every row's last resort."""
     alive: frozenset[int]
-    """The experts that can be asked, the own one among them."""
+    """The experts that can be asked, the own one included."""
     scores: NDArray[np.float32]
-    """(rows, experts): the gate's, before any softmax; answers are weighed with them"""
+    """(rows, experts): the gate's scores, which weigh the answers."""
     preferred: NDArray[np.float32]
-    """(rows, experts): what ranks the experts: the gate's scores, or those less what a far peer loses"""
+    """(rows, experts): what ranks the experts: the scores, less a penalty for slow peers if there is one."""
     wanted: tuple[tuple[int, ...], ...]
-    """For each row the experts that the gate picks, the best first."""
+    """For each row the experts that the gate picks, best first."""
     chosen: tuple[tuple[int, ...], ...]
-    """For each row the experts that are asked: the wanted ones, or the best of those alive."""
+    """For each row the experts to ask: the best of those alive, as many as wanted if there are enough."""
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """Number of rows in the request."""
         return len(self.chosen)
 
     def ranking(self, row: int) -> list[int]:
-        """All experts from the gate's favourite down; of equals, the lower number first."""
+        """All experts of a row, best first; of equals, the lower number first."""
         ranked: list[int] = np.argsort(-self.preferred[row], kind="stable").tolist()
         return ranked
 
@@ -52,23 +52,29 @@ def route(
     at_home: Collection[int] = (),
     losses: NDArray[Any] | None = None,
 ) -> Route:
-    """Pick every row's top-k experts; a row that stands in `at_home` wants the own expert alone.
+    """Pick the top-k experts of every row. LocalProtocolError for scores, `own` or `top_k` out of range.
 
-    scores: (rows, experts); losses: (experts,), what each loses of its score when they are ranked
+    scores: (rows, experts), before any softmax
+    at_home: rows to answer locally: they want the own expert alone
+    losses: (experts,), subtracted from the scores when experts are ranked
     """
     scores = np.asarray(scores, np.float32)
     if scores.ndim != 2 or not np.isfinite(scores).all():
-        raise LocalProtocolError("gate scores are finite numbers, (rows, experts)")
+        raise LocalProtocolError("gate scores must be finite and have shape (rows, experts)")
     experts = scores.shape[1]
     if not 0 <= own < experts:
         raise LocalProtocolError(f"expert {own} is not in 0..{experts - 1}")
     if not 1 <= top_k <= min(experts, MAX_ANSWERED):
         raise LocalProtocolError(f"top-k {top_k} is not in 1..{min(experts, MAX_ANSWERED)}")
     reachable = (frozenset(alive) | {own}) & frozenset(range(experts))
-    wanted, chosen = [], []
     preferred = scores if losses is None else scores - np.asarray(losses, np.float32)
+    wanted: list[tuple[int, ...]] = []
+    chosen: list[tuple[int, ...]] = []
     for row, ranked in enumerate((-preferred).argsort(axis=1, kind="stable").tolist()):
-        home = row in at_home
-        wanted.append((own,) if home else tuple(ranked[:top_k]))
-        chosen.append((own,) if home else tuple([e for e in ranked if e in reachable][:top_k]))
+        if row in at_home:
+            wanted.append((own,))
+            chosen.append((own,))
+        else:
+            wanted.append(tuple(ranked[:top_k]))
+            chosen.append(tuple([expert for expert in ranked if expert in reachable][:top_k]))
     return Route(own, reachable, scores, preferred, tuple(wanted), tuple(chosen))

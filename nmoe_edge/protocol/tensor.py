@@ -1,8 +1,7 @@
-"""Rows of numbers as bytes: how latents, inputs and answers lie on the wire.
+"""Rows of numbers as bytes: the format of latents, inputs and answers in messages.
 
-The list of dtypes is closed. `int8` means symmetric int8 with one float32 scale a row, the scales first: the others
-are plain little-endian arrays. A Tensor that exists is sound: its length agrees with its shape, and it holds no NaN
-and no infinity.
+There are five dtypes. `int8` is symmetric int8 with one float32 scale per row, all scales first; the others are plain
+little-endian arrays. A Tensor validates itself: its length fits its shape, and it holds no NaN and no infinity.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
 }
 LATENT_DTYPES = ("int8", "float16", "float32")
-"""What a latent may travel as; the exporter chooses one, and the manifest records it."""
+"""How latents may be sent; the exporter chooses one and records it in the manifest."""
 
 SCALE_BYTES = 4
 MAX_DIMS = 4
-"""Dimensions of a row: the header has room for four."""
+"""Dimensions of one row; the header has four fields for them."""
 MAX_SCALE = float(np.finfo(np.float32).max) / 128
-"""A larger scale would make an infinity of the code -128."""
+"""With a larger scale the code -128 would decode to minus infinity."""
 
 
 def payload_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """How many bytes rows of this shape take, scales included."""
+    """Bytes that rows of this shape need, scales included."""
     scales = SCALE_BYTES * shape[0] if dtype == "int8" else 0
     return math.prod(shape) * DTYPES[dtype].itemsize + scales
 
@@ -46,77 +45,77 @@ _SOURCES: dict[str, tuple[np.dtype[Any], Literal["safe", "same_kind"]]] = {
     "float16": (DTYPES["float16"], "same_kind"),
     "float32": (DTYPES["float32"], "same_kind"),
 }
-"""What an array must be castable to, and how: floats may be rounded, whole numbers never wrap."""
+"""The dtype that an array must be castable to, and how: floats may be rounded, integers never wrap."""
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
     if not 2 <= len(shape) <= 1 + MAX_DIMS:
-        raise LocalProtocolError(f"shape {shape} is not rows of one to {MAX_DIMS} dimensions")
+        raise LocalProtocolError(f"shape {shape} must be rows of 1 to {MAX_DIMS} dimensions")
     if min(shape) < 1:
         raise LocalProtocolError(f"shape {shape} has an empty dimension")
 
 
 def _quantize(rows: NDArray[np.float32]) -> bytes:
-    """Each row's scale max|row| / 127, then its codes. (rows, values) -> bytes."""
+    """(rows, values) -> the scale max|row| / 127 of every row, then the codes."""
     scales = np.abs(rows).max(axis=1) / np.float32(127)
     if not scales.max() <= MAX_SCALE:
-        raise LocalProtocolError("the rows hold NaN, infinity or what int8 scales cannot hold")
+        raise LocalProtocolError("the rows hold NaN, infinity or values too large for an int8 scale")
     steps = rows / np.where(scales > 0, scales, np.float32(1))[:, None]  # a row of zeros stays zeros
-    # Clipped because the smallest scales are rounded themselves.
+    # Clipped because the smallest scales are themselves rounded.
     codes: NDArray[np.int8] = np.rint(steps).clip(-127, 127).astype(np.int8)
     return b"".join((scales.astype("<f4").tobytes(), codes.tobytes()))
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Rows as they travel. The first dimension counts them."""
+    """Rows in the form in which they are sent."""
 
     dtype: str
     """A key of DTYPES."""
     shape: tuple[int, ...]
-    """(rows, …), none of them zero."""
+    """(rows, …), no dimension zero"""
     data: bytes
-    """Exactly payload_bytes(dtype, shape) of them."""
+    """payload_bytes(dtype, shape) bytes"""
 
     def __post_init__(self) -> None:
         stored = DTYPES.get(self.dtype)
         if stored is None:
-            raise LocalProtocolError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+            raise LocalProtocolError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         _check_shape(self.shape)
         expected = payload_bytes(self.dtype, self.shape)
         if len(self.data) != expected:
-            raise LocalProtocolError(f"{len(self.data)} bytes for {self.dtype} {self.shape}, which takes {expected}")
+            raise LocalProtocolError(f"{len(self.data)} bytes for {self.dtype} {self.shape}, which needs {expected}")
         if self.dtype == "int8":
             scales = self.scales()
-            if not (scales.min() >= 0 and scales.max() <= MAX_SCALE):  # so written, NaN is refused too
+            if not (scales.min() >= 0 and scales.max() <= MAX_SCALE):  # written so that NaN is refused too
                 raise LocalProtocolError("a row's int8 scale is negative, too large or NaN")
         elif stored.kind == "f":
             finite = np.isfinite(np.frombuffer(self.data, stored))
-            if not finite[finite.argmin()]:  # half of what all() takes for a row
+            if not finite[finite.argmin()]:  # twice as fast as all() on one row
                 raise LocalProtocolError("the rows hold NaN or infinity")
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """Number of rows."""
         return self.shape[0]
 
     @classmethod
     def pack(cls, array: NDArray[Any], dtype: str) -> Tensor:
-        """An array as `dtype`; float rows become int8 with the scale max|row| / 127."""
-        if dtype == "float32" and array.dtype == DTYPES[dtype]:  # the answer to every Ask: checked once, below
+        """Convert an array to `dtype`, rounding floats; LocalProtocolError where values would be lost."""
+        if dtype == "float32" and array.dtype == DTYPES[dtype]:  # every Answer: __post_init__ checks it
             return cls(dtype, array.shape, array.tobytes())
         _check_shape(array.shape)
         if dtype not in DTYPES or not np.can_cast(array.dtype, *_SOURCES[dtype]):
-            raise LocalProtocolError(f"{array.dtype} numbers cannot travel as {dtype!r}")
+            raise LocalProtocolError(f"{array.dtype} values cannot be sent as {dtype!r}")
         if dtype == "int8":
             data = _quantize(np.asarray(array, np.float32).reshape(len(array), -1))
         else:
-            with np.errstate(over="ignore"):  # a float16 overflow is an infinity, refused below
+            with np.errstate(over="ignore"):  # a float16 overflow becomes infinity, which is refused below
                 data = array.astype(DTYPES[dtype]).tobytes()
         return cls(dtype, array.shape, data)
 
     def unpack(self) -> NDArray[Any]:
-        """The rows as an array to compute with: latents as float32, everything else in its own dtype."""
+        """The rows as an array: int8 and float16 as float32, other dtypes unchanged."""
         if self.dtype == "int8":
             codes = self.values().reshape(self.rows, -1).astype(np.float32)
             return (codes * self.scales()[:, None]).reshape(self.shape)
@@ -124,7 +123,7 @@ class Tensor:
         return values.astype(np.float32) if self.dtype == "float16" else values
 
     def values(self) -> NDArray[Any]:
-        """The stored numbers, flat and without their scales: a read-only view."""
+        """The stored numbers, flat and without scales: a read-only view."""
         offset = SCALE_BYTES * self.rows if self.dtype == "int8" else 0
         return np.frombuffer(self.data, DTYPES[self.dtype], offset=offset)
 

@@ -1,7 +1,7 @@
-"""Messages as frames, and frames as messages. WIRE.md says the same to people.
+"""Encodes messages as frames and decodes frames, in the format that WIRE.md describes.
 
-A message is a header of 64 bytes and, for most kinds, a payload. `decode` raises RemoteProtocolError or returns a
-sound message, and nothing else, whatever arrives. Knows no socket: two ends are tested in memory.
+A message is a header of 64 bytes and, for most kinds, a payload. Whatever arrives, `decode` returns a valid message or
+raises RemoteProtocolError, and nothing else. It knows no socket, so both ends are tested in memory.
 """
 
 from __future__ import annotations
@@ -41,99 +41,106 @@ from nmoe_edge.protocol.tensor import MAX_DIMS, Tensor
 
 Frames = tuple[bytes, ...]
 Written = tuple[int, int, Sequence[int], bytes | None]
-"""A dtype's code, rows, dims, the payload: what a kind's body puts into a message."""
+"""What a payload writer returns: dtype code, rows and dims for the header, and the payload."""
 
 MAGIC = b"nM"
 HEADER = struct.Struct("<2s 4B H 2Q 2I 16s 4I")
-"""The places of Header, little-endian: 64 bytes."""
+"""The fields of Header, little-endian: 64 bytes."""
 
 _DTYPE_CODES = {"uint8": 1, "int8": 2, "int64": 3, "float16": 4, "float32": 5}
 _DTYPE_NAMES = {code: name for name, code in _DTYPE_CODES.items()}
-_NOBODY = 0xFFFF
-"""Fills up a row that names fewer experts than another of the same Result."""
+_NO_EXPERT = 0xFFFF
+"""Padding for a row that names fewer experts than another of the same Result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """What a device is willing to look at. A message over a cap is refused before its payload is touched."""
+    """The largest message that a device reads. One over a cap is refused before its payload is touched."""
 
     rows: int = 4096
     row_values: int = 4 * 1024 * 1024
     """Numbers in one row: an image of 1024 × 1024 × 3 fits."""
     payload_bytes: int = 32 * 1024 * 1024
-    """A batch of ten such images fits; a device with little memory lowers it."""
+    """A batch of ten such images fits. A device with little memory may lower it."""
     text_bytes: int = 64 * 1024
-    """JSON and text."""
+    """Of JSON and of text."""
 
 
 DEFAULT_CAPS = Caps()
 
 
 class Header(NamedTuple):
-    """The fixed part of every message. A kind sends zero in the places that it does not use, and reads none of them."""
+    """The fixed part of every message. Fields that a kind does not use are sent as zero and not read."""
 
     magic: bytes = MAGIC
     version: int = PROTOCOL
     kind: int = 0
     dtype: int = 0
-    """Of the tensor in the payload, by _DTYPE_CODES; 0 without one."""
+    """Of the tensor in the payload, as in _DTYPE_CODES; 0 without a tensor."""
     code: int = 0
     """A Reason."""
     expert: int = 0
     request: int = 0
     trace: int = 0
     time: int = 0
-    """Ask, Infer: what is left of the budget, in ms. Answer, Result: how long it took, in µs."""
+    """Ask, Infer: the budget left, in ms. Answer, Result: the time taken, in µs."""
     rows: int = 0
     trunk: bytes = bytes(TRUNK_BYTES)
     dims: tuple[int, ...] = (0,) * MAX_DIMS
-    """Of one row, zeros after the last. In a Result: outputs, experts and missing experts a row."""
+    """Dimensions of one row, then zeros. In a Result: outputs, answering experts and missing experts per row."""
 
 
-_DTYPE, _ROWS, _DIMS = (Header._fields.index(place) for place in ("dtype", "rows", "dims"))
+_DTYPE = Header._fields.index("dtype")
+_ROWS = Header._fields.index("rows")
+_DIMS = Header._fields.index("dims")
 
 
 def encode(message: Message) -> Frames:
-    """A message as frames: its header and, when its kind has one, its payload."""
+    """The frames of a message: its header and, for kinds that have one, its payload."""
     codec = _BY_CLASS[type(message)]
     dtype, rows, dims, payload = codec.layout.body.write(message, codec.layout.carried)
-    places = codec.blank.copy()
-    for place, field in codec.fills:
-        places[place] = getattr(message, field)
-    places[_DTYPE], places[_ROWS], places[_DIMS : _DIMS + len(dims)] = dtype, rows, dims
-    header = HEADER.pack(*places)
+    values = codec.blank.copy()
+    for index, attribute in codec.fills:
+        values[index] = getattr(message, attribute)
+    values[_DTYPE] = dtype
+    values[_ROWS] = rows
+    values[_DIMS : _DIMS + len(dims)] = dims
+    header = HEADER.pack(*values)
     return (header,) if payload is None else (header, payload)
 
 
 def decode(frames: Sequence[bytes], caps: Caps = DEFAULT_CAPS) -> Message:
-    """Frames as a message, or RemoteProtocolError."""
+    """The message in these frames. RemoteProtocolError otherwise, with the request's number where it could be read."""
     if not 1 <= len(frames) <= 2:
         raise RemoteProtocolError(f"a message has one frame or two, not {len(frames)}")
     if len(frames[0]) != HEADER.size:
         raise RemoteProtocolError(f"a header has {HEADER.size} bytes, not {len(frames[0])}")
-    places = HEADER.unpack(frames[0])
-    header = Header._make((*places[:_DIMS], places[_DIMS:]))
+    values = HEADER.unpack(frames[0])
+    header = Header._make((*values[:_DIMS], values[_DIMS:]))
     if header.magic != MAGIC:
-        raise RemoteProtocolError("no magic: the other side does not speak this protocol")
+        raise RemoteProtocolError("no magic bytes: the other side does not speak this protocol")
     if header.version != PROTOCOL:
         raise RemoteProtocolError(f"the other side speaks version {header.version}, this device {PROTOCOL}")
     codec = _BY_KIND.get(header.kind)
     if codec is None:
-        raise RemoteProtocolError(f"kind {header.kind} is none of {sorted(_BY_KIND)}")
+        raise RemoteProtocolError(f"kind {header.kind} is not one of {sorted(_BY_KIND)}")
     payload = frames[1] if len(frames) == 2 else b""
     try:
         if len(payload) > caps.payload_bytes:
-            raise RemoteProtocolError(f"{len(payload)} bytes are over the cap of {caps.payload_bytes}")
+            raise RemoteProtocolError(f"{len(payload)} bytes exceed the cap of {caps.payload_bytes}")
         carried = codec.layout.body.read(header, payload, caps, codec.layout.carried)
         return codec.make(*codec.arrange((*header, *carried)))
     except (RemoteProtocolError, LocalProtocolError) as error:
-        # A message checks itself; this one was made of their bytes, so the fault is theirs.
+        # The message rejected itself (LocalProtocolError), but its bytes came from the other side.
         request = header.request if "request" in codec.layout.header else None
         raise RemoteProtocolError(str(error), request) from error
 
 
 def glance(frames: Sequence[bytes]) -> tuple[int, int] | None:
-    """Number and budget in ms of an Infer, by its header alone, for who has no time for more; None of other kinds."""
+    """Request number and budget in ms of an Infer, read from its header alone; None for other kinds.
+
+    For a device under overload, which must refuse at almost no cost.
+    """
     if len(frames) != 2 or len(frames[0]) != HEADER.size:
         return None
     magic, version, kind, _, _, _, request, _, budget_ms, *_ = HEADER.unpack(frames[0])
@@ -141,13 +148,13 @@ def glance(frames: Sequence[bytes]) -> tuple[int, int] | None:
 
 
 class Body(NamedTuple):
-    """How a kind's payload is written and read."""
+    """How one form of payload is written and read."""
 
     name: str
     write: Callable[[Any, tuple[str, ...]], Written]
-    """(message, the fields it carries) -> what is written"""
+    """(message, the attributes in the payload) -> header values and payload"""
     read: Callable[[Header, bytes, Caps, tuple[str, ...]], tuple[Any, ...]]
-    """-> the fields it carries"""
+    """(header, payload, caps, the attributes in the payload) -> their values"""
 
 
 def _write_nothing(_message: Any, _carried: tuple[str, ...]) -> Written:
@@ -156,7 +163,7 @@ def _write_nothing(_message: Any, _carried: tuple[str, ...]) -> Written:
 
 def _read_nothing(_header: Header, payload: bytes, _caps: Caps, _carried: tuple[str, ...]) -> tuple[()]:
     if payload:
-        raise RemoteProtocolError(f"{len(payload)} bytes where nothing was due")
+        raise RemoteProtocolError(f"{len(payload)} bytes of payload, expected none")
     return ()
 
 
@@ -169,12 +176,12 @@ def _write_tensor(message: Any, carried: tuple[str, ...]) -> Written:
 def _read_tensor(header: Header, payload: bytes, caps: Caps, _carried: tuple[str, ...]) -> tuple[Tensor]:
     dtype = _DTYPE_NAMES.get(header.dtype)
     if dtype is None:
-        raise RemoteProtocolError(f"dtype {header.dtype} is none of {sorted(_DTYPE_NAMES)}")
+        raise RemoteProtocolError(f"dtype {header.dtype} is not one of {sorted(_DTYPE_NAMES)}")
     dims = header.dims[: header.dims.index(0)] if 0 in header.dims else header.dims
     if any(header.dims[len(dims) :]):
-        raise RemoteProtocolError(f"dims {header.dims} are no shape")
+        raise RemoteProtocolError(f"dims {header.dims} are not a shape: a number follows a zero")
     _check_counts(header.rows, math.prod(dims), caps)
-    # That the length fits the shape, Tensor checks itself before it looks at a byte.
+    # Tensor checks that the length fits the shape before it reads the data.
     return (Tensor(dtype, (header.rows, *dims), payload),)
 
 
@@ -191,27 +198,28 @@ def _write_text(message: Any, carried: tuple[str, ...]) -> Written:
 
 def _read_text(_header: Header, payload: bytes, caps: Caps, _carried: tuple[str, ...]) -> tuple[str]:
     if len(payload) > caps.text_bytes:
-        raise RemoteProtocolError(f"{len(payload)} bytes of text are over the cap of {caps.text_bytes}")
+        raise RemoteProtocolError(f"{len(payload)} bytes of text exceed the cap of {caps.text_bytes}")
     try:
         return (payload.decode(),)
     except UnicodeDecodeError as error:
-        raise RemoteProtocolError("text that is not UTF-8") from error
+        raise RemoteProtocolError("the text is not UTF-8") from error
 
 
 def _write_json(message: Any, carried: tuple[str, ...]) -> Written:
-    said = {field: getattr(message, field) for field in carried}
-    return 0, 0, (), json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+    content = {attribute: getattr(message, attribute) for attribute in carried}
+    return 0, 0, (), json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _read_json(header: Header, payload: bytes, caps: Caps, carried: tuple[str, ...]) -> tuple[Any, ...]:
     try:
-        said = parse_json(*_read_text(header, payload, caps, carried))
+        content = parse_json(*_read_text(header, payload, caps, carried))
     except ValueError as error:
         raise RemoteProtocolError(str(error)) from error
-    if not isinstance(said, dict) or not said.keys() >= set(carried):
-        raise RemoteProtocolError(f"the payload is no JSON object of {', '.join(carried)}")
-    # Keys that this version does not know are passed over: a greeting is what versions are agreed on with.
-    return tuple(tuple(said[key]) if isinstance(said[key], list) else said[key] for key in carried)
+    if not isinstance(content, dict) or not content.keys() >= set(carried):
+        raise RemoteProtocolError(f"the payload must be a JSON object with the keys {', '.join(carried)}")
+    # Unknown keys are ignored: a greeting must be readable before the two sides have agreed on a version.
+    values = [content[key] for key in carried]
+    return tuple([tuple(value) if isinstance(value, list) else value for value in values])
 
 
 def _write_result(message: Result, _carried: tuple[str, ...]) -> Written:
@@ -221,34 +229,37 @@ def _write_result(message: Result, _carried: tuple[str, ...]) -> Written:
     parts = (
         outputs.data,  # (rows, outputs)
         _pad([row.weights for row in rows], answered, 0, "<f4"),  # (rows, answered)
-        _pad([row.experts for row in rows], answered, _NOBODY, "<u2"),  # (rows, answered)
-        _pad([row.missing for row in rows], missing, _NOBODY, "<u2"),  # (rows, missing)
+        _pad([row.experts for row in rows], answered, _NO_EXPERT, "<u2"),  # (rows, answered)
+        _pad([row.missing for row in rows], missing, _NO_EXPERT, "<u2"),  # (rows, missing)
     )
     dims = (outputs.shape[1], answered, missing)
     return _DTYPE_CODES["float32"], outputs.rows, dims, b"".join(parts)
 
 
 def _pad(rows: list[tuple[Any, ...]], width: int, fill: int, dtype: str) -> bytes:
-    """Rows of unequal length as one array, the short ones filled up."""
+    """Rows of unequal length as the bytes of one array; short ones are padded with `fill`."""
     return np.array([(*row, *[fill] * (width - len(row))) for row in rows], dtype).tobytes()
 
 
 def _read_result(
     header: Header, payload: bytes, caps: Caps, _carried: tuple[str, ...]
 ) -> tuple[Tensor, tuple[RowAnswer, ...]]:
-    n, (outputs, answered, missing, rest) = header.rows, header.dims
+    n = header.rows
+    outputs, answered, missing, rest = header.dims
     if header.dtype != _DTYPE_CODES["float32"] or rest or max(answered, missing) > MAX_ANSWERED:
-        raise RemoteProtocolError(f"a result has not dtype {header.dtype} and dims {header.dims}")
+        raise RemoteProtocolError(f"a result cannot have dtype {header.dtype} and dims {header.dims}")
     _check_counts(n, outputs, caps)
     expected = n * (4 * outputs + (4 + 2) * answered + 2 * missing)
     if len(payload) != expected:
-        raise RemoteProtocolError(f"{len(payload)} bytes for a result, which takes {expected}")
-    end = 4 * n * outputs  # of the outputs; then of the weights, of the experts
-    weights = np.frombuffer(payload, "<f4", n * answered, end).reshape(n, answered)
-    experts = np.frombuffer(payload, "<u2", n * answered, end + weights.nbytes).reshape(n, answered)
-    absent = np.frombuffer(payload, "<u2", n * missing, end + weights.nbytes + experts.nbytes).reshape(n, missing)
+        raise RemoteProtocolError(f"{len(payload)} bytes for a result, which needs {expected}")
+    weights_at = 4 * n * outputs
+    experts_at = weights_at + 4 * n * answered
+    absent_at = experts_at + 2 * n * answered
+    weights = np.frombuffer(payload, "<f4", n * answered, weights_at).reshape(n, answered)
+    experts = np.frombuffer(payload, "<u2", n * answered, experts_at).reshape(n, answered)
+    absent = np.frombuffer(payload, "<u2", n * missing, absent_at).reshape(n, missing)
     rows = tuple(map(_read_row, experts.tolist(), weights.tolist(), absent.tolist()))
-    return Tensor("float32", (n, outputs), payload[:end]), rows
+    return Tensor("float32", (n, outputs), payload[:weights_at]), rows
 
 
 def _read_row(experts: list[int], weights: list[float], missing: list[int]) -> RowAnswer:
@@ -259,8 +270,8 @@ def _read_row(experts: list[int], weights: list[float], missing: list[int]) -> R
 
 
 def _unpad(experts: list[int]) -> tuple[int, ...]:
-    end = experts.index(_NOBODY) if _NOBODY in experts else len(experts)
-    if any(expert != _NOBODY for expert in experts[end:]):
+    end = experts.index(_NO_EXPERT) if _NO_EXPERT in experts else len(experts)
+    if any(expert != _NO_EXPERT for expert in experts[end:]):
         raise RemoteProtocolError("an expert after the end of its row")
     return tuple(experts[:end])
 
@@ -273,14 +284,14 @@ _RESULT = Body("result", _write_result, _read_result)
 
 
 class Layout(NamedTuple):
-    """How one kind of message lies on the wire."""
+    """The wire format of one kind of message."""
 
     kind: int
     header: dict[str, str]
-    """Field of the message -> its place in the header."""
+    """Attribute of the message -> field of the header."""
     body: Body = _NOTHING
     carried: tuple[str, ...] = ()
-    """Fields of the message that the body carries."""
+    """Attributes of the message that are in the payload."""
 
 
 _IDENTITY = {"expert": "expert", "trunk": "trunk"}
@@ -304,28 +315,29 @@ LAYOUTS: dict[type[Message], Layout] = {
 
 
 class _Codec(NamedTuple):
-    """A layout made ready: nothing about a kind is found out anew for each of its messages."""
+    """A layout prepared for use, so that encoding and decoding a message look nothing up by name."""
 
     layout: Layout
     make: Callable[..., Message]
     blank: list[Any]
-    """The 15 numbers and names of a header, the kind's own filled in."""
+    """The 15 values of a header in which only the kind is set."""
     fills: tuple[tuple[int, str], ...]
-    """Which of them is which field of the message."""
+    """(index of a header field, attribute of the message that goes there)"""
     arrange: Callable[[tuple[Any, ...]], Iterable[Any]]
-    """The places of Header and what the body carries -> the message's fields in their order."""
+    """The fields of the header, then the values in the payload -> the arguments of the message class."""
 
 
-def _codec(made: type[Message], layout: Layout) -> _Codec:
+def _codec(message_class: type[Message], layout: Layout) -> _Codec:
     blank = [*Header(kind=layout.kind)[:_DIMS], *(0,) * MAX_DIMS]
-    fills = tuple((Header._fields.index(place), field) for field, place in layout.header.items())
-    sources = {field: place for place, field in fills}
-    sources |= {field: len(Header._fields) + i for i, field in enumerate(layout.carried)}
-    order = [sources[field.name] for field in fields(made)]
-    # Of one index itemgetter makes no tuple.
-    arrange = itemgetter(*order) if len(order) > 1 else lambda places: (places[order[0]],)
-    return _Codec(layout, made, blank, fills, arrange)
+    fills = tuple([(Header._fields.index(field), attribute) for attribute, field in layout.header.items()])
+    sources = {attribute: index for index, attribute in fills}
+    for index, attribute in enumerate(layout.carried, start=len(Header._fields)):
+        sources[attribute] = index
+    order = [sources[field.name] for field in fields(message_class)]
+    # itemgetter returns a tuple only for two or more indices.
+    arrange = itemgetter(*order) if len(order) > 1 else lambda values: (values[order[0]],)
+    return _Codec(layout, message_class, blank, fills, arrange)
 
 
-_BY_CLASS = {made: _codec(made, layout) for made, layout in LAYOUTS.items()}
+_BY_CLASS = {message_class: _codec(message_class, layout) for message_class, layout in LAYOUTS.items()}
 _BY_KIND = {codec.layout.kind: codec for codec in _BY_CLASS.values()}

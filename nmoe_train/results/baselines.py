@@ -23,7 +23,7 @@ from nmoe_train.config import ExtractorConfig, configure
 from nmoe_train.errors import RunError
 from nmoe_train.nets import build
 from nmoe_train.pipeline import fleet_of, surroundings
-from nmoe_train.results.evaluation import Rows, adapted, answers, measure
+from nmoe_train.results.evaluation import DeviceRows, adapted, answers, measure
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import Inference, Run, write_beside
 from nmoe_train.stages.extractor import Headed, fedce_round, fedce_update
@@ -183,7 +183,7 @@ def _mixture(
     with torch.no_grad():
         for part, parts, truth in _tests(fleet):
             seen = [(i, encoded(net.extractor, x), y) for i, (x, y) in (parts if part == "own" else parts[:1])]
-            rows = [Rows(gate(h), every(experts, h), y) for _, h, y in seen]
+            rows = [DeviceRows(gate(h), every(experts, h), y) for _, h, y in seen]
             said = [answers(r, 0, rules) for r in rows]
             routing = torch.stack([went.mean(0) for _, went in said] * (fleet.count // len(said)))
             figures[part] = measure([p for p, _ in said], truth[: len(said)])

@@ -21,23 +21,24 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """Samples as one device sees them."""
+class DeviceRows:
+    """One device's rows: its gate's scores, every expert's outputs and the true classes."""
 
     scores: Tensor
-    """(n, N): its gate's"""
-    outputs: Tensor
-    """(n, N, K): every expert's, the same for every device"""
+    """(n, N) of this device's gate"""
+    expert_outputs: Tensor
+    """(n, N, K) of every expert; two devices get the same numbers for the same row"""
     y: Tensor
-    """(n,)"""
+    """True classes (n,)"""
 
 
-def answers(rows: Rows, device: int, rules: Inference) -> tuple[Tensor, Tensor]:
+def answers(rows: DeviceRows, device: int, rules: Inference) -> tuple[Tensor, Tensor]:
     """Class probabilities (n, K), and which experts each row went to (n, N), a share each."""
     n, experts = rows.scores.shape
     top = rows.scores.topk(rules.top_k, dim=1)
-    said = rows.outputs.gather(1, top.indices[:, :, None].expand(-1, -1, rows.outputs.shape[2]))  # (n, k, K)
-    own = rows.outputs[:, device].softmax(1)
+    classes = rows.expert_outputs.shape[2]
+    said = rows.expert_outputs.gather(1, top.indices[:, :, None].expand(-1, -1, classes))  # (n, k, K)
+    own = rows.expert_outputs[:, device].softmax(1)
     if rules.combination == "probabilities":
         p = (top.values.softmax(1)[:, :, None] * said.softmax(2)).sum(1)
     else:
@@ -70,7 +71,7 @@ def class_mix(p: Tensor, steps: int = 30) -> Tensor:
     return mix
 
 
-def choose_threshold(own: Sequence[Rows], everybody: Sequence[Rows], rules: Inference) -> float | None:
+def choose_threshold(own: Sequence[DeviceRows], everybody: Sequence[DeviceRows], rules: Inference) -> float | None:
     """The confidence over which a row stays at home: the best on held-out rows, and of equals what keeps most there.
 
     own, everybody: for each device its own held-out rows, and all devices'
@@ -127,11 +128,11 @@ def _figures(p: Tensor, y: Tensor) -> dict[str, float | None]:
     return {"accuracy": accuracy(p, y), "macro_f1": macro_f1(p.argmax(1), y, p.shape[1]), "auc": auc(p, y)}
 
 
-def evaluate(parts: Sequence[Rows], rules: Inference) -> dict[str, Any]:
+def evaluate(parts: Sequence[DeviceRows], rules: Inference) -> dict[str, Any]:
     """The fleet as it will run, beside each device on its own. parts: each device's test rows"""
     networked = [answers(rows, i, rules) for i, rows in enumerate(parts)]
     # With the class mix as well: an adjusted expert without it would be compared with its hands tied.
-    alone = [adapted(rows.outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
+    alone = [adapted(rows.expert_outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
     truth = [rows.y for rows in parts]
     routing = torch.stack([went.mean(0) for _, went in networked])  # (devices, N)
     return {

@@ -1,8 +1,7 @@
-"""What serving costs beside the bare floor: `make bench`, or python tests/bench/serving.py [SECONDS]
+"""Compares a device with the floor, a bare ZeroMQ loop: `make bench`, or python tests/bench/serving.py [SECONDS]
 
-The floor is a pyzmq ROUTER loop around the same onnxruntime session, in a process of its own, with nothing of ours.
-All servers run at once and take turns in short blocks, so that what the machine does besides meets them alike. Prints;
-asserts nothing.
+The floor is a pyzmq ROUTER loop around the same onnxruntime session, in its own process, without code of nmoe_edge. All
+servers run at once and are measured in turn, in short blocks, so that other load affects them equally. Only prints.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 import zmq
 from onnx import TensorProto, helper, numpy_helper
 
-from nmoe_edge.bundle.fleet import FLEET_FILE, SCHEMA, Device, Fleet, write_fleet
+from nmoe_edge.bundle.fleet import FLEET_FILE, SCHEMA, Device, Fleet, read_fleet, write_fleet
 from nmoe_edge.bundle.folder import SelfTest, read_bundle, write_bundle
 from nmoe_edge.bundle.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
 from nmoe_edge.client import Client
@@ -54,8 +53,10 @@ while True:
 
 
 def mlp(widths):
-    """Layers with ReLUs between them, as one ONNX file."""
-    nodes, weights, last = [], [], "rows"
+    """Linear layers with ReLUs between them, as an ONNX file."""
+    nodes = []
+    weights = []
+    last = "rows"
     for i, (width, after) in enumerate(itertools.pairwise(widths)):
         weights.append(numpy_helper.from_array((DRAW.normal(size=(width, after)) / width**0.5).astype("f4"), f"w{i}"))
         weights.append(numpy_helper.from_array(np.zeros(after, "f4"), f"b{i}"))
@@ -69,7 +70,7 @@ def mlp(widths):
 
 
 def model(nodes, row_in, row_out, weights=()):
-    """One graph of float rows."""
+    """An ONNX file of one graph: float rows in, float rows out."""
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", row])
         for name, row in (("rows", row_in), ("out", row_out))
@@ -80,7 +81,7 @@ def model(nodes, row_in, row_out, weights=()):
 
 
 def fleet(folder, first_port):
-    """Five devices: the extractor passes rows on, the gate looks at their first numbers, the experts are MLPs."""
+    """Five devices: the extractor returns the rows, the gate their first five numbers, and the experts are MLPs."""
     identity = model([helper.make_node("Relu", ["rows"], ["out"])], 512, 512)
     chooser = numpy_helper.from_array(np.eye(512, EXPERTS, dtype="f4"), "w")
     gate = model([helper.make_node("MatMul", ["rows", "w"], ["out"])], 512, EXPERTS, [chooser])
@@ -95,24 +96,22 @@ def fleet(folder, first_port):
         test = SelfTest(rows, rows, chosen, outputs, np.array(1e-3), np.array(1e-3))
         source = sha256(identity)
         manifest = Manifest(
-            *(
-                1,
-                f"device-{number}",
-                EXPERTS,
-                number,
-                10,
-                False,
-                InputSpec("float32", (512,), "none", "exact", (0.0, 9.0)),
-            ),
-            *(
-                LatentSpec(512, "float32"),
-                RoutingSpec(1, "outputs"),
-                PrecisionSpec("fp32", "fp32", "fp32"),
-                "any",
-                18,
-                8,
-            ),
-            *({}, source, trunk_digest(source, 512, EXPERTS, 10)),
+            schema=1,
+            device=f"device-{number}",
+            experts=EXPERTS,
+            expert=number,
+            outputs=10,
+            answers_carry_prior=False,
+            input=InputSpec("float32", (512,), "none", "exact", (0.0, 9.0)),
+            latent=LatentSpec(512, "float32"),
+            routing=RoutingSpec(1, "outputs"),
+            precision=PrecisionSpec("fp32", "fp32", "fp32"),
+            target="any",
+            opset=18,
+            ir_version=8,
+            accuracy={},
+            extractor_source=source,
+            trunk=trunk_digest(source, 512, EXPERTS, 10),
         )
         bundle = write_bundle(folder / manifest.device, manifest, {**graphs, "selftest.npz": test.write()})
         address = f"tcp://127.0.0.1:{first_port + number}"
@@ -123,7 +122,7 @@ def fleet(folder, first_port):
 
 @contextlib.contextmanager
 def serving(*commands):
-    """Processes that have said that they are ready; ended by their pid."""
+    """Start these commands, wait until each prints "ready", and end the processes afterwards."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
@@ -132,7 +131,7 @@ def serving(*commands):
     try:
         for process, command in zip(running, commands, strict=True):
             if not process.stdout.readline().startswith("ready"):
-                sys.exit(f"this did not begin to serve; is its port taken? {' '.join(command[-2:])}")
+                sys.exit(f"did not start to serve; is its port in use? {' '.join(command[-2:])}")
         yield running
     finally:
         for process in running:
@@ -146,15 +145,18 @@ def serving(*commands):
 
 
 def serve(bundle, *options):
-    """The command that serves a bundle."""
+    """The command line that serves a bundle."""
     return [sys.executable, "-m", "nmoe_edge", "serve", str(bundle), "--state", str(bundle.parent / "state"), *options]
 
 
 class Caller:
-    """Asks one server for its expert, one call at a time or eight at once."""
+    """Calls the expert of one server, one call at a time or several at once."""
 
     def __init__(self, address, ask=None, secure=None, calls=8):
-        """ask: row -> frames, and what to make of the frames that come back; none: the floor's bare bytes."""
+        """ask: (number, row) -> frames; None sends the bare bytes of a row, as the floor expects
+
+        secure: (public, secret, server's public) CURVE keys; calls: sockets, each with one call at a time
+        """
         self.sockets = [zmq.Context.instance().socket(zmq.DEALER) for _ in range(calls)]
         for socket in self.sockets:
             if secure:
@@ -165,17 +167,19 @@ class Caller:
         self.numbers = itertools.count(1)
 
     def send(self, socket):
-        """One call."""
+        """Send one call."""
         send_frames(socket, self.ask(next(self.numbers), self.row) if self.ask else [self.row.tobytes()])
 
     def receive(self, socket):
-        """Its answer."""
+        """Receive and decode its answer."""
         first, rest = receive_frames(socket)
         return decode([first.bytes, *rest]).outputs.unpack() if self.ask else np.frombuffer(first.bytes, "f4")
 
     def one_by_one(self, seconds):
-        """Seconds of each call."""
-        socket, took, until = self.sockets[0], [], time.perf_counter() + seconds
+        """Latencies of calls sent one after another for so many seconds."""
+        socket = self.sockets[0]
+        took = []
+        until = time.perf_counter() + seconds
         while (began := time.perf_counter()) < until:
             self.send(socket)
             self.receive(socket)
@@ -183,12 +187,13 @@ class Caller:
         return took
 
     def at_once(self, seconds):
-        """Calls a second, all sockets at once, each with one call under way."""
+        """Calls per second while every socket always has one call open."""
         poller = zmq.Poller()
         for socket in self.sockets:
             poller.register(socket, zmq.POLLIN)
             self.send(socket)
-        count, began = 0, time.perf_counter()
+        count = 0
+        began = time.perf_counter()
         while time.perf_counter() - began < seconds:
             for socket, _ in poller.poll():
                 self.receive(socket)
@@ -201,46 +206,47 @@ class Caller:
 
 
 def ask_of(trunk, expert):
-    """Our own Ask, made anew for every call."""
+    """A function that encodes an Ask for each call."""
     return lambda number, row: encode(Ask(number, 0, 1000, expert, trunk, Tensor.pack(row, "float32")))
 
 
 def expert_calls(folder, seconds):
-    """One remote expert: the floor, ours, ours with keys."""
-    plain, keyed = fleet(folder / "plain", 17101), fleet(folder / "keyed", 17201)
-    from nmoe_edge.bundle.fleet import read_fleet
-
-    secured = with_keys(
-        read_fleet(keyed / FLEET_FILE), [f"device-{i}" for i in range(EXPERTS)], keys_folder(keyed / FLEET_FILE)
-    )
+    """Compare one remote expert: the floor, a device, and a device with CURVE."""
+    plain = fleet(folder / "plain", 17101)
+    keyed = fleet(folder / "keyed", 17201)
+    names = [f"device-{i}" for i in range(EXPERTS)]
+    secured = with_keys(read_fleet(keyed / FLEET_FILE), names, keys_folder(keyed / FLEET_FILE))
     write_fleet(keyed / FLEET_FILE, secured)
     floor_address = "tcp://127.0.0.1:17100"
     floor = [sys.executable, "-c", FLOOR, str(plain / "device-0" / "expert.onnx"), floor_address]
-    ours, with_curve = serve(plain / "device-0"), serve(keyed / "device-0")
+    device = serve(plain / "device-0")
+    device_with_keys = serve(keyed / "device-0")
     trunk = read_bundle(plain / "device-0").manifest.trunk_bytes
-    with serving(floor, ours, with_curve):
+    with serving(floor, device, device_with_keys):
         pair = read_key(key_path(keyed / FLEET_FILE, "device-1"))
         secure = pair.public.encode(), pair.secret.encode(), secured.device[0].public_key.encode()
         trunk_keyed = read_bundle(keyed / "device-0").manifest.trunk_bytes
         callers = {
             "floor": Caller(floor_address),
-            "ours": Caller("tcp://127.0.0.1:17101", ask_of(trunk, 0)),
+            "a device": Caller("tcp://127.0.0.1:17101", ask_of(trunk, 0)),
             "with CURVE": Caller("tcp://127.0.0.1:17201", ask_of(trunk_keyed, 0), secure),
         }
         for caller in callers.values():
             caller.one_by_one(0.3)
-        took, rates = {name: [] for name in callers}, {name: [] for name in callers}
+        took = {name: [] for name in callers}
+        rates = {name: [] for name in callers}
         for _ in range(10):
             for name, caller in callers.items():
                 took[name] += caller.one_by_one(seconds / 10)
         for _ in range(5):
             for name, caller in callers.items():
                 rates[name].append(caller.at_once(seconds / 5))
-    print(f"\na remote expert, {'-'.join(map(str, WIDTHS))}, one row of 512 floats")
-    print(f"{'':<12}{'p50 µs':>9}{'':>8}{'p99 µs':>9}{'':>8}{'8 callers /s':>14}")
+    print(f"\na remote expert ({'-'.join(map(str, WIDTHS))}), one row of 512 floats; × is relative to the floor")
+    print(f"{'':<12}{'p50 µs':>9}{'':>8}{'p99 µs':>9}{'':>8}{'8 callers, /s':>14}")
     base = None
     for name in callers:
-        p50, p99 = (float(np.percentile(took[name], q)) * 1e6 for q in (50, 99))
+        p50 = float(np.percentile(took[name], 50)) * 1e6
+        p99 = float(np.percentile(took[name], 99)) * 1e6
         rate = statistics.median(rates[name])
         base = base or (p50, p99, rate)
         print(
@@ -250,7 +256,7 @@ def expert_calls(folder, seconds):
 
 
 def whole_path(folder, seconds):
-    """Inputs to a device, whose gate sends them to four others."""
+    """Send inputs through a device to the experts of four others, one at a time and 64 together."""
     plain = folder / "plain"
     commands = [serve(plain / f"device-{i}", "--local-first", "1", "--no-hedge") for i in range(EXPERTS)]
     with serving(*commands), Client("tcp://127.0.0.1:17101") as client:
@@ -262,7 +268,8 @@ def whole_path(folder, seconds):
         before = client.status()["counts"].get("asks", 0)
         client.infer(rows)
         messages = client.status()["counts"]["asks"] - before
-        single, together = [], []
+        single = []
+        together = []
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
             began = time.perf_counter()
@@ -272,18 +279,19 @@ def whole_path(folder, seconds):
             began = time.perf_counter()
             client.infer(rows)
             together.append(64 / (time.perf_counter() - began))
-    one, many = statistics.median(single), statistics.median(together)
+    one = statistics.median(single)
+    many = statistics.median(together)
     print("\nrows through a device to four remote experts")
     print(f"one at a time {one:,.0f} rows/s; 64 together {many:,.0f} rows/s = {many / one:.1f}×, {messages} messages")
 
 
 def main(seconds=5.0):
-    """All of it."""
+    """Run both comparisons. seconds: for each server"""
     with tempfile.TemporaryDirectory() as name:
         expert_calls(Path(name), seconds)
         whole_path(Path(name), seconds)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it started are ended
     main(*map(float, sys.argv[1:2]))

@@ -1,8 +1,8 @@
-"""What a message and an exchange cost: an Ask with one row of 512 floats, in µs. Run it with `make bench`.
+"""Times a message and an exchange: an Ask with one row of 512 floats, in µs. Part of `make bench`.
 
-`encode` and `decode` are what the wire does; `pack` and `unpack` turn float32 rows into the latent's dtype and back. An
-exchange is the origin's whole bookkeeping of a request: route, start, answers, result. Medians of repeats in turn, so
-that a machine that slows down slows all of them.
+`encode` and `decode` convert between message and frames; `pack` and `unpack` between float32 rows and the latent's
+dtype. An exchange is all the bookkeeping of one request: route, start, answers, result. Steps are measured in turn and
+reported as medians, so that a slow moment of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPEATS = 25
 
 
 def microseconds(steps, calls=2000):
-    """The median of each step's time a call."""
+    """Median time of a call of each step. steps: name -> function"""
     times = {name: [] for name in steps}
     for _ in range(REPEATS):
         for name, step in steps.items():
@@ -33,15 +33,15 @@ def microseconds(steps, calls=2000):
 
 
 def exchange(rows, scores):
-    """One request of `rows` rows to ten experts, answered by everybody at once."""
-    it = Exchange(route(scores[:rows], 0, range(10), 1), 10, itertools.count(), deadline=1.0)
-    for call in it.start(0.0):
-        it.answered(call.request, call.expert, np.zeros((len(call.rows), 10), np.float32), 0.001)
-    return it.result()
+    """One request of `rows` rows to ten experts, which all answer at once."""
+    one = Exchange(route(scores[:rows], 0, range(10), 1), 10, itertools.count(), deadline=1.0)
+    for call in one.start(0.0):
+        one.answered(call.request, call.expert, np.zeros((len(call.rows), 10), np.float32), 0.001)
+    return one.result()
 
 
 def main():
-    """Print the tables."""
+    """Measure and print the tables."""
     rows = np.random.default_rng(0).normal(size=(1, 512)).astype(np.float32)
     print(f"an Ask with one row of 512 floats, µs; Python {platform.python_version()}, numpy {np.__version__}")
     print(f"{'latent':<8} {'bytes':>6} {'encode':>7} {'decode':>7} {'both':>7} {'pack':>7} {'unpack':>7}")

@@ -1,4 +1,4 @@
-"""An exchange to be tried, and what its experts say."""
+"""An exchange with four made-up experts, for the tests of exchange.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OUTPUTS = 3
 SCORES = np.array([[0.0, 3.0, 1.0, 2.0], [0.0, 3.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2.0]], np.float32)
 
 
-def says(expert, rows):
-    """What an expert answers: a function of who it is and which row it is, so that a mix-up shows."""
+def outputs_of(expert, rows):
+    """An expert's answers, different for every expert and row, so that a mix-up is found."""
     return np.array([[expert, row, expert * row + 1] for row in rows], np.float32)
 
 
@@ -25,4 +25,4 @@ def exchange(scores=SCORES, own=0, alive=range(4), top_k=1, deadline=10.0, patie
 
 
 def answer(it, call, now=1.0):
-    return it.answered(call.request, call.expert, says(call.expert, call.rows), now)
+    return it.answered(call.request, call.expert, outputs_of(call.expert, call.rows), now)

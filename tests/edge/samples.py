@@ -1,4 +1,4 @@
-"""One sound message of every kind, and more where a kind has more than one form."""
+"""One valid message of every kind, and more where a kind has several forms."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ MESSAGES = (
 
 
 def as_plain(message):
-    """A message as JSON can hold it, with the name of its kind."""
+    """A message as JSON types, with the name of its kind."""
 
     def plain(value):
         if dataclasses.is_dataclass(value):

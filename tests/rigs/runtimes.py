@@ -1,7 +1,7 @@
-"""Do bundles load and pass their self-test on the onnxruntimes that boards have? `make test-runtimes`
+"""Replays bundles on the onnxruntime versions that boards have: `make test-runtimes`, or python tests/rigs/runtimes.py
 
-Exports a fleet of each precision here, and replays them in an environment of its own for each version that is named:
-what a device needs, and nothing else. A version that has no wheel for this Python is said and left out.
+Exports fleets of each precision, and runs their self-tests once per onnxruntime version, in an environment with only
+what a device needs. A version without a wheel for this Python is reported and left out.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from export.foreign import Attentive
 from torch import nn
 
-from nmoe_export import assignment
-from nmoe_export.export import Options, export_fleet
-from nmoe_export.source import of_modules
-from nmoe_train.nets import NetSpec, build
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+sys.path[:0] = [str(TESTS), str(ROOT)]
 
-ROOT = Path(__file__).parents[2]
+from export.foreign import Attentive  # noqa: E402
+
+from nmoe_export import assignment  # noqa: E402
+from nmoe_export.export import Options, export_fleet  # noqa: E402
+from nmoe_export.source import of_modules  # noqa: E402
+from nmoe_train.nets import NetSpec, build  # noqa: E402
+
 ENVIRONMENTS = ROOT / ".venv-runtimes"
 VERSIONS = ("1.15.1", "1.16.3", "1.17.3", "1.20.1", "newest")
 
 
 def fleets(folder):
-    """Fleets of a narrow ResNet18, every operator of a real one, and of attention, in each precision that they have."""
+    """Export a narrow ResNet18, which has every operator of a full one, and attention, in several precisions."""
     torch.manual_seed(0)
     extractor = build(NetSpec("resnet18", {"channels": 3, "size": 32, "dim": 32, "norm": "batch"}))
     images = np.random.default_rng(0).integers(0, 256, (80, 3, 32, 32)).astype(np.uint8)
     source = of_modules(extractor, nn.Linear(32, 2), [nn.Linear(32, 4) for _ in range(2)], images)
-    assignment.latencies = lambda *_: {
-        "float": 2.0,
-        "written": 1.0,
-    }  # every component in int8, whatever this machine likes
+    # Pretend that integer graphs are faster on this machine, so that every component is exported in int8.
+    assignment.latencies = lambda *_: {"float": 2.0, "written": 1.0}
     export_fleet(source, folder / "fp32")
     export_fleet(source, folder / "fp16", Options("fp16", max_drop=100.0))
     export_fleet(source, folder / "int8", Options("int8", max_drop=100.0))
@@ -48,7 +50,7 @@ def fleets(folder):
 
 
 def environment(version):
-    """The Python of an environment with that onnxruntime, made when it is missing; None where there is no wheel."""
+    """The Python of an environment with this onnxruntime, created if it is missing; None if there is no wheel."""
     folder = ENVIRONMENTS / version
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
@@ -65,8 +67,9 @@ def environment(version):
 
 
 def main(versions):
-    """Replay every bundle on every version; the exit status is how many versions failed."""
-    failed, tried = 0, 0
+    """Replay every bundle on every version; the exit status is the number of versions that failed."""
+    failed = 0
+    tried = 0
     with tempfile.TemporaryDirectory() as folder:
         bundles = fleets(Path(folder))
         for version in versions or VERSIONS:
@@ -77,9 +80,10 @@ def main(versions):
             done = subprocess.run(
                 command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
             )
-            tried, failed = tried + 1, failed + bool(done.returncode)
-            said = done.stderr.strip() if done.returncode else f"{len(bundles)} bundles passed"
-            print(f"onnxruntime {version}: {said}", flush=True)
+            tried += 1
+            failed += done.returncode != 0
+            outcome = done.stderr.strip() if done.returncode else f"{len(bundles)} bundles passed"
+            print(f"onnxruntime {version}: {outcome}", flush=True)
     if not tried:
         sys.exit("no version could be installed")
     sys.exit(failed)

@@ -3,30 +3,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nmoe_edge.protocol.classmix import LEAST_ROWS, MOST_ROWS, ClassMix, class_mix
+from nmoe_edge.protocol.classmix import MAX_ROWS, MIN_ROWS, ClassMix, class_mix
 
 SKEWED = np.array([0.6, 0.25, 0.1, 0.04, 0.01])
 
 
-def answers(rows, mix=SKEWED, seed=0, unsure=1.2):
-    """What calibrated experts without a prior say of rows of this mix, and the truth: x is the class and noise."""
+def answers(rows, mix=SKEWED, seed=0, noise=1.2):
+    """Calibrated answers without a prior to rows of this class mix, and the true classes."""
     random = np.random.default_rng(seed)
     truth = random.choice(len(mix), rows, p=mix)
-    x = np.eye(len(mix))[truth] + random.normal(0, unsure, (rows, len(mix)))
-    scores = x / unsure**2  # log p(x | class), but for what all classes have in common
+    x = np.eye(len(mix))[truth] + random.normal(0, noise, (rows, len(mix)))
+    scores = x / noise**2  # log p(x | class), up to a constant
     p = np.exp(scores - scores.max(1, keepdims=True))
     return (p / p.sum(1, keepdims=True)).astype(np.float32), truth
 
 
 def test_a_skewed_mix_is_recovered_within_a_few_points():
-    p, truth = answers(MOST_ROWS)
+    p, truth = answers(MAX_ROWS)
     seen = np.bincount(truth, minlength=5) / len(truth)
     assert np.abs(class_mix(p) - seen).max() < 0.05
     assert class_mix(p).sum() == pytest.approx(1)
 
 
 def test_an_even_mix_stays_even():
-    p, _ = answers(MOST_ROWS, np.full(5, 0.2))
+    p, _ = answers(MAX_ROWS, np.full(5, 0.2))
     assert class_mix(p) == pytest.approx(np.full(5, 0.2), abs=0.06)
 
 
@@ -35,16 +35,16 @@ def test_a_class_that_was_never_seen_keeps_a_share():
     assert class_mix(p).min() > 0
 
 
-def test_answers_weighed_with_the_mix_are_right_more_often():
-    learnt, new = answers(1000, seed=1), answers(3000, seed=2)
+def test_reweighted_answers_are_right_more_often():
+    learned, new = answers(1000, seed=1), answers(3000, seed=2)
     mix = ClassMix(5)
-    mix.weighed(learnt[0])
+    mix.weighed(learned[0])
     plain = (new[0].argmax(1) == new[1]).mean()
     weighed = (mix.weighed(new[0]).argmax(1) == new[1]).mean()
     assert weighed > plain + 0.05
 
 
-def test_weighed_rows_are_probabilities_of_the_mix_times_the_answer():
+def test_reweighting_multiplies_by_the_mix_and_normalises():
     mix = ClassMix(5)
     mix.weighed(answers(1000)[0])
     before = mix.mix.copy()
@@ -55,8 +55,9 @@ def test_weighed_rows_are_probabilities_of_the_mix_times_the_answer():
     assert found == pytest.approx(product / product.sum(1, keepdims=True), rel=1e-5)
 
 
-def test_too_few_rows_leave_an_answer_as_it_is():
-    mix, (p, _) = ClassMix(5), answers(LEAST_ROWS)
+def test_too_few_rows_leave_an_answer_unchanged():
+    mix = ClassMix(5)
+    p, _ = answers(MIN_ROWS)
     for row in p[:-1]:
         assert mix.weighed(row[None]) == pytest.approx(row[None], rel=1e-6)
     assert mix.mix is None
@@ -64,40 +65,43 @@ def test_too_few_rows_leave_an_answer_as_it_is():
     assert mix.mix == pytest.approx(class_mix(p))
 
 
-def test_a_request_of_many_rows_is_not_weighed_with_what_it_teaches():
-    mix, (p, _) = ClassMix(5), answers(1000)
+def test_a_request_is_not_reweighted_by_what_is_learned_from_itself():
+    mix = ClassMix(5)
+    p, _ = answers(1000)
     assert mix.weighed(p) == pytest.approx(p, rel=1e-6)
     assert mix.mix is not None
 
 
-def test_the_confidence_is_learnt_from_what_came_in_not_from_what_was_weighed():
-    mix, (p, _) = ClassMix(5), answers(1500)
+def test_the_mix_learns_from_the_original_answers_and_not_from_reweighted_ones():
+    mix = ClassMix(5)
+    p, _ = answers(1500)
     for start in range(0, len(p), 100):
         mix.weighed(p[start : start + 100])
     assert np.array_equal(mix.remembered(), p)
-    assert mix.mix == pytest.approx(class_mix(p), abs=0.03)  # it goes on from the last estimate
+    assert mix.mix == pytest.approx(class_mix(p), abs=0.03)  # each estimate continues from the last one
 
 
-def test_what_is_remembered_is_bounded_and_the_oldest_goes_first():
-    mix, (p, _) = ClassMix(5), answers(MOST_ROWS + 500)
+def test_at_most_max_rows_are_kept_and_the_oldest_are_dropped():
+    mix = ClassMix(5)
+    p, _ = answers(MAX_ROWS + 500)
     for start in range(0, len(p), 250):
         mix.weighed(p[start : start + 250])
-    assert mix.rows == MOST_ROWS
+    assert mix.rows == MAX_ROWS
     assert np.array_equal(mix.remembered(), p[500:])
 
 
-def test_a_camera_that_was_moved_is_learnt_anew():
+def test_the_mix_follows_a_camera_that_is_moved():
     mix = ClassMix(5)
-    mix.weighed(answers(MOST_ROWS, unsure=0.6)[0])
-    mix.weighed(answers(MOST_ROWS, SKEWED[::-1], seed=4, unsure=0.6)[0])
+    mix.weighed(answers(MAX_ROWS, noise=0.6)[0])
+    mix.weighed(answers(MAX_ROWS, SKEWED[::-1], seed=4, noise=0.6)[0])
     assert mix.mix == pytest.approx(SKEWED[::-1], abs=0.06)
 
 
-def test_nothing_known_is_nothing_remembered():
+def test_a_new_mix_has_no_rows_to_save():
     assert ClassMix(5).remembered().shape == (0, 5)
 
 
-def test_what_was_remembered_is_taken_up_again():
+def test_saved_rows_restore_the_mix():
     first, second = ClassMix(5), ClassMix(5)
     first.weighed(answers(600)[0])
     second.recall(first.remembered())
@@ -105,14 +109,15 @@ def test_what_was_remembered_is_taken_up_again():
     assert second.mix == pytest.approx(first.mix)
 
 
-def test_few_remembered_rows_make_no_mix():
+def test_too_few_saved_rows_make_no_mix():
     mix = ClassMix(5)
-    mix.recall(answers(LEAST_ROWS - 1)[0])
-    assert (mix.rows, mix.mix) == (LEAST_ROWS - 1, None)
+    mix.recall(answers(MIN_ROWS - 1)[0])
+    assert (mix.rows, mix.mix) == (MIN_ROWS - 1, None)
 
 
-def test_more_rows_than_are_remembered_are_cut_to_the_newest():
-    mix, (p, _) = ClassMix(5), answers(MOST_ROWS + 7)
+def test_only_the_newest_saved_rows_are_restored():
+    mix = ClassMix(5)
+    p, _ = answers(MAX_ROWS + 7)
     mix.recall(p)
     assert np.array_equal(mix.remembered(), p[7:])
 
@@ -130,18 +135,18 @@ def test_more_rows_than_are_remembered_are_cut_to_the_newest():
     ],
     ids=["narrow", "one row", "deep", "nan", "inf", "negative", "zeros"],
 )
-def test_what_are_no_probabilities_is_not_taken_up(rows):
+def test_saved_rows_that_are_not_probabilities_are_refused_and_change_nothing(rows):
     mix = ClassMix(5)
     mix.recall(answers(300)[0])
-    known = mix.mix.copy()
+    before = mix.mix.copy()
     with pytest.raises(ValueError, match="rows"):
         mix.recall(rows)
     assert mix.rows == 300
-    assert np.array_equal(mix.mix, known)
+    assert np.array_equal(mix.mix, before)
 
 
-def test_the_desk_and_the_device_find_the_same_mix():
+def test_training_and_the_device_estimate_the_same_mix():
     torch = pytest.importorskip("torch")
     evaluate = pytest.importorskip("nmoe_train.results.evaluation")
-    p, _ = answers(MOST_ROWS, seed=5)
+    p, _ = answers(MAX_ROWS, seed=5)
     assert class_mix(p) == pytest.approx(evaluate.class_mix(torch.from_numpy(p)).numpy(), abs=1e-4)

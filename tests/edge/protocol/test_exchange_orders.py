@@ -1,4 +1,4 @@
-"""The exchange under events in any order, and with any of its experts dead."""
+"""The exchange with events in any order, and with any of its experts dead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from edge.exchanges import OUTPUTS, exchange, says
+from edge.exchanges import OUTPUTS, exchange, outputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +31,13 @@ OWN_BEHAVIOURS = ("answers", "answers late", "refuses", "NaN")
 
 
 def run(it, behaviours, chance):
-    """Drive an exchange with peers that behave as told and events in any order; how often each row asked whom."""
-    now, events, asked = 0.0, [], Counter()
+    """Drive an exchange to its end with events in random order; (row, expert) -> how often it was asked.
+
+    behaviours: one for each expert; chance: a random.Random
+    """
+    now = 0.0
+    events = []
+    asked = Counter()
 
     def take(actions):
         for action in actions:
@@ -46,12 +51,13 @@ def run(it, behaviours, chance):
             return asked
         now += chance.random()
         if not events or chance.random() < 0.2:
-            # Nothing can come: the driver sleeps until the exchange wants to be woken.
+            # Without an event to come, sleep until wake_at.
             now = max(now, it.wake_at) if not events and it.wake_at < math.inf else now
             take(it.tick(now))
             continue
         call = events.pop(chance.randrange(len(events)))
-        behaviour, rows, reply = behaviours[call.expert], call.rows, says(call.expert, call.rows)
+        behaviour = behaviours[call.expert]
+        reply = outputs_of(call.expert, call.rows)
         if behaviour == "answers late":
             now += 20
             take(it.tick(now))
@@ -66,25 +72,25 @@ def run(it, behaviours, chance):
         elif behaviour == "is lost":
             take(it.lost(call.expert, now))
         elif behaviour == "answers wrongly":
-            take(it.answered(call.request, call.expert, np.zeros((len(rows) + 1, OUTPUTS)), now))
+            take(it.answered(call.request, call.expert, np.zeros((len(call.rows) + 1, OUTPUTS)), now))
         elif behaviour == "NaN":
             take(it.answered(call.request, call.expert, reply * np.nan, now))
-    raise AssertionError("the exchange does not end")
+    raise AssertionError("the exchange did not finish")
 
 
 def check(it, scores, asked, behaviours):
-    """Every row has an output that is the weighted sum of what honest experts said to that very row."""
+    """Every row's output is the weighted sum of what sound experts answered for that row."""
     outputs, rows = it.result()
-    honest = {e for e, behaviour in enumerate(behaviours) if behaviour.startswith(("answers", "leaves"))}
-    honest -= {e for e, behaviour in enumerate(behaviours) if behaviour == "answers wrongly"}
+    sound = {e for e, behaviour in enumerate(behaviours) if behaviour.startswith(("answers", "leaves"))}
+    sound -= {e for e, behaviour in enumerate(behaviours) if behaviour == "answers wrongly"}
     assert outputs.shape == (len(scores), OUTPUTS)
     assert np.isfinite(outputs).all()
     assert len(rows) == len(scores)
-    assert not asked or max(asked.values()) == 1, "nobody is asked twice for a row"
+    assert not asked or max(asked.values()) == 1, "an expert was asked twice for a row"
     assert it.wake_at == math.inf
     for row, how in enumerate(rows):
-        assert set(how.experts) <= honest
-        assert how.experts or it.route.own not in honest, "an own expert that works leaves no row unanswered"
+        assert set(how.experts) <= sound
+        assert how.experts or it.route.own not in sound, "a row has no answer although the own expert works"
         assert len(how.experts) <= len(it.route.chosen[row])
         best = sorted(it.route.wanted[row], key=lambda expert: -scores[row][expert])
         assert how.missing == tuple(expert for expert in best if expert not in how.experts)
@@ -92,7 +98,7 @@ def check(it, scores, asked, behaviours):
             assert not outputs[row].any()
             continue
         weights = expert_weights(scores[row], how.experts)
-        answers = {expert: says(expert, [row])[0] for expert in how.experts}
+        answers = {expert: outputs_of(expert, [row])[0] for expert in how.experts}
         assert np.allclose(outputs[row], combine(answers, weights))
 
 
@@ -102,7 +108,8 @@ def test_every_row_ends_in_a_result_whatever_subset_of_the_experts_is_dead(exper
     draw = np.random.default_rng(experts)
     for dead in itertools.product([False, True], repeat=experts):
         for top_k in {1, min(2, experts), experts}:
-            scores, own = draw.normal(size=(4, experts)).astype(np.float32), chance.randrange(experts)
+            scores = draw.normal(size=(4, experts)).astype(np.float32)
+            own = chance.randrange(experts)
             behaviours = [chance.choice(("is silent", "is lost")) if d else "answers" for d in dead]
             behaviours[own] = "refuses" if dead[own] else "answers"
             known_dead = {expert for expert in range(experts) if dead[expert] and chance.random() < 0.3}
@@ -129,7 +136,7 @@ def test_every_row_ends_in_a_result_whatever_the_peers_do(peers, own_behaviour, 
 
 
 @given(st.lists(st.sampled_from(("answers", "answers twice", "leaves")), min_size=1, max_size=8), st.integers(0, 2**32))
-def test_nobody_is_missing_when_everybody_answers_in_time(behaviours, seed):
+def test_no_row_is_degraded_when_every_expert_answers_in_time(behaviours, seed):
     scores = np.random.default_rng(seed).normal(size=(3, len(behaviours))).astype(np.float32)
     it = exchange(scores, 0, range(len(behaviours)), min(3, len(behaviours)), deadline=1e6)
     run(it, behaviours, random.Random(seed))

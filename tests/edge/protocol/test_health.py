@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe_edge.protocol.health import (
-    LEAST_SAMPLES,
-    LEAST_SILENCE_S,
-    MOST_PAUSE_S,
-    MOST_SILENCE_S,
+    MAX_PAUSE_S,
+    MAX_SILENCE_S,
+    MIN_SAMPLES,
+    MIN_SILENCE_S,
     SAMPLES,
     Health,
 )
 
 MIDDLE = 0.5
-"""The chance that leaves a pause as it is."""
+"""The random number that leaves a pause unchanged."""
 
 
 def peer(chance=MIDDLE, alive_at=None):
@@ -28,32 +28,32 @@ def peer(chance=MIDDLE, alive_at=None):
 
 
 def probed(health, now):
-    """Probe it when that is due, and be welcome."""
+    """Probe it as soon as `due` says so, and receive a Welcome."""
     assert health.due(max(now, health.wake_at)) == "probe"
     health.welcomed(now)
 
 
 def asked(health, trips, start=0.0):
-    """Ask and be answered, one after another."""
+    """Send Asks one after another; trips: seconds until each answer."""
     for number, took in enumerate(trips):
         health.sent(number, start)
         health.heard(number, start + took)
 
 
 def pause_after(health, now):
-    """How long after `now` it is probed again."""
+    """Seconds after `now` until it is probed again."""
     assert health.due(now) is None
     return health.wake_at - now
 
 
-def test_a_peer_that_nobody_knows_is_probed_at_once_and_not_asked():
+def test_an_unknown_peer_is_probed_at_once_and_not_asked():
     health = peer()
     assert not health.alive
     assert health.due(0.0) == "probe"
     assert health.due(0.0) is None
 
 
-def test_a_welcome_makes_it_alive():
+def test_a_welcome_makes_a_peer_alive():
     health = peer(alive_at=1.0)
     assert (health.state, health.alive) == ("alive", True)
 
@@ -68,17 +68,17 @@ def test_a_failed_peer_owes_nothing_and_is_not_asked(why):
 
 
 @pytest.mark.parametrize("why", ["silent", "lost", "wrong", "foreign", "left"])
-def test_pauses_double_with_each_failure_up_to_a_most(why):
+def test_pauses_double_with_each_failure_up_to_a_maximum(why):
     health, pauses = peer(alive_at=0.0), []
     for _ in range(12):
         health.failed(why, 0.0)
         pauses.append(pause_after(health, 0.0))
-    most = MOST_PAUSE_S.get(why, 1.0)
-    assert pauses == pytest.approx([min(pauses[0] * 2**n, most) for n in range(12)])
-    assert pauses[-1] == pytest.approx(most)
+    longest = MAX_PAUSE_S.get(why, 1.0)
+    assert pauses == pytest.approx([min(pauses[0] * 2**n, longest) for n in range(12)])
+    assert pauses[-1] == pytest.approx(longest)
 
 
-def test_so_many_failures_that_no_float_could_double_them_are_borne():
+def test_thousands_of_failures_do_not_overflow_the_pause():
     health = peer()
     health.failures = 5000
     health.failed("lost", 0.0)
@@ -94,7 +94,7 @@ def test_chance_moves_a_pause_by_a_quarter_at_most():
     assert pauses == pytest.approx([0.75 * pauses[1], pauses[1], 1.25 * pauses[1]])
 
 
-def test_a_probe_is_not_due_again_before_its_pause_is_over():
+def test_a_probe_is_not_repeated_before_its_pause_is_over():
     health = peer(alive_at=0.0)
     health.failed("silent", 0.0)
     at = health.wake_at
@@ -103,7 +103,7 @@ def test_a_probe_is_not_due_again_before_its_pause_is_over():
 
 
 def test_a_welcome_alone_forgets_no_failure():
-    """Who greets and then says nothing, again and again, is probed ever more rarely."""
+    """A peer that greets and never answers is probed less and less often."""
     health = peer()
     for _ in range(3):
         health.failed("silent", 0.0)
@@ -118,19 +118,19 @@ def test_failures_are_forgotten_with_an_answer_that_makes_sense():
     before = health.failures
     health.sent(1, 10.0)
     health.heard(1, 10.1)
-    assert health.failures == before  # whether it makes sense is for others to say
+    assert health.failures == before  # only made_sense() resets them
     health.made_sense()
     assert health.failures == 0
 
 
-def test_a_welcome_that_nobody_asked_for_is_none():
+def test_a_welcome_without_a_probe_changes_nothing():
     health = peer(alive_at=0.0)
     health.failed("wrong", 1.0)
     health.welcomed(1.0)
     assert health.state == "wrong"
 
 
-def test_a_pong_settles_nothing_but_a_ping():
+def test_a_pong_settles_only_a_ping():
     health = peer(alive_at=0.0)
     health.sent(1, 0.0)
     health.sent(2, 0.0, timed=False)
@@ -141,14 +141,14 @@ def test_a_pong_settles_nothing_but_a_ping():
 
 
 @pytest.mark.parametrize("why", ["silent", "lost", "foreign", "left"])
-def test_a_peer_that_speaks_up_is_probed_at_once(why):
+def test_a_failed_peer_that_contacts_us_is_probed_at_once(why):
     health = peer(alive_at=0.0)
     health.failed(why, 1.0)
     health.returns(1.01)
     assert health.due(1.01) == "probe"
 
 
-def test_a_wrong_peer_that_speaks_up_waits_for_its_pause_all_the_same():
+def test_a_wrong_peer_that_contacts_us_still_waits_for_its_pause():
     health = peer(alive_at=0.0)
     health.failed("wrong", 1.0)
     at = health.wake_at
@@ -157,7 +157,7 @@ def test_a_wrong_peer_that_speaks_up_waits_for_its_pause_all_the_same():
     assert health.due(1.01) is None
 
 
-def test_a_probe_that_is_due_anyway_is_not_put_off_by_a_return():
+def test_a_return_never_delays_a_probe():
     health = peer(alive_at=0.0)
     health.failed("lost", 0.0)
     at = health.wake_at
@@ -165,21 +165,21 @@ def test_a_probe_that_is_due_anyway_is_not_put_off_by_a_return():
     assert health.wake_at == at
 
 
-def test_an_alive_peer_that_introduces_itself_changes_nothing():
+def test_a_return_of_an_alive_peer_changes_nothing():
     health = peer(alive_at=1.0)
     health.returns(1.1)
     assert (health.state, health.due(1.1)) == ("alive", None)
 
 
-def test_p95_says_nothing_before_enough_round_trips():
+def test_p95_is_infinite_before_enough_round_trips():
     health = peer(alive_at=0.0)
-    asked(health, [0.01] * (LEAST_SAMPLES - 1))
+    asked(health, [0.01] * (MIN_SAMPLES - 1))
     assert health.p95_s == math.inf
     asked(health, [0.01])
     assert health.p95_s == pytest.approx(0.01)
 
 
-def test_p95_is_what_nineteen_in_twenty_stayed_under():
+def test_p95_is_the_19th_of_20_round_trips():
     health = peer(alive_at=0.0)
     asked(health, [0.001 * n for n in range(1, 21)])
     assert health.p95_s == pytest.approx(0.019)
@@ -192,7 +192,7 @@ def test_p95_forgets_old_round_trips():
     assert health.p95_s == pytest.approx(0.01)
 
 
-def test_the_round_trip_is_smoothed_towards_what_is_measured():
+def test_the_round_trip_is_a_moving_average_of_the_measured_ones():
     health = peer(alive_at=0.0)
     asked(health, [0.1])
     assert health.rtt_s == pytest.approx(0.1)
@@ -202,43 +202,43 @@ def test_the_round_trip_is_smoothed_towards_what_is_measured():
     assert health.rtt_s == pytest.approx(0.2, rel=1e-3)
 
 
-@pytest.mark.parametrize(("took", "silence"), [(1e-4, LEAST_SILENCE_S), (30.0, MOST_SILENCE_S)])
-def test_silence_has_bounds_whatever_the_round_trips(took, silence):
+@pytest.mark.parametrize(("took", "silence"), [(1e-4, MIN_SILENCE_S), (30.0, MAX_SILENCE_S)])
+def test_the_limit_for_silence_has_bounds_whatever_the_round_trips(took, silence):
     health = peer(alive_at=0.0)
-    assert health.silence_s == LEAST_SILENCE_S
+    assert health.silence_s == MIN_SILENCE_S
     asked(health, [took] * 40)
     assert health.silence_s == silence
 
 
-def test_between_its_bounds_a_slow_peer_may_be_silent_for_longer():
+def test_between_these_bounds_a_slow_peer_may_be_silent_for_longer():
     health = peer(alive_at=0.0)
     asked(health, [0.4] * 60)
     assert health.silence_s == pytest.approx(0.8, abs=0.02)
 
 
-def test_what_is_owed_for_too_long_is_overdue():
+def test_a_peer_is_overdue_when_its_oldest_answer_takes_too_long():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     health.sent(2, 1.4)
-    assert not health.overdue(1.0 + LEAST_SILENCE_S - 1e-6)
-    assert health.overdue(1.0 + LEAST_SILENCE_S)
+    assert not health.overdue(1.0 + MIN_SILENCE_S - 1e-6)
+    assert health.overdue(1.0 + MIN_SILENCE_S)
     health.heard(1, 1.5)
-    assert not health.overdue(1.0 + LEAST_SILENCE_S)
+    assert not health.overdue(1.0 + MIN_SILENCE_S)
     assert health.overdue(1.4 + health.silence_s)
 
 
-def test_nothing_owed_is_never_overdue():
+def test_a_peer_that_owes_nothing_is_never_overdue():
     assert not peer(alive_at=0.0).overdue(1e9)
 
 
-def test_a_quiet_peer_is_pinged_after_its_time():
+def test_a_quiet_peer_is_pinged_after_ping_s():
     health = Health(lambda: MIDDLE, ping_s=0.5)
     probed(health, 1.0)
     assert health.due(1.49) is None
     assert health.due(1.5) == "ping"
 
 
-def test_a_peer_that_speaks_is_not_pinged():
+def test_a_reply_postpones_the_ping():
     health = Health(lambda: MIDDLE, ping_s=0.5)
     probed(health, 0.0)
     health.sent(1, 0.3)
@@ -247,14 +247,14 @@ def test_a_peer_that_speaks_is_not_pinged():
     assert health.due(0.86) == "ping"
 
 
-def test_while_an_answer_is_owed_quiet_alone_is_no_reason_to_ping():
+def test_a_peer_is_not_pinged_for_quiet_while_it_owes_an_answer():
     health = Health(lambda: MIDDLE, ping_s=0.5)
     probed(health, 0.0)
     health.sent(1, 0.49)
     assert health.due(0.55) is None
 
 
-def test_a_late_answer_is_asked_after_once():
+def test_one_ping_is_sent_about_a_late_answer():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     late = 1.0 + health.doubt_s
@@ -264,7 +264,7 @@ def test_a_late_answer_is_asked_after_once():
     assert [health.due(late + wait) for wait in (0.0, 0.1, 0.2, 0.3)] == [None] * 4
 
 
-def test_a_peer_that_owes_an_answer_for_longer_than_usual_is_not_trusted_until_it_comes():
+def test_a_peer_with_a_late_answer_is_not_trusted_until_it_comes():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     late = 1.0 + health.doubt_s
@@ -284,13 +284,13 @@ def test_a_peer_that_is_not_alive_is_not_trusted():
 
 
 @pytest.mark.parametrize("took", [1e-4, 0.1, 0.4, 30.0])
-def test_a_peer_is_doubted_before_it_counts_as_silent(took):
+def test_an_answer_is_late_before_the_peer_is_silent(took):
     health = peer(alive_at=0.0)
     asked(health, [took] * 40)
     assert 0 < health.doubt_s <= health.silence_s
 
 
-def test_every_late_answer_is_asked_after():
+def test_a_ping_is_sent_about_every_late_answer():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     health.sent(2, 1.0)
@@ -299,15 +299,15 @@ def test_every_late_answer_is_asked_after():
     assert health.due(1.21) == "ping"
 
 
-def test_a_ping_teaches_no_round_trip():
+def test_pings_are_not_recorded_as_round_trips():
     health = peer(alive_at=0.0)
-    for number in range(LEAST_SAMPLES):
+    for number in range(MIN_SAMPLES):
         health.sent(number, 0.0, timed=False)
         health.heard(number, 0.3)
     assert (health.rtt_s, health.p95_s, health.owed) == (None, math.inf, 0)
 
 
-def test_a_refusal_and_an_answer_that_nobody_asked_for_teach_no_round_trip():
+def test_refusals_and_unknown_answers_are_not_recorded_as_round_trips():
     health = peer(alive_at=0.0)
     health.sent(1, 0.0)
     health.heard(1, 0.3, sound=False)
@@ -317,7 +317,7 @@ def test_a_refusal_and_an_answer_that_nobody_asked_for_teach_no_round_trip():
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ping", "hear", "late", "refuse", "welcome", "fail", "nonsense", "return", "act"]),
+        st.sampled_from(["ask", "ping", "reply", "late", "refuse", "welcome", "fail", "nonsense", "return", "act"]),
         st.floats(0, 2, allow_nan=False),
     ),
     max_size=40,
@@ -325,15 +325,18 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.floats(0, 1))
-def test_before_wake_at_nothing_is_due_and_at_it_something_is(steps, chance):
-    health, now, number, open_ = Health(lambda: chance), 0.0, 0, []
+def test_before_wake_at_there_is_nothing_to_do_and_at_it_there_is(steps, chance):
+    health = Health(lambda: chance)
+    now = 0.0
+    number = 0
+    open_ = []
     for what, later in steps:
         now += later
         if what in ("ask", "ping") and health.alive:
             number += 1
             health.sent(number, now, timed=what == "ask")
             open_.append(number)
-        elif what in ("hear", "late", "refuse") and open_:
+        elif what in ("reply", "late", "refuse") and open_:
             health.heard(open_.pop(0 if what != "late" else -1), now, sound=what != "refuse")
         elif what == "welcome" and not health.alive:
             now = max(now, health.wake_at)
@@ -350,7 +353,7 @@ def test_before_wake_at_nothing_is_due_and_at_it_something_is(steps, chance):
         assert health.overdue(at) or copy.deepcopy(health).due(at) is not None
 
 
-def test_a_probe_that_could_not_be_sent_counts_as_none():
+def test_a_probe_that_could_not_be_sent_is_not_a_failure():
     health = peer()
     for now in (0.0, 0.2, 0.4):
         assert health.due(now) == "probe"

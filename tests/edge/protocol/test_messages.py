@@ -85,12 +85,12 @@ def test_messages_are_frozen_and_comparable(message):
         lambda: Result(0, 0, Tensor.pack(np.ones((1, 2), np.float32), "float16"), (RowAnswer((1,), (1.0,)),)),
     ],
 )
-def test_an_unsound_message_cannot_be_made(make):
+def test_an_invalid_message_cannot_be_made(make):
     with pytest.raises(LocalProtocolError):
         make()
 
 
-def test_a_row_is_degraded_when_somebody_is_missing_or_nobody_answered():
+def test_a_row_is_degraded_when_an_expert_is_missing_or_none_answered():
     assert not RowAnswer((1,), (1.0,)).degraded
     assert RowAnswer((1,), (1.0,), (2,)).degraded
     assert RowAnswer((), ()).degraded

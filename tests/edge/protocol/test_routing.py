@@ -10,7 +10,7 @@ from nmoe_edge.protocol.routing import route
 SCORES = np.array([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, 0.0, -1.0]], np.float32)
 
 
-def test_rows_go_to_their_top_k_the_best_first():
+def test_rows_go_to_their_top_k_experts_best_first():
     assert route(SCORES, 0, range(4), 2).chosen == ((1, 3), (0, 1))
 
 
@@ -18,7 +18,7 @@ def test_of_equal_scores_the_lower_number_wins():
     assert route(np.zeros((1, 5)), 0, range(5), 3).chosen == ((0, 1, 2),)
 
 
-def test_the_dead_are_wanted_but_not_chosen():
+def test_an_expert_that_is_not_alive_is_wanted_but_not_chosen():
     found = route(SCORES, 0, {0, 2, 3}, 2)
     assert found.wanted == ((1, 3), (0, 1))
     assert found.chosen == ((3, 2), (0, 2))
@@ -28,12 +28,12 @@ def test_the_own_expert_is_always_alive():
     assert route(SCORES, 2, (), 1).chosen == ((2,), (2,))
 
 
-def test_a_row_at_home_wants_its_own_expert_alone():
+def test_a_row_to_answer_locally_wants_only_the_own_expert():
     found = route(SCORES, 3, range(4), 2, at_home={1})
     assert found.wanted == found.chosen == ((1, 3), (3,))
 
 
-def test_who_is_alive_but_not_in_this_fleet_is_never_asked():
+def test_an_expert_number_outside_the_fleet_is_never_chosen():
     assert route(SCORES, 0, {0, 9}, 4).chosen == ((0,), (0,))
 
 
@@ -49,12 +49,12 @@ def test_who_is_alive_but_not_in_this_fleet_is_never_asked():
         (SCORES, 0, 5),
     ],
 )
-def test_what_cannot_be_routed_is_refused(scores, own, top_k):
+def test_scores_and_arguments_out_of_range_are_refused(scores, own, top_k):
     with pytest.raises(LocalProtocolError):
         route(scores, own, range(4), top_k)
 
 
-def test_weights_are_the_softmax_over_the_chosen():
+def test_weights_are_the_softmax_over_the_chosen_experts():
     # The paper's definition: every score outside the top-k becomes minus infinity before the softmax.
     masked = np.where(np.isin(np.arange(4), (1, 3)), SCORES[0], -np.inf)
     reference = np.exp(masked - 3.0) / np.exp(masked - 3.0).sum()
@@ -63,10 +63,11 @@ def test_weights_are_the_softmax_over_the_chosen():
     assert [weights[e] for e in (1, 3)] == pytest.approx(reference[[1, 3]], rel=1e-6)
 
 
-def test_weights_of_who_answered_are_those_of_all_renormalised():
-    everyone, some = expert_weights(SCORES[0], (0, 1, 2, 3)), expert_weights(SCORES[0], (0, 2))
-    total = everyone[0] + everyone[2]
-    assert [some[0], some[2]] == pytest.approx([everyone[0] / total, everyone[2] / total], rel=1e-6)
+def test_weights_of_some_experts_are_the_weights_of_all_renormalised():
+    of_all = expert_weights(SCORES[0], (0, 1, 2, 3))
+    of_two = expert_weights(SCORES[0], (0, 2))
+    total = of_all[0] + of_all[2]
+    assert [of_two[0], of_two[2]] == pytest.approx([of_all[0] / total, of_all[2] / total], rel=1e-6)
 
 
 def test_outputs_are_summed_by_weight():
@@ -86,7 +87,7 @@ def test_an_unknown_combination_is_refused():
         combine({1: np.zeros(2)}, {1: 1.0}, "mean")
 
 
-def test_the_largest_floats_combine_to_no_infinity():
+def test_combining_the_largest_floats_does_not_overflow():
     largest = np.full(2, np.finfo(np.float32).max, np.float32)
     weights = expert_weights(np.zeros(3, np.float32), (0, 1, 2))
     assert np.isfinite(combine(dict.fromkeys(range(3), largest), weights)).all()

@@ -21,7 +21,7 @@ WIRE_MD = Path(wire_module.__file__).with_name("WIRE.md").read_text()
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
-def test_every_message_comes_back_as_it_went(message):
+def test_every_message_round_trips(message):
     assert decode(encode(message)) == message
 
 
@@ -31,7 +31,7 @@ def test_every_message_comes_back_as_it_went(message):
     st.sampled_from(["int8", "float16", "float32"]),
     st.tuples(st.integers(1, 9), st.integers(1, 600)),
 )
-def test_any_ask_comes_back_as_it_went(request, budget_ms, dtype, shape):
+def test_any_ask_round_trips(request, budget_ms, dtype, shape):
     latents = Tensor.pack(np.linspace(-2, 2, shape[0] * shape[1], dtype=np.float32).reshape(shape), dtype)
     ask = Ask(request, request ^ 5, budget_ms, 3, TRUNK, latents)
     assert decode(encode(ask)) == ask
@@ -43,7 +43,7 @@ row_answers = st.lists(st.integers(0, 1023), unique=True, max_size=12).map(
 
 
 @given(st.lists(row_answers, min_size=1, max_size=6))
-def test_any_result_comes_back_with_every_row_as_it_went(rows):
+def test_any_result_round_trips(rows):
     result = Result(1, 2, Tensor.pack(np.ones((len(rows), 3), np.float32), "float32"), tuple(rows))
     back = decode(encode(result))
     assert [(row.experts, row.missing) for row in back.rows] == [(row.experts, row.missing) for row in rows]
@@ -52,15 +52,15 @@ def test_any_result_comes_back_with_every_row_as_it_went(rows):
 
 
 @pytest.mark.parametrize("case", NASTY, ids=lambda case: case["name"])
-def test_nasty_frames_are_refused_with_the_reason(case):
+def test_invalid_frames_are_rejected_with_the_reason(case):
     with pytest.raises(RemoteProtocolError, match=re.escape(case["why"])):
         decode([bytes.fromhex(frame) for frame in case["frames"]])
 
 
-@pytest.mark.parametrize(("dtype", "most_bytes"), [("float16", 576), ("int8", 324)])
-def test_a_256_float_latent_row_costs_no_more_than_promised(dtype, most_bytes):
+@pytest.mark.parametrize(("dtype", "max_bytes"), [("float16", 576), ("int8", 324)])
+def test_a_latent_row_of_256_floats_is_as_small_as_wire_md_says(dtype, max_bytes):
     latents = Tensor.pack(np.ones((1, 256), np.float32), dtype)
-    assert sum(map(len, encode(Ask(1, 2, 3, 4, TRUNK, latents)))) <= most_bytes
+    assert sum(map(len, encode(Ask(1, 2, 3, 4, TRUNK, latents)))) <= max_bytes
 
 
 def test_the_header_is_64_bytes():
@@ -79,22 +79,22 @@ def test_the_header_is_64_bytes():
         (Caps(rows=1), Result(1, 0, Tensor.pack(np.ones((2, 4)), "float32"), (RowAnswer((1,), (1.0,)),) * 2)),
     ],
 )
-def test_caps_are_configuration(caps, message):
+def test_a_message_over_a_cap_is_rejected(caps, message):
     assert decode(encode(message)) == message
     with pytest.raises(RemoteProtocolError):
         decode(encode(message), caps)
 
 
-def test_what_a_kind_does_not_use_is_not_read():
+def test_header_fields_that_a_kind_does_not_use_are_not_read():
     header, payload = encode(MESSAGES[0])
     noisy = list(HEADER.unpack(header))
-    for place, value in (("code", 9), ("trace", 77), ("rows", 5)):
-        noisy[Header._fields.index(place)] = value
+    for field, value in (("code", 9), ("trace", 77), ("rows", 5)):
+        noisy[Header._fields.index(field)] = value
     noisy = HEADER.pack(*noisy[:-4], 9, 9, 9, 9)
     assert decode([noisy, payload]) == MESSAGES[0]
 
 
-def test_a_greeting_may_bring_what_this_version_does_not_know():
+def test_unknown_keys_in_a_hello_are_ignored():
     hello = MESSAGES[0]
     header, payload = encode(hello)
     later = json.dumps({**json.loads(payload), "clock": [1, 2]}).encode()
@@ -102,14 +102,14 @@ def test_a_greeting_may_bring_what_this_version_does_not_know():
 
 
 @pytest.mark.parametrize("message", [m for m in MESSAGES if hasattr(m, "request")], ids=lambda m: type(m).__name__)
-def test_a_request_that_is_not_understood_can_still_be_refused_by_its_number(message):
+def test_the_error_about_an_invalid_message_carries_its_request_number(message):
     header, *payload = encode(message)
     with pytest.raises(RemoteProtocolError) as refused:
         decode([header, payload[0] + b"\xff" if payload else b"x"])
     assert refused.value.request == message.request
 
 
-def test_a_cap_is_looked_at_before_the_payload():
+def test_a_cap_is_checked_before_the_payload_is_read():
     infer = encode(Infer(1, 0, 0, Tensor.pack(np.zeros((1, 2), np.uint8), "uint8")))
 
     class Untouchable(bytes):
@@ -120,14 +120,14 @@ def test_a_cap_is_looked_at_before_the_payload():
         decode([infer[0], Untouchable(100)], Caps(payload_bytes=99))
 
 
-def test_every_message_has_a_layout_of_its_own():
+def test_every_message_has_its_own_kind():
     kinds = [layout.kind for layout in LAYOUTS.values()]
     assert kinds == list(range(1, len(Message.__args__) + 1))
 
 
-def test_the_document_names_every_kind_and_what_of_the_header_it_uses():
+def test_wire_md_lists_every_kind_and_its_header_fields():
     rows = re.findall(r"^\| (\d+) \| ([A-Z]\w+) \|([^|]*)\|", WIRE_MD, re.M)
-    documented = {(int(kind), name, frozenset(re.findall(r"\w+", places))) for kind, name, places in rows}
+    documented = {(int(kind), name, frozenset(re.findall(r"\w+", fields))) for kind, name, fields in rows}
     tensor = {"tensor": {"tensor"}, "result": {"tensor"}}
     assert documented == {
         (layout.kind, kind.__name__, frozenset(layout.header.values()) | tensor.get(layout.body.name, set()))
@@ -135,19 +135,19 @@ def test_the_document_names_every_kind_and_what_of_the_header_it_uses():
     }
 
 
-def test_the_document_names_every_place_of_the_header():
-    places = re.findall(r"^\| \d+ \| \d+ \| `(\w+)` \|", WIRE_MD, re.M)
-    assert tuple(places) == Header._fields
+def test_wire_md_lists_every_header_field():
+    fields = re.findall(r"^\| \d+ \| \d+ \| `(\w+)` \|", WIRE_MD, re.M)
+    assert tuple(fields) == Header._fields
 
 
-def test_the_document_gives_every_place_its_offset():
+def test_wire_md_gives_every_header_field_its_offset():
     offsets = [int(o) for o in re.findall(r"^\| (\d+) \| \d+ \| `\w+` \|", WIRE_MD, re.M)]
     sizes = [int(s) for s in re.findall(r"^\| \d+ \| (\d+) \| `\w+` \|", WIRE_MD, re.M)]
     assert offsets == [sum(sizes[:i]) for i in range(len(sizes))]
     assert sum(sizes) == HEADER.size
 
 
-def test_a_glance_tells_number_and_budget_of_a_request_and_nothing_of_other_frames():
+def test_glance_reads_number_and_budget_of_an_infer_only():
     infer = Infer(7, 1, 250, Tensor("uint8", (1, 2), b"ab"))
     header, payload = encode(infer)
     assert glance((header, payload)) == (7, 250)

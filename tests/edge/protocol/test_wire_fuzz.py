@@ -1,4 +1,4 @@
-"""Whatever arrives, decode raises RemoteProtocolError or returns a sound message: nothing else, ever."""
+"""Whatever arrives, decode returns a valid message or raises RemoteProtocolError, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NASTY_BYTES = (0, 1, 2, 3, 4, 5, 6, 11, 12, 0x7F, 0x80, 0xFE, 0xFF)
 
 
 def outcome(frames):
-    """The message, None when it was refused; every other exception is the failure that these tests look for."""
+    """The message, or None if it was rejected. Any other exception is the bug that these tests look for."""
     try:
         message = decode(frames)
     except RemoteProtocolError:
@@ -28,37 +28,37 @@ def outcome(frames):
 
 @FUZZ
 @given(st.lists(st.binary(max_size=200), max_size=3), st.binary(min_size=HEADER.size - 4, max_size=HEADER.size - 4))
-def test_arbitrary_frames_are_refused_or_sound(frames, rest_of_header):
+def test_arbitrary_frames_are_rejected_or_valid(frames, rest_of_header):
     outcome(frames)
-    # Past the magic and the version, and so into every kind's reader.
+    # With a correct magic and version, so that every kind's reader is reached.
     outcome([MAGIC + b"\x01" + bytes([1 + rest_of_header[0] % 13]) + rest_of_header, *frames[:1]])
 
 
 @FUZZ
 @given(st.integers(min_value=0, max_value=2**64 - 1))
-def test_mutated_messages_are_refused_or_sound(seed):
+def test_mutated_messages_are_rejected_or_valid(seed):
     chance = random.Random(seed)
     outcome(mutated(list(chance.choice(SAMPLES)), chance))
 
 
 def mutated(frames, chance):
-    """A sound message after a few accidents."""
+    """A valid message after one to four random changes."""
     for _ in range(chance.randint(1, 4)):
         which = chance.randrange(len(frames))
         frame = bytearray(frames[which])
         at = chance.randrange(len(frame) + 1)
-        accident = chance.randrange(6)
-        if accident == 0 and at < len(frame):
+        change = chance.randrange(6)
+        if change == 0 and at < len(frame):
             frame[at] = chance.choice(NASTY_BYTES)
-        elif accident == 1 and at < len(frame):
+        elif change == 1 and at < len(frame):
             frame[at] ^= 1 << chance.randrange(8)
-        elif accident == 2:
+        elif change == 2:
             del frame[at : at + chance.randint(1, 8)]
-        elif accident == 3:
+        elif change == 3:
             frame[at:at] = chance.randbytes(chance.randint(1, 8))
-        elif accident == 4 and len(frames) < 4:
+        elif change == 4 and len(frames) < 4:
             frames.append(chance.choice(chance.choice(SAMPLES)))
-        elif accident == 5:
+        elif change == 5:
             other = chance.choice(SAMPLES)
             frame = bytearray(other[min(which, len(other) - 1)])
         frames[which] = bytes(frame)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nmoe_train.results.evaluation import (
-    Rows,
+    DeviceRows,
     adapted,
     answers,
     auc,
@@ -18,9 +18,9 @@ from nmoe_train.run import Inference
 
 g = torch.Generator().manual_seed(0)
 
-ROWS = Rows(
+ROWS = DeviceRows(
     scores=torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 2.0]]),
-    outputs=torch.tensor([[[9.0, 0.0], [0.0, 1.0], [0.0, 0.0]], [[0.1, 0.0], [0.0, 2.0], [4.0, 0.0]]]),
+    expert_outputs=torch.tensor([[[9.0, 0.0], [0.0, 1.0], [0.0, 0.0]], [[0.1, 0.0], [0.0, 2.0], [4.0, 0.0]]]),
     y=torch.tensor([0, 1]),
 )
 
@@ -28,19 +28,19 @@ ROWS = Rows(
 def test_a_row_goes_to_its_top_k_with_the_papers_softmax():
     p, went = answers(ROWS, 0, Inference(2, "outputs"))
     weights = torch.tensor([3.0, 1.0]).softmax(0)
-    expected = (weights[0] * ROWS.outputs[0, 0] + weights[1] * ROWS.outputs[0, 1]).softmax(0)
+    expected = (weights[0] * ROWS.expert_outputs[0, 0] + weights[1] * ROWS.expert_outputs[0, 1]).softmax(0)
     assert torch.allclose(p[0], expected)
     assert went.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
     p, _ = answers(ROWS, 0, Inference(2, "probabilities"))
-    expected = weights[0] * ROWS.outputs[0, 0].softmax(0) + weights[1] * ROWS.outputs[0, 1].softmax(0)
+    expected = weights[0] * ROWS.expert_outputs[0, 0].softmax(0) + weights[1] * ROWS.expert_outputs[0, 1].softmax(0)
     assert torch.allclose(p[0], expected)
 
 
 def test_a_row_that_its_own_expert_is_sure_of_stays_at_home():
     p, went = answers(ROWS, 0, Inference(1, "probabilities", 0.9))
     assert went.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
-    assert torch.equal(p[0], ROWS.outputs[0, 0].softmax(0))
-    assert torch.equal(p[1], ROWS.outputs[1, 2].softmax(0))
+    assert torch.equal(p[0], ROWS.expert_outputs[0, 0].softmax(0))
+    assert torch.equal(p[1], ROWS.expert_outputs[1, 2].softmax(0))
 
 
 def test_em_finds_the_class_mix_of_unlabelled_answers():
@@ -64,10 +64,10 @@ def test_the_class_mix_of_a_row_is_estimated_from_other_rows():
 
 def test_the_threshold_is_the_best_and_of_equals_keeps_most_at_home():
     rules = Inference(1, "probabilities")
-    right_at_home = Rows(
+    right_at_home = DeviceRows(
         torch.tensor([[0.0, 9.0]] * 4), torch.tensor([[[3.0, 0.0], [0.0, 3.0]]] * 4), torch.zeros(4, dtype=torch.long)
     )
-    wrong_at_home = Rows(right_at_home.scores, right_at_home.outputs, torch.ones(4, dtype=torch.long))
+    wrong_at_home = DeviceRows(right_at_home.scores, right_at_home.expert_outputs, torch.ones(4, dtype=torch.long))
     assert choose_threshold([right_at_home], [right_at_home], rules) == 0.5
     assert choose_threshold([wrong_at_home], [wrong_at_home], rules) == 0.99  # its own expert is 95 % sure
 
@@ -113,7 +113,7 @@ def test_an_expert_alone_gets_the_same_class_mix_as_the_fleet():
     """One device: the fleet is its expert, so the two figures are one."""
     torch.manual_seed(0)
     y = torch.multinomial(torch.tensor([0.8, 0.1, 0.1]), 400, replacement=True)
-    rows = Rows(torch.zeros(400, 1), (torch.randn(400, 3) + torch.eye(3)[y])[:, None], y)
+    rows = DeviceRows(torch.zeros(400, 1), (torch.randn(400, 3) + torch.eye(3)[y])[:, None], y)
     result = evaluate([rows], Inference(1, "probabilities", adapt=True))
     assert result["networked"] == result["own_expert"]
     without = evaluate([rows], Inference(1, "probabilities"))
@@ -127,7 +127,7 @@ def test_the_threshold_minds_ones_own_rows_and_everybodys():
     def rows(confidence, label, n):
         logit = torch.tensor(confidence / (1 - confidence)).log().item()
         outputs = torch.tensor([[[logit, 0.0], [0.0, 9.0]]] * n)
-        return Rows(torch.tensor([[0.0, 9.0]] * n), outputs, torch.full((n,), label))
+        return DeviceRows(torch.tensor([[0.0, 9.0]] * n), outputs, torch.full((n,), label))
 
     surer = rows(0.93, 0, 4)
     assert choose_threshold([surer], [rows(0.65, 1, 4)], rules) == 0.7  # home for the sure, abroad for the others
