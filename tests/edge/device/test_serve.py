@@ -164,7 +164,7 @@ def test_what_cannot_be_served_is_one_line_and_exit_1(fleet, options, text):
 def test_a_fleets_folder_is_not_one_device(fleet, nmoe_edge):
     refused = nmoe_edge("serve", fleet)
     assert (refused.exit_code, refused.error.count("\n")) == (1, 1)
-    assert "is a whole fleet; serve one of its devices" in refused.error
+    assert "is a fleet folder; serve one of its devices" in refused.error
 
 
 def test_a_log_in_json_is_one_object_a_line(fleet):
@@ -192,7 +192,7 @@ def test_keygen_keeps_pairs_and_writes_nothing_that_others_may_read(tiny_fleet, 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("infer", "x.npy", "missing.npy", "--at", "tcp://127.0.0.1:1"), "missing.npy: there is no such file"),
+        (("infer", "x.npy", "missing.npy", "--at", "tcp://127.0.0.1:1"), "missing.npy: no such file"),
         (("infer", "x.npy", "--at", "tcp://127.0.0.1:1"), "asked without keys, as no --fleet was given"),
         (("infer", "x.npy", "--at", "nonsense"), "tcp://HOST:PORT is due"),
         (("status", "--at", "tcp://127.0.0.1:99999"), "tcp://HOST:PORT is due, with a port in 1..65535"),
@@ -269,10 +269,10 @@ def test_watching_a_device_ends_well_by_ctrl_c(fleet, tmp_path):
 def test_keygen_replaces_no_key_that_is_elsewhere_unless_it_is_forced_to(keyed, nmoe_edge, tmp_path):
     path, key = keyed / FLEET_FILE, tmp_path / "fleet-keys" / "barn.key"
     before = path.stat().st_mtime_ns
-    assert "nothing has changed" in nmoe_edge("keygen", keyed).output
+    assert "nothing to do" in nmoe_edge("keygen", keyed).output
     assert path.stat().st_mtime_ns == before
     key.rename(keyed / "barn.key")  # where a device has it
-    assert "nothing has changed" in nmoe_edge("keygen", keyed, "--device", "barn").output
+    assert "nothing to do" in nmoe_edge("keygen", keyed, "--device", "barn").output
     (keyed / "barn.key").rename(tmp_path / "barn.key")
     for wrong in (None, make_pair()):
         if wrong is not None:
@@ -302,4 +302,4 @@ def test_a_bundle_answers_a_picture_alone(tiny_fleet, tmp_path, nmoe_edge):
 
 def test_it_runs_as_a_module_and_says_its_version():
     shown = subprocess.run([sys.executable, "-m", "nmoe_edge", "serve", "--help"], capture_output=True, text=True)
-    assert "Examples: nmoe-edge serve" in shown.stdout
+    assert "Examples:\n    nmoe-edge serve" in shown.stdout
