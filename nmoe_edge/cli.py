@@ -17,7 +17,7 @@ from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
 from nmoe_edge.common.text import counted, one_line
 from nmoe_edge.display import answer_lines, bundle_table, fleet_table, ready_line, selftest_line, status_table
 from nmoe_edge.errors import EdgeError
-from nmoe_edge.options import LATENT_TYPES, PATH, THREADS
+from nmoe_edge.options import LATENT_TYPES, PATH
 
 if TYPE_CHECKING:
     from nmoe_edge.client import Client
@@ -68,7 +68,7 @@ Examples:
     short_help="Check that this machine computes a bundle correctly.",
 )
 @click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
-@click.option("--threads", type=THREADS, default=1, show_default=True, metavar="N", help="CPU threads per graph.")
+@options.threads
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per bundle.")
 def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
     """Check that this machine computes each BUNDLE as its exporter did.
@@ -108,16 +108,9 @@ Examples:
 )
 @options.own_key
 @options.provider
-@click.option("--threads", type=THREADS, default=1, show_default=True, metavar="N", help="CPU threads per graph.")
+@options.threads
 @click.option("--top-k", type=int, metavar="K", help="Experts that answer each row.  [default: the bundle's]")
-@click.option(
-    "--deadline-ms",
-    type=click.FloatRange(1, 3_600_000),
-    default=1000,
-    show_default=True,
-    metavar="MS",
-    help="Longest time a request may take; a client may ask for less.",
-)
+@options.deadline("Longest time a request may take; a client may ask for less.")
 @click.option(
     "--latents",
     type=click.Choice(tuple(LATENT_TYPES)),
@@ -136,13 +129,12 @@ Examples:
     help="Learn how often this device sees each class, and weight answers by it.  [default: the bundle's]",
 )
 @click.option("--forget", is_flag=True, help="Discard the class mix learned earlier.")
-@click.option(
+@options.number(
     "--prefer-near",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    metavar="L",
-    help="Gate score that a peer loses per millisecond of its usual response time.",
+    click.FloatRange(0),
+    0.0,
+    "L",
+    "Gate score that a peer loses per millisecond it usually takes.",
 )
 @click.option("--hedge/--no-hedge", default=True, show_default=True, help="Ask a second expert when the first is late.")
 @click.option("--state", type=PATH, help="Folder that keeps the learned class mix.  [default: ~/.local/state/nmoe]")
@@ -247,14 +239,7 @@ Examples:
 @options.target()
 @click.option("--bundle", type=PATH, help="Instead of --at: a bundle to answer with on this machine, without peers.")
 @options.access
-@click.option(
-    "--deadline-ms",
-    type=click.FloatRange(1, 3_600_000),
-    default=1000,
-    show_default=True,
-    metavar="MS",
-    help="How long to wait for the answers.",
-)
+@options.deadline("How long to wait for the answers.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row.")
 def infer(
     files: tuple[Path, ...],

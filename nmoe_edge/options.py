@@ -9,10 +9,24 @@ from typing import Any
 import click
 
 PATH = click.Path(path_type=Path)
-THREADS = click.IntRange(1, 256)
 LATENT_TYPES = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
 """What a user types for --latents -> the dtype that bundles and messages name."""
 
+
+def number(
+    flag: str, kind: click.IntRange | click.FloatRange, default: float, metavar: str, text: str
+) -> Callable[..., Any]:
+    """An option with a number as its value, whose help shows the default and the range."""
+    return click.option(flag, type=kind, default=default, show_default=True, metavar=metavar, help=text)
+
+
+def deadline(text: str) -> Callable[..., Any]:
+    """The option --deadline-ms."""
+    return number("--deadline-ms", click.FloatRange(1, 3_600_000), 1000, "MS", text)
+
+
+THREADS = click.IntRange(1, 256)
+threads = number("--threads", THREADS, 1, "N", "CPU threads per graph.")
 provider = click.option(
     "--provider",
     type=click.Choice(("auto", "cpu", "cuda", "tensorrt")),
@@ -43,7 +57,7 @@ def access(command: Any) -> Any:
     command = click.option(
         "--key",
         type=PATH,
-        help="Key file of any device of the fleet, to ask with."
+        help="Key file of any device of the fleet; the client asks with its key."
         "  [default: the first found next to fleet.toml, or in FLEET-keys next to its folder]",
     )(command)
     return click.option(

@@ -14,17 +14,18 @@ DASH = "–"
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table, padded so that it reads well on a terminal; columns of dashes alone are left out."""
-    columns = [column for column in zip(heads, *lines, strict=True) if set(column[1:]) != {DASH}]
-    cells = [[_cell(text) for text in column] for column in columns]
-    widths = [max(3, *map(len, column)) for column in cells]
-    padded = [[text.ljust(width) for text in column] for column, width in zip(cells, widths, strict=True)]
-    head, *rows = [f"| {' | '.join(row)} |" for row in zip(*padded, strict=True)]
-    rule = "|".join("-" * (width + 2) for width in widths)
-    return "\n".join([head, f"|{rule}|", *rows])
+    columns = [_padded(column) for column in zip(heads, *lines, strict=True) if set(column[1:]) != {DASH}]
+    shown = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
+    rule = "|".join("-" * (len(column[0]) + 2) for column in columns)
+    shown.insert(1, f"|{rule}|")
+    return "\n".join(shown)
 
 
-def _cell(text: str) -> str:
-    return one_line(text).replace("|", "/")
+def _padded(column: Sequence[str]) -> list[str]:
+    """The cells of a column, all of the same width."""
+    cells = [one_line(text).replace("|", "/") for text in column]
+    width = max(3, *map(len, cells))
+    return [cell.ljust(width) for cell in cells]
 
 
 def dashed(value: object, form: str = "") -> str:

@@ -134,13 +134,12 @@ Examples:
     metavar="TYPE,...",
     help="Number types of the latents sent to --at.",
 )
-@click.option(
+@options.number(
     "--clients",
-    type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Clients of the fleet; each sends its next request when the last is answered (closed loop).",
+    click.IntRange(1, 256),
+    1,
+    "N",
+    "Clients of the fleet; each sends its next request when the last is answered (closed loop).",
 )
 @click.option(
     "--rate",
@@ -148,21 +147,19 @@ Examples:
     metavar="R",
     help="Also send the fleet R requests per second as Poisson arrivals (open loop).",
 )
-@click.option(
+@options.number(
     "--duration",
-    type=click.FloatRange(0.1, 3600),
-    default=10,
-    show_default=True,
-    metavar="S",
-    help="Seconds of measuring, all rounds together: for each number of threads, and for each table row over the wire.",
+    click.FloatRange(0.1, 3600),
+    10,
+    "S",
+    "Seconds of measuring, all rounds together: for each number of threads, and for each table row over the wire.",
 )
-@click.option(
+@options.number(
     "--rounds",
-    type=click.IntRange(1, 30),
-    default=5,
-    show_default=True,
-    metavar="N",
-    help="Rounds that share the duration. `bench compare` needs five or more.",
+    click.IntRange(1, 30),
+    5,
+    "N",
+    "Rounds that share the duration. `bench compare` needs five or more.",
 )
 @click.option("--json", "record_file", type=PATH, help="Write every sample to this file, for `bench compare`.")
 def run(

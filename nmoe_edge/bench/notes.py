@@ -43,7 +43,8 @@ def doubts(record: Record, rows: Sequence[Row]) -> Iterator[str]:
                 " the benchmark or the connection is too slow for this rate; use a lower --rate"
             )
     if record.peers is not None and any(row.scenario == "fleet" for row in rows):
-        known, before, after = record.peers.known, record.peers.before, record.peers.after
+        known = record.peers.known
+        before, after = record.peers.before, record.peers.after
         if before < known or (after is not None and after < known):
             yield f"{before} of {known} peers were alive before, {dashed(after)} after: serve all of them"
 

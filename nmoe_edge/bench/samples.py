@@ -21,19 +21,20 @@ STEADY_BLOCKS = 3
 BLOCK_S = 0.05
 """Length of a block of the warm-up."""
 MAX_WARM_S = 2.0
+"""Longest warm-up, unless its first three blocks take longer."""
 MAX_SAMPLES = 10_000
 """Samples of one step in one round; a fast step ends its round early, which bounds the memory."""
 TOO_SPREAD = 1.10
 """If the medians of the rounds differ by a larger factor, a note warns that the figure is not reliable."""
-DOUBT = 0.005
-"""Error probability at either end of the interval, which so holds the true ratio in 99 of 100 cases."""
-LEAST_CHANGE = 0.05
+ERROR_RATE = 0.005
+"""Error probability at either end of the interval, so that it holds the true ratio in 99 of 100 cases."""
+MIN_CHANGE = 0.05
 """Two runs of one program, minutes apart, may differ by this much although neither shows it within itself."""
-ROOM = 1.10
-"""For "same", the interval must lie between 1/ROOM and ROOM. It is as wide as TOO_SPREAD, not as LEAST_CHANGE: with
-five rounds the interval is as wide as the rounds lie apart. Unchanged programs with rounds that differ by 2 % would
-rarely be "same" within 5 %."""
-MORE = 0.01
+SAME_WITHIN = 1.10
+"""For "same", the interval must lie between 1/SAME_WITHIN and SAME_WITHIN. The value is that of TOO_SPREAD, not of
+MIN_CHANGE: with five rounds the interval is as wide as the rounds lie apart, and an unchanged program with rounds that
+differ by 2 % would rarely be "same" within 5 %."""
+MIN_RISE = 0.01
 """A smaller rise in the share of missing, refused or degraded answers is ignored."""
 MAX_ROUNDS = 30
 
@@ -92,10 +93,10 @@ def change(old: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> Change
         return Change(ratio, ratios[0], ratios[-1], "too few rounds")
     low = ratios[cut]
     high = ratios[-1 - cut]
-    verdict: Verdict = "same" if low >= 1 / ROOM and high <= ROOM else "cannot tell"
-    if low > 1 and ratio > 1 + LEAST_CHANGE:
+    verdict: Verdict = "same" if low >= 1 / SAME_WITHIN and high <= SAME_WITHIN else "cannot tell"
+    if low > 1 and ratio > 1 + MIN_CHANGE:
         verdict = "worse"
-    elif high < 1 and ratio < 1 / (1 + LEAST_CHANGE):
+    elif high < 1 and ratio < 1 / (1 + MIN_CHANGE):
         verdict = "better"
     return Change(ratio, low, high, verdict)
 
@@ -107,7 +108,7 @@ def more_often(old: int, of_old: int, new: int, of_new: int) -> bool:
     rise = new / of_new - old / of_old
     pooled = (old + new) / (of_old + of_new)
     standard_error = math.sqrt(pooled * (1 - pooled) * (1 / of_old + 1 / of_new))
-    return rise > MORE and rise > 3 * standard_error
+    return rise > MIN_RISE and rise > 3 * standard_error
 
 
 def _cut(n: int, m: int) -> int | None:
@@ -127,7 +128,7 @@ def _cut(n: int, m: int) -> int | None:
     cut = None
     for pairs, count in enumerate(ways[n]):
         orders += count
-        if orders > DOUBT * math.comb(n + m, n):
+        if orders > ERROR_RATE * math.comb(n + m, n):
             return cut
         cut = pairs
     return cut

@@ -6,6 +6,7 @@ A line or column of unknown values alone is left out, and one line names what is
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from statistics import median
 
 from nmoe_edge.bench.board import Moment
@@ -14,7 +15,7 @@ from nmoe_edge.bench.compare import Comparison
 from nmoe_edge.bench.notes import doubts, record_notes
 from nmoe_edge.bench.probe import WHOLE
 from nmoe_edge.bench.record import Record, Row
-from nmoe_edge.bench.samples import LEAST_SAMPLES, ROOM, Change, percentile, spread
+from nmoe_edge.bench.samples import LEAST_SAMPLES, SAME_WITHIN, Change, percentile, spread
 from nmoe_edge.common.text import one_line
 
 _MAX_NAMES = 3
@@ -63,7 +64,7 @@ def _headline(record: Record) -> Iterator[str]:
             first.setdefault(row.scenario, row)
     parts = []
     for scenario, path in (
-        ("local", "answered locally, the whole path"),
+        ("local", "locally, the whole path"),
         ("peer", "to a peer's expert and back"),
         ("fleet", "through the fleet"),
     ):
@@ -109,11 +110,8 @@ def _conditions(record: Record) -> Iterator[tuple[str, str | None, str | None]]:
     if peers is not None:
         alive_after = None if peers.after is None else f"{peers.after} of {peers.known}"
         yield "peers alive", f"{peers.before} of {peers.known}", alive_after
-    yield (
-        "start (UTC), seconds",
-        f"{record.began}, {record.duration_s:g} for each number of threads and for each row over the wire",
-        "",
-    )
+    yield "start", record.began, ""
+    yield "duration", f"{record.duration_s:g} s for each number of threads, and for each row over the wire", ""
 
 
 def _frequency(moment: Moment) -> str | None:
@@ -131,12 +129,12 @@ def _unknown(record: Record) -> Iterator[str]:
     for name, before, after in _conditions(record):
         if not before and not after:
             yield name
-    starts = record.starts
+    stages = chain.from_iterable(start.stages for start in record.starts)
     for name, values in (
-        ("memory of a process", [size for start in starts for stage in start.stages for size in stage.rss]),
-        ("its peak", [size for start in starts for size in start.peak]),
-        ("its PSS", [size for start in starts for size in start.pss]),
-        ("power drawn", [row.mean_w for row in record.rows]),
+        ("memory of a process", chain.from_iterable(stage.rss for stage in stages)),
+        ("its peak", chain.from_iterable(start.peak for start in record.starts)),
+        ("its PSS", chain.from_iterable(start.pss for start in record.starts)),
+        ("power drawn", (row.mean_w for row in record.rows)),
     ):
         if all(value is None for value in values):
             yield name
@@ -190,7 +188,7 @@ def _latencies(rows: Iterable[Row]) -> str:
         energy = [dashed(row.mean_w, ".2f"), dashed(millijoules, ".3f")]
         lines.append([row.what, row.setting, str(row.rows), f"{len(samples):,}", *quantiles, apart, *energy])
     shares = [f"p{share * 100:g}" for share in LEAST_SAMPLES]
-    return table(["", "", "rows", "samples", *shares, "rounds apart", "W", "mJ per row"], lines)
+    return table(["", "", "rows", "samples", *shares, "spread of rounds", "W", "mJ per row"], lines)
 
 
 def _wire(rows: Iterable[Row]) -> str:
@@ -256,8 +254,9 @@ def _verdict_notes(comparison: Comparison) -> Iterator[str]:
     unclear = verdicts.count("cannot tell")
     if unclear:
         yield (
-            f"{unclear} of {len(verdicts)} rows say cannot tell: their intervals are too wide to show either a change"
-            f" or none (within 1/{ROOM:.2f} to {ROOM:.2f}); use more --rounds, a longer --duration or an idle machine"
+            f"{unclear} of {len(verdicts)} rows say cannot tell: their intervals are too wide to show a change, or to show"
+            f" that there is none (within 1/{SAME_WITHIN:.2f} to {SAME_WITHIN:.2f});"
+            " use more --rounds, a longer --duration or an idle machine"
         )
     short = verdicts.count("too few rounds")
     if short:

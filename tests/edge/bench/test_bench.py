@@ -23,7 +23,7 @@ from nmoe_edge.bench.plan import Plan
 from nmoe_edge.bench.probe import Probe
 from nmoe_edge.bench.record import Peers, read_record
 from nmoe_edge.bench.remote import Series
-from nmoe_edge.bench.samples import LEAST_CHANGE, ROOM, Verdict
+from nmoe_edge.bench.samples import MIN_CHANGE, SAME_WITHIN, Verdict
 from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet, write_fleet
 from nmoe_edge.bundle.folder import read_bundle, write_bundle
 from nmoe_edge.cli import main
@@ -315,7 +315,7 @@ def test_both_commands_have_a_help_text(nmoe_edge):
     assert "\n    compare  Compare two records" in nmoe_edge("bench", "--help").output
     compare_help = nmoe_edge("bench", "compare", "--help").output
     assert "Example: nmoe-edge bench compare before.json after.json" in compare_help
-    for what in (f"{1 + LEAST_CHANGE:.2f}", f"1/{ROOM:.2f} and {ROOM:.2f}", *get_args(Verdict)[:-1]):
+    for what in (f"{1 + MIN_CHANGE:.2f}", f"1/{SAME_WITHIN:.2f} and {SAME_WITHIN:.2f}", *get_args(Verdict)[:-1]):
         assert what in compare_help
 
 

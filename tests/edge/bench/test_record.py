@@ -171,7 +171,7 @@ def test_the_tables_show_figures_with_their_conditions_and_dashes_for_unknown_va
     assert "7.2%" in fleet
     assert "Not reported by this board: kernel, its peak." in lines
     assert lines[2] == (
-        "p50 of one row: 1.010 ms answered locally, the whole path (1 thread);"
+        "p50 of one row: 1.010 ms locally, the whole path (1 thread);"
         " 1.000 ms to a peer's expert and back (int8);"
         " 1.000 ms through the fleet (closed loop, 1 client)."
     )
@@ -193,7 +193,7 @@ def test_an_unknown_value_has_no_line_or_column_and_is_named_once(record):
         assert shown.count(what) == 1
     assert "| load average" in shown  # one of its two values is known
     assert "mJ" not in shown
-    assert "rounds apart" not in shown  # there is only one round
+    assert "spread of rounds" not in shown  # there is only one round
 
 
 @pytest.mark.parametrize(
