@@ -132,9 +132,9 @@ Examples:
 @options.number(
     "--prefer-near",
     click.FloatRange(0),
-    0.0,
-    "L",
-    "Gate score that a peer loses per millisecond it usually takes.",
+    default=0.0,
+    metavar="L",
+    text="Gate score that a peer loses per millisecond it usually takes.",
 )
 @click.option("--hedge/--no-hedge", default=True, show_default=True, help="Ask a second expert when the first is late.")
 @click.option("--state", type=PATH, help="Folder that keeps the learned class mix.  [default: ~/.local/state/nmoe]")

@@ -14,19 +14,19 @@ LATENT_TYPES = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
 
 
 def number(
-    flag: str, kind: click.IntRange | click.FloatRange, default: float, metavar: str, text: str
+    flag: str, kind: click.IntRange | click.FloatRange, *, default: float, metavar: str, text: str
 ) -> Callable[..., Any]:
-    """An option with a number as its value, whose help shows the default and the range."""
+    """An option that takes a number; its help shows `text`, the default and the range."""
     return click.option(flag, type=kind, default=default, show_default=True, metavar=metavar, help=text)
 
 
 def deadline(text: str) -> Callable[..., Any]:
     """The option --deadline-ms."""
-    return number("--deadline-ms", click.FloatRange(1, 3_600_000), 1000, "MS", text)
+    return number("--deadline-ms", click.FloatRange(1, 3_600_000), default=1000, metavar="MS", text=text)
 
 
 THREADS = click.IntRange(1, 256)
-threads = number("--threads", THREADS, 1, "N", "CPU threads per graph.")
+threads = number("--threads", THREADS, default=1, metavar="N", text="CPU threads per graph.")
 provider = click.option(
     "--provider",
     type=click.Choice(("auto", "cpu", "cuda", "tensorrt")),

@@ -22,19 +22,19 @@ class _DefaultGroup(click.Group):
     """A group that passes its arguments to `run` unless the first one is the name of a command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, self._with_command(args))
+        return super().parse_args(ctx, self._with_command(ctx, args))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        return super().resolve_command(ctx, self._with_command(args))
+        return super().resolve_command(ctx, self._with_command(ctx, args))
 
-    def _with_command(self, args: list[str]) -> list[str]:
+    def _with_command(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] in self.commands:
             return args
         hint = nearest(args[0], self.commands) if args else ""
         if hint and not os.path.lexists(args[0]):
-            raise click.UsageError(f"{one_line(args[0])!r} is neither a bundle folder nor a command{hint}")
+            raise click.UsageError(f"{one_line(args[0])!r} is neither a bundle folder nor a command{hint}", ctx)
         return ["run", *args]
 
 
@@ -128,7 +128,7 @@ Examples:
 @click.option(
     "--latents",
     "--precision",
-    type=_List(click.Choice(tuple(LATENT_TYPES)), f"words of {', '.join(LATENT_TYPES)}"),
+    type=_List(click.Choice(tuple(LATENT_TYPES)), f"some of {', '.join(LATENT_TYPES)}"),
     default="int8,fp16,fp32",
     show_default=True,
     metavar="TYPE,...",
@@ -137,9 +137,9 @@ Examples:
 @options.number(
     "--clients",
     click.IntRange(1, 256),
-    1,
-    "N",
-    "Clients of the fleet; each sends its next request when the last is answered (closed loop).",
+    default=1,
+    metavar="N",
+    text="Clients of the fleet; each sends its next request when the last is answered (closed loop).",
 )
 @click.option(
     "--rate",
@@ -150,16 +150,16 @@ Examples:
 @options.number(
     "--duration",
     click.FloatRange(0.1, 3600),
-    10,
-    "S",
-    "Seconds of measuring, all rounds together: for each number of threads, and for each table row over the wire.",
+    default=10,
+    metavar="S",
+    text="Seconds of measuring, all rounds together: for each number of threads, and for each table row over the wire.",
 )
 @options.number(
     "--rounds",
     click.IntRange(1, 30),
-    5,
-    "N",
-    "Rounds that share the duration. `bench compare` needs five or more.",
+    default=5,
+    metavar="N",
+    text="Rounds that share the duration. `bench compare` needs five or more.",
 )
 @click.option("--json", "record_file", type=PATH, help="Write every sample to this file, for `bench compare`.")
 def run(

@@ -169,7 +169,7 @@ def read_record(path: Path) -> Record:
             raise ValueError(f"schema {schema!r:.40} is unknown; this nmoe reads schema {SCHEMA}")
         return from_plain(Record, plain)
     except OSError as error:
-        raise BenchError(f"{path}: {error.strerror or error}; nmoe-edge bench BUNDLE --json writes one") from error
+        raise BenchError(f"{path}: {error.strerror or error}; write a record with nmoe-edge bench --json") from error
     except ValueError as error:
         raise BenchError(f"{path}: not a record of nmoe-edge bench: {error}") from error
 
@@ -180,9 +180,12 @@ def check_writable(path: Path) -> None:
     Called before the minutes of measuring.
     """
     folder = path.resolve().parent
-    folder_is_writable = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-    if os.path.isdir(path) or not folder_is_writable:
-        raise BenchError(f"{path}: cannot be written; choose another file")
+    if os.path.isdir(path):
+        raise BenchError(f"{path} is a folder; choose another file")
+    if not os.path.isdir(folder):
+        raise BenchError(f"{path}: its folder does not exist; choose another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BenchError(f"{path}: its folder is not writable; choose another file")
     is_empty_file = os.path.isfile(path) and path.stat().st_size == 0
     if os.path.lexists(path) and not is_empty_file:
         try:

@@ -254,8 +254,8 @@ def _verdict_notes(comparison: Comparison) -> Iterator[str]:
     unclear = verdicts.count("cannot tell")
     if unclear:
         yield (
-            f"{unclear} of {len(verdicts)} rows say cannot tell: their intervals are too wide to show a change, or to show"
-            f" that there is none (within 1/{SAME_WITHIN:.2f} to {SAME_WITHIN:.2f});"
+            f"{unclear} of {len(verdicts)} rows say cannot tell: their intervals are too wide to show a change, or"
+            f" to show that there is none (within 1/{SAME_WITHIN:.2f} to {SAME_WITHIN:.2f});"
             " use more --rounds, a longer --duration or an idle machine"
         )
     short = verdicts.count("too few rounds")
