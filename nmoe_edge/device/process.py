@@ -52,7 +52,7 @@ def prepare_interpreter() -> None:
     """Shorten the waits of threads, and give back the memory that loading the models needed."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     gc.collect()
-    gc.freeze()  # the objects of now live as long as the process, so the collector may skip them
+    gc.freeze()  # these objects live as long as the process, so the collector may skip them
     trim()
 
 
