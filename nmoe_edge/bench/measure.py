@@ -55,8 +55,8 @@ class _Findings:
 def measure(plan: Plan, say: Say) -> Record:
     """Carry out the plan and return the record. say: prints progress.
 
-    A KeyboardInterrupt or an EdgeError on the way ends it early, with a record of the complete rounds. It is raised if
-    there is no complete round of each number of threads.
+    A KeyboardInterrupt or an EdgeError ends it early, with a record of the complete rounds. Before the first complete
+    round of every number of threads, it passes through.
     """
     bundle = read_bundle(plan.bundle)
     began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

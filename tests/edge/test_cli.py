@@ -23,7 +23,9 @@ def test_help_shows_every_command_and_an_example_of_each(nmoe_edge):
     assert shown.exit_code == 0
     for command in ("inspect", "selftest"):
         assert command in shown.output
-        assert f"nmoe-edge {command} bundles/digits/device-00" in nmoe_edge(command, "--help").output
+        explained = nmoe_edge(command, "--help").output
+        assert "Example" in explained
+        assert f"nmoe-edge {command} bundles/digits/device-00" in explained
 
 
 def test_it_runs_as_a_module():
