@@ -1,4 +1,4 @@
-"""`python -m nmoe_edge`, the same as `nmoe-edge`."""
+"""Lets `python -m nmoe_edge` run the command nmoe-edge."""
 
 from nmoe_edge.cli import main
 

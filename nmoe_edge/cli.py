@@ -1,50 +1,57 @@
-"""`nmoe-edge`: what is done on a device. Commands parse, call one library function, print."""
+"""The command nmoe-edge. Each command parses its options, calls one library function and prints the result."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from nmoe_edge import options
 from nmoe_edge.bench.cli import bench
 from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
 from nmoe_edge.common.text import counted, one_line
-from nmoe_edge.display import answer_lines, bundle_table, fleet_table, ready_line, status_table
+from nmoe_edge.display import answer_lines, bundle_table, fleet_table, ready_line, selftest_line, status_table
 from nmoe_edge.errors import EdgeError
+from nmoe_edge.options import LATENT_TYPES, PATH
 
 if TYPE_CHECKING:
     from nmoe_edge.client import Client
-    from nmoe_edge.device.node import Node
+
+_MAX_ROWS_PER_CALL = 64
+_MAX_BYTES_PER_CALL = 8 * 1024 * 1024
 
 
 @click.group(context_settings=SETTINGS, epilog=EXIT_STATUS)
 @click.version_option(package_name="nmoe", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Run one device of a networked mixture of experts."""
+    """Serve, ask and check the devices of a networked mixture of experts.
+
+    A bundle is the folder of one device, as nmoe-export writes it. A fleet is a folder of bundles with a fleet.toml.
+    """
 
 
 cli.add_command(bench)
 
 
-@cli.command(epilog="Example: nmoe-edge inspect fleet/kitchen")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest, or the fleet, as JSON.")
+@cli.command(epilog="Example: nmoe-edge inspect bundles/digits/device-00", short_help="Verify a bundle or a fleet.")
+@click.argument("folder", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest or the fleet as JSON.")
 def inspect(folder: Path, as_json: bool) -> None:
-    """Verify FOLDER, a bundle or a whole fleet of them, and say what is in it.
+    """Verify FOLDER, a bundle or a fleet, and print what it contains.
 
-    Every file is read and its digest compared. Nothing is run, so this works without onnxruntime.
+    Checks the digest of every file. Runs no model, so it works without onnxruntime.
     """
     from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet_folder
     from nmoe_edge.bundle.folder import read_bundle
     from nmoe_edge.common.schema import to_plain
 
-    if os.path.isfile(folder / FLEET_FILE):  # where Path.is_file raises, say for a name that is too long, this is False
+    # os.path.isfile returns False where Path.is_file raises, such as for a name that is too long.
+    if os.path.isfile(folder / FLEET_FILE):
         fleet, bundles = read_fleet_folder(folder)
         click.echo(json.dumps(to_plain(fleet), indent=2) if as_json else fleet_table(fleet, bundles))
     else:
@@ -52,68 +59,88 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(to_plain(bundle.manifest), indent=2) if as_json else bundle_table(bundle))
 
 
-@cli.command(epilog="Example: nmoe-edge selftest fleet/kitchen")
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
-@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads a graph.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a bundle.")
+@cli.command(
+    epilog="""\b
+Examples:
+  nmoe-edge selftest bundles/digits/device-00
+  nmoe-edge selftest bundles/digits
+""",
+    short_help="Check that this machine computes a bundle correctly.",
+)
+@click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
+@options.threads
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per bundle.")
 def selftest(bundles: tuple[Path, ...], threads: int, as_json: bool) -> None:
-    """Verify each BUNDLE and replay what its exporter saw, on this very machine.
+    """Check that this machine computes each BUNDLE as its exporter did.
 
-    A fleet's folder stands for all of its bundles that are here.
+    Verifies the bundle, runs its models on the inputs of its self-test and compares with the recorded results. Needs
+    onnxruntime. A fleet folder stands for every bundle in it. Exits 1 if any bundle fails.
     """
     from nmoe_edge.bundle.folder import read_bundle
     from nmoe_edge.common.schema import to_plain
     from nmoe_edge.models import Models, run_selftest
 
     failed = False
-    for folder in [member for given in bundles for member in _members(given)]:
+    folders = [folder for given in bundles for folder in _bundle_folders(given)]
+    for folder in folders:
         bundle = read_bundle(folder)
         result = run_selftest(Models(bundle, threads), bundle)
         failed |= not result.passed
         if as_json:
             click.echo(json.dumps({"bundle": str(folder), **to_plain(result)}))
-            continue
-        click.echo(
-            f"{folder}: {'passed' if result.passed else 'FAILED'} on {counted(result.rows, 'input')};"
-            f" latents differ by {result.latent_difference:.2g} (allowed {bundle.selftest.latent_tolerance:.2g}),"
-            f" outputs by {result.output_difference:.2g} (allowed {bundle.selftest.output_tolerance:.2g}),"
-            f" {counted(result.other_choices, 'other choice')} of the gate"
-        )
+        else:
+            click.echo(selftest_line(folder, bundle.selftest, result))
     sys.exit(1 if failed else 0)
 
 
 @cli.command(
     epilog="""\b
-Examples: nmoe-edge serve bundles/digits/device-00
-          nmoe-edge serve device-00 --listen tcp://*:7101 --deadline-ms 200
-"""
+Examples:
+  nmoe-edge serve bundles/digits/device-00
+  nmoe-edge serve device-00 --listen tcp://*:7101 --deadline-ms 200
+""",
+    short_help="Serve a bundle as one device of its fleet.",
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--fleet", type=click.Path(path_type=Path), help="[default: fleet.toml beside the bundle's folder]")
-@click.option("--listen", metavar="tcp://HOST:PORT", help="[default: this device's address in the fleet]")
-@click.option("--key", type=click.Path(path_type=Path), help="This device's key file.  [default: see keygen]")
+@click.argument("bundle", type=PATH)
+@click.option("--fleet", type=PATH, help="fleet.toml or its folder.  [default: fleet.toml next to BUNDLE]")
 @click.option(
-    "--provider",
-    type=click.Choice(("auto", "cpu", "cuda", "tensorrt")),
-    default="auto",
-    show_default=True,
-    help="What runs the models; auto: the first of tensorrt, cuda, cpu that is here.",
+    "--listen", metavar="tcp://HOST:PORT", help="Address to listen at.  [default: this device's address in the fleet]"
 )
-@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads a graph.")
-@click.option("--top-k", type=int, help="Experts a row is sent to.  [default: as the bundle says]")
-@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="Of a request.")
-@click.option("--latents", type=click.Choice(("int8", "fp16", "fp32")), help="On the wire.  [default: the bundle's]")
-@click.option("--local-first", type=click.FloatRange(0, 1), help="Sureness that keeps a row here; 1: the gate decides.")
-@click.option("--adapt/--no-adapt", default=None, help="Learn this device's class mix.  [default: the bundle's]")
-@click.option("--forget", is_flag=True, help="Forget the class mix that was learnt before.")
-@click.option("--prefer-near", type=click.FloatRange(0), default=0.0, help="Score a peer loses for each ms it takes.")
-@click.option("--hedge/--no-hedge", default=True, show_default=True, help="Ask another too when one is late.")
+@options.own_key
+@options.provider
+@options.threads
+@click.option("--top-k", type=int, metavar="K", help="Experts that answer each row.  [default: the bundle's]")
+@options.deadline("Longest time a request may take; a client may ask for less.")
 @click.option(
-    "--state", type=click.Path(path_type=Path), help="What is learnt is kept here.  [default: ~/.local/state/nmoe]"
+    "--latents",
+    type=click.Choice(tuple(LATENT_TYPES)),
+    help="Number type of latents sent to peers.  [default: the bundle's]",
 )
-@click.option("--discover", is_flag=True, help="Find peers by mDNS that are not where the fleet says.")
-@click.option("--force", is_flag=True, help="Serve although the self-test fails.")
-@click.option("--log-json", is_flag=True, help="Log in JSON, a line an event.")
+@click.option(
+    "--local-first",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Answer a row locally when this device's expert is more confident than this; at 1 the gate alone decides."
+    "  [default: the bundle's]",
+)
+@click.option(
+    "--adapt/--no-adapt",
+    default=None,
+    help="Learn how often this device sees each class, and weight answers by it.  [default: the bundle's]",
+)
+@click.option("--forget", is_flag=True, help="Discard the class mix learned earlier.")
+@options.number(
+    "--prefer-near",
+    click.FloatRange(0),
+    default=0.0,
+    metavar="L",
+    text="Gate score that a peer loses per millisecond it usually takes.",
+)
+@click.option("--hedge/--no-hedge", default=True, show_default=True, help="Ask a second expert when the first is late.")
+@click.option("--state", type=PATH, help="Folder that keeps the learned class mix.  [default: ~/.local/state/nmoe]")
+@click.option("--discover", is_flag=True, help="Find peers by mDNS if they are not at their address in the fleet.")
+@click.option("--force", is_flag=True, help="Serve even if the self-test fails.")
+@click.option("--log-json", is_flag=True, help="Log one JSON object per event.")
 def serve(
     bundle: Path,
     fleet: Path | None,
@@ -136,140 +163,99 @@ def serve(
 ) -> None:
     """Serve BUNDLE as one device of its fleet until SIGTERM or Ctrl-C.
 
-    Inputs come from clients (nmoe-edge infer, or the Python Client), latents from the other devices. What is under way
-    is finished before it ends, and the peers are told. SIGHUP, or a new bundle in the same place, is taken up without
-    a request failing. Without keys only loopback is served.
+    Answers clients (nmoe-edge infer, or the Python Client) and the other devices. Runs the bundle's self-test first.
+    Without keys it serves this machine alone (loopback); keygen makes keys.
+
+    SIGHUP, or a new bundle in the same folder, reloads the bundle; no request fails. On SIGTERM or Ctrl-C the device
+    tells its peers and finishes its open requests.
     """
-    import gc
-    import signal
     import time
 
-    from nmoe_edge.bundle.fleet import FLEET_FILE, fleet_file
     from nmoe_edge.common.log import StderrLog
-    from nmoe_edge.common.memory import trim
     from nmoe_edge.device.node import Node
+    from nmoe_edge.device.process import Signals, discovery, prepare_interpreter, wait_until_ended
     from nmoe_edge.device.rules import Rules
     from nmoe_edge.device.saved_mix import default_state
-    from nmoe_edge.errors import CallError, FleetError
+    from nmoe_edge.errors import CallError
 
     began = time.monotonic()
-    if os.path.isfile(bundle / FLEET_FILE):
-        raise FleetError(f"{bundle} is a whole fleet; serve one of its devices: {bundle}/NAME")
-    beside = bundle.resolve().parent / FLEET_FILE
-    fleet = fleet_file(fleet) if fleet is not None else beside if os.path.isfile(beside) else None
-    log = StderrLog(bundle.resolve().name, log_json)
-    rules = Rules(top_k, local_first, adapt, _LATENTS.get(latents), deadline_ms / 1000, prefer_near, hedge)
-    state = state if state is not None else default_state()
-    wanted: list[Callable[[Node], None]] = []
-    serving: list[Node] = []
-
-    def on(which: int, do: Callable[[Node], None]) -> None:
-        """Signals that come before there is a node are not lost."""
-        signal.signal(which, lambda *_: do(serving[0]) if serving else wanted.append(do))
-
-    on(signal.SIGTERM, Node.leave)
-    on(signal.SIGINT, Node.leave)
-    on(signal.SIGHUP, Node.reload)
+    fleet = _fleet_of(bundle, fleet)
+    latent_type: Any = None if latents is None else LATENT_TYPES[latents]
+    signals = Signals()
     node = Node(
         bundle,
         fleet,
         listen=listen,
         key=key,
-        rules=rules,
+        rules=Rules(top_k, local_first, adapt, latent_type, deadline_ms / 1000, prefer_near, hedge),
         provider=provider,
         threads=threads,
         force=force,
-        state=state,
+        state=state if state is not None else default_state(),
         forget=forget,
-        log=log,
+        log=StderrLog(bundle.resolve().name, log_json),
     )
-    serving.append(node)
-    for do in wanted:
-        do(node)
-    sys.setswitchinterval(0.0005)  # under load the extractor's thread would wait ten times as long for its turn
-    gc.collect()
-    gc.freeze()  # what stays is never looked at again
-    trim()
-    with suppress(CallError):  # it was told to go meanwhile
+    signals.attach(node)
+    prepare_interpreter()
+    with suppress(CallError):  # a signal may have stopped the node already
         click.echo(f"{ready_line(node.status())}, in {time.monotonic() - began:.2f} s")
         sys.stdout.flush()
-    with _discovery(node) if discover else nullcontext():
-        while not node.ended.wait(_LISTEN_S):  # a signal that another thread was given is heard when this one wakes
-            pass
+    with discovery(node) if discover else nullcontext():
+        wait_until_ended(node)
     sys.exit(1 if node.broke else 0)
 
 
-_LISTEN_S = 0.5
+def _fleet_of(bundle: Path, fleet: Path | None) -> Path | None:
+    """The fleet file to serve `bundle` with: the one given, or the one next to the bundle's folder, or None."""
+    from nmoe_edge.bundle.fleet import FLEET_FILE, fleet_file
+    from nmoe_edge.errors import FleetError
+
+    if os.path.isfile(bundle / FLEET_FILE):
+        raise FleetError(f"{bundle} is a fleet folder; serve one of its devices: {bundle}/NAME")
+    if fleet is not None:
+        return fleet_file(fleet)
+    adjacent = bundle.resolve().parent / FLEET_FILE
+    return adjacent if os.path.isfile(adjacent) else None
 
 
-def _discovery(node: Node) -> AbstractContextManager[Any]:
-    """mDNS for this node, until it ends."""
-    from nmoe_edge.errors import NetworkError
-
-    if not node.address:
-        node.close()
-        raise NetworkError("--discover: this device listens nowhere; give --fleet or --listen")
-    try:
-        from nmoe_edge.device.mdns import Discovery
-    except ModuleNotFoundError as error:
-        node.close()
-        raise NetworkError(f"--discover: {error.name} is not installed; pip install 'nmoe[discover]'") from error
-    manifest = node.models.manifest
-    return closing(Discovery(manifest.device, manifest.trunk, node.address, node.peer_discovered))
-
-
-_LATENTS: dict[str | None, Any] = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
-
-
-def _access(f: Any) -> Any:
-    """Options of a command that speaks to a device."""
-    f = click.option(
-        "--key",
-        type=click.Path(path_type=Path),
-        help="Key file of a device.  [default: one that lies beside fleet.toml, or in FLEET-keys beside its folder]",
-    )(f)
-    return click.option(
-        "--fleet", type=click.Path(path_type=Path), help="fleet.toml, or its folder: names, and needed with keys."
-    )(f)
-
-
-_AT = "The device to ask; with --fleet its name will do."
-
-
-def _client(place: str, fleet: Path | None, key: Path | None) -> Client:
-    """A client of the device at this address, or of this name; its keys from the fleet's file and a device's own."""
+def _client(target: str, fleet: Path | None, key: Path | None) -> Client:
+    """A client of the device with this address or name, with the keys that the fleet needs."""
     from nmoe_edge.client import Client
     from nmoe_edge.keys import address_of, keys_to
 
-    return Client(address_of(place, fleet), *keys_to(place, fleet, key))
+    return Client(address_of(target, fleet), *keys_to(target, fleet, key))
 
 
 @cli.command(
     epilog="""\b
-Examples: nmoe-edge infer photo.jpg --at tcp://127.0.0.1:7101
-          nmoe-edge infer test.npz --at device-00 --fleet bundles/digits --json
-          nmoe-edge infer photo.jpg --bundle bundles/digits/device-00
-"""
+Examples:
+  nmoe-edge infer photo.jpg --at tcp://127.0.0.1:7101
+  nmoe-edge infer test.npz --at device-00 --fleet bundles/digits --json
+  nmoe-edge infer photo.jpg --bundle bundles/digits/device-00
+""",
+    short_help="Send pictures or arrays to a device and print the answers.",
 )
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--at", "place", metavar="tcp://HOST:PORT", help=_AT)
-@click.option("--bundle", type=click.Path(path_type=Path), help="Or a bundle, to answer here and alone.")
-@_access
-@click.option("--deadline-ms", type=click.FloatRange(1, 3.6e6), default=1000, show_default=True, help="To wait.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a row.")
+@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@options.target()
+@click.option("--bundle", type=PATH, help="Instead of --at: a bundle to answer with on this machine, without peers.")
+@options.access
+@options.deadline("How long to wait for the answers.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row.")
 def infer(
     files: tuple[Path, ...],
-    place: str | None,
+    target: str | None,
     bundle: Path | None,
     fleet: Path | None,
     key: Path | None,
     deadline_ms: float,
     as_json: bool,
 ) -> None:
-    """Have pictures, or rows in .npy or .npz files, answered.
+    """Send the pictures or arrays in each FILE to a device and print the answers.
 
-    A picture is one row, whatever Pillow reads; an .npy holds one row or many, an .npz one such array, or one called
-    inputs. One line a row: the label, how sure, who answered with which weight, and milliseconds.
+    Needs a device that serves (--at) or a bundle (--bundle). A picture is one row, in any format that Pillow reads. An
+    .npy file holds one row or several; an .npz file holds one such array, or one named inputs.
+
+    Prints one line per row: the label, the confidence, the experts that answered with their weights, and the time.
     """
     from nmoe_edge.bundle.image import outside, read_rows
     from nmoe_edge.bundle.manifest import InputSpec
@@ -277,47 +263,46 @@ def infer(
     from nmoe_edge.device.node import Node
     from nmoe_edge.errors import InputError
 
-    if place is None and bundle is None:
-        raise click.UsageError("Say who is to answer: --at a device, or --bundle a folder.")
-    if place is not None and bundle is not None:
-        raise click.UsageError("--at and --bundle are two who may answer: give one of them.")
-    if place is None and (fleet is not None or key is not None):
-        raise click.UsageError("--fleet and --key are for asking a device; a --bundle answers here and alone.")
+    if target is None and bundle is None:
+        raise click.UsageError("Nothing to answer with: give --at DEVICE or --bundle FOLDER.")
+    if target is not None and bundle is not None:
+        raise click.UsageError("Give either --at or --bundle, not both.")
+    if target is None and (fleet is not None or key is not None):
+        raise click.UsageError("--fleet and --key go with --at; a --bundle answers without peers.")
     for path in files:
         if not os.access(path, os.R_OK):
-            raise InputError(f"{path}: there is no such file, or it may not be read")
-    with Node(bundle) if bundle is not None else _client(place or "", fleet, key) as device:
+            raise InputError(f"{path}: no such file, or no permission to read it")
+    with Node(bundle) if bundle is not None else _client(target or "", fleet, key) as device:
         facts = device.status()
         spec = from_plain(InputSpec, facts["input"])
         for path in files:
             rows = read_rows(path, spec)
             if unlike := outside(rows, spec):
                 click.echo(f"nmoe-edge: warning: {one_line(f'{path}: {unlike}')}", err=True)
-            together = max(1, min(_ROWS_A_CALL, _BYTES_A_CALL // rows[0].nbytes))
-            for start in range(0, len(rows), together):
-                answers = device.infer(rows[start : start + together], deadline_ms / 1000)
+            rows_per_call = max(1, min(_MAX_ROWS_PER_CALL, _MAX_BYTES_PER_CALL // rows[0].nbytes))
+            for start in range(0, len(rows), rows_per_call):
+                answers = device.infer(rows[start : start + rows_per_call], deadline_ms / 1000)
                 for line in answer_lines(path, start, len(rows), answers, facts, as_json):
                     click.echo(line)
 
 
-_ROWS_A_CALL, _BYTES_A_CALL = 64, 8 * 1024 * 1024
-
-
 @cli.command(
     epilog="""\b
-Examples: nmoe-edge status --at tcp://127.0.0.1:7101 --watch
-          nmoe-edge status --at device-00 --fleet bundles/digits
-"""
+Examples:
+  nmoe-edge status --at tcp://127.0.0.1:7101 --watch
+  nmoe-edge status --at device-00 --fleet bundles/digits
+""",
+    short_help="Print a device's state, peers and counters.",
 )
-@click.option("--at", "place", required=True, metavar="tcp://HOST:PORT", help=_AT)
-@_access
-@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+@options.target(required=True)
+@options.access
+@click.option("--watch", is_flag=True, help="Print it again every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def status(place: str, fleet: Path | None, key: Path | None, watch: bool, as_json: bool) -> None:
-    """How a device is: its peers, round trips, counts and versions."""
+def status(target: str, fleet: Path | None, key: Path | None, watch: bool, as_json: bool) -> None:
+    """Print the state of a device that serves: versions, rules, peers with round trips, and counters."""
     import time
 
-    with suppress(KeyboardInterrupt) if watch else nullcontext(), _client(place, fleet, key) as device:
+    with suppress(KeyboardInterrupt) if watch else nullcontext(), _client(target, fleet, key) as device:
         while True:
             facts = device.status()
             if watch and not as_json and sys.stdout.isatty():
@@ -330,20 +315,25 @@ def status(place: str, fleet: Path | None, key: Path | None, watch: bool, as_jso
 
 @cli.command(
     epilog="""\b
-Examples: nmoe-edge keygen bundles/digits               every device's pair, at the desk
-          nmoe-edge keygen . --device kitchen           one device's pair, on the device
-"""
+Examples:
+  nmoe-edge keygen bundles/digits        keys for every device
+  nmoe-edge keygen . --device kitchen    keys for one device, on that device
+""",
+    short_help="Make CURVE keys for the devices of a fleet.",
 )
-@click.argument("fleet", type=click.Path(path_type=Path))
-@click.option("--device", "names", multiple=True, help="Only this device's; may be given again.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where key files go.  [default: FLEET-keys, beside FLEET]")
-@click.option("--force", is_flag=True, help="Give a device another key although its key file is not here.")
+@click.argument("fleet", type=PATH)
+@click.option("--device", "names", multiple=True, metavar="NAME", help="Only this device; repeat it for more.")
+@click.option("--out", type=PATH, help="Folder for the key files.  [default: FLEET-keys, next to FLEET]")
+@click.option(
+    "--force", is_flag=True, help="Replace a device's public key even if its key file is missing or does not match."
+)
 def keygen(fleet: Path, names: tuple[str, ...], out: Path | None, force: bool) -> None:
-    """Make a CURVE key pair for devices of FLEET, a folder with a fleet.toml, and write the public keys into that.
+    """Make a CURVE key pair for each device of FLEET, and write the public keys into its fleet.toml.
 
-    Secret keys go to NAME.key, readable by their owner alone. Copy a device's key file to it, beside its fleet.toml,
-    and fleet.toml to everybody. A pair that is there already is kept; a public key in fleet.toml whose key file is
-    not here is not replaced without --force.
+    FLEET is a folder with a fleet.toml, or that file. Each secret key goes into a file NAME.key that only its owner can
+    read. Copy a device's key file to that device, next to its fleet.toml; copy fleet.toml to every device.
+
+    Existing pairs are kept. A public key without its matching key file is replaced only with --force.
     """
     from nmoe_edge.bundle.fleet import fleet_file, read_fleet, write_fleet
     from nmoe_edge.keys import key_path, with_keys
@@ -355,27 +345,28 @@ def keygen(fleet: Path, names: tuple[str, ...], out: Path | None, force: bool) -
         described.named(name)
     keyed = with_keys(described, names, out, path, force=force)
     if keyed == described:
-        click.echo(f"{path}: nothing has changed, every public key is there already")
+        click.echo(f"{path}: nothing to do, every device already has its public key")
         return
-    write_fleet(path, keyed)  # running devices read it again whenever it is written
+    write_fleet(path, keyed)  # running devices reload a fleet.toml that is written, so an unchanged one is not written
     for device in keyed.device:
         if device.name in names:
             click.echo(f"{key_path(path, device.name, out)}  public {device.public_key}")
     click.echo(
-        f"{path}: {counted(len(names), 'public key')} written; copy each key file to its device, and {path.name} to all"
+        f"{path}: {counted(len(names), 'public key')} written."
+        f" Copy each key file to its device, and {path.name} to every device."
     )
 
 
-def _members(folder: Path) -> list[Path]:
-    """A bundle's folder itself, or those of a fleet's bundles that are in it."""
+def _bundle_folders(folder: Path) -> list[Path]:
+    """The bundle folders that `folder` stands for: itself, or for a fleet's folder the bundles in it."""
     from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
 
     if not os.path.isfile(folder / FLEET_FILE):
         return [folder]
-    here = [folder / device.name for device in read_fleet(folder / FLEET_FILE).device]
-    return [member for member in here if os.path.isdir(member)] or [folder]
+    members = [folder / device.name for device in read_fleet(folder / FLEET_FILE).device]
+    return [member for member in members if os.path.isdir(member)] or [folder]
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point of nmoe-edge."""
     run_program(cli, "nmoe-edge", EdgeError, "edge", ("onnxruntime", "zmq", "PIL"))

@@ -1,4 +1,4 @@
-"""What commands show to people."""
+"""Text that the commands print: tables, answers and status lines for people."""
 
 from __future__ import annotations
 
@@ -10,65 +10,85 @@ from typing import TYPE_CHECKING
 from nmoe_edge.common.text import counted, one_line
 
 if TYPE_CHECKING:
-    from nmoe_edge.bundle.fleet import Fleet
-    from nmoe_edge.bundle.folder import Bundle
+    from nmoe_edge.bundle.fleet import Device, Fleet
+    from nmoe_edge.bundle.folder import Bundle, SelfTest
     from nmoe_edge.client import Answers
-    from nmoe_edge.status import StatusReport
+    from nmoe_edge.models import SelfTestResult
+    from nmoe_edge.protocol.messages import RowAnswer
+    from nmoe_edge.status import ClassMixReport, StatusReport
 
 
 def bundle_table(bundle: Bundle) -> str:
-    """What a bundle says of itself."""
+    """The manifest's main entries and the files of a verified bundle."""
     manifest = bundle.manifest
     routing, precision = manifest.routing, manifest.precision
-    at_home = (
-        "the gate alone decides" if routing.local_first is None else f"at home when surer than {routing.local_first}"
-    )
-    names = ", ".join(bundle.labels) if bundle.labels else "no labels"
+    if routing.local_first is None:
+        local = "the gate alone decides"
+    else:
+        local = f"answered locally above confidence {routing.local_first}"
+    labels = ", ".join(bundle.labels) if bundle.labels else "no labels"
+    accuracy = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in manifest.accuracy.items())
     facts = {
         "device": f"{manifest.device}, expert {manifest.expert} of {manifest.experts}",
         "bundle": manifest.digest,
         "trunk": manifest.trunk,
         "input": f"{manifest.input.dtype} {list(manifest.input.shape)} {manifest.input.layout}",
-        "latent": f"{manifest.latent.dim} numbers, {manifest.latent.dtype} on the wire",
-        "outputs": f"{manifest.outputs}: {names}",
-        "routing": f"top-{routing.top_k}, {at_home}, {routing.combination} are combined",
+        "latent": f"{manifest.latent.dim} numbers, sent as {manifest.latent.dtype}",
+        "outputs": f"{manifest.outputs}: {labels}",
+        "routing": f"top-{routing.top_k}, {local}, combines {routing.combination}",
         "precision": f"extractor {precision.extractor}, gate {precision.gate}, expert {precision.expert}",
         "target": f"{manifest.target}, opset {manifest.opset}, IR {manifest.ir_version}",
-        "accuracy": ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in manifest.accuracy.items())
-        or "not measured",
+        "accuracy": accuracy or "not measured",
     }
     lines = [f"{key:<10} {value}" for key, value in facts.items()]
     lines += [f"{'':<10} {name:<15} {entry.bytes:>10,} bytes" for name, entry in manifest.files.items()]
-    return "\n".join([*lines, "verified: every file is as its manifest says"])
+    lines.append("verified: every file matches the manifest")
+    return "\n".join(lines)
 
 
 def fleet_table(fleet: Fleet, bundles: dict[str, Bundle]) -> str:
-    """Who the devices are, and which bundles are here."""
+    """The devices of a fleet, and whether each one's verified bundle is in the folder. bundles: by device name."""
     width = max(len(device.name) for device in fleet.device)
-    lines = [
-        f"{device.name:<{width}}  expert {device.expert:<4} {device.address}"
-        f"  {'CURVE' if device.public_key else 'no key: loopback only'}"
-        f"{'' if device.name in bundles else '  not here'}"
-        for device in fleet.device
-    ]
+
+    def line(device: Device) -> str:
+        keys = "CURVE" if device.public_key else "no key: loopback only"
+        missing = "" if device.name in bundles else "  bundle not in this folder"
+        return f"{device.name:<{width}}  expert {device.expert:<4} {device.address}  {keys}{missing}"
+
+    lines = [line(device) for device in fleet.device]
     trunk = next(iter(bundles.values())).manifest.trunk
-    return "\n".join([*lines, f"verified: {counted(len(bundles), 'bundle')} of one trunk, {trunk}"])
+    lines.append(f"verified: {counted(len(bundles), 'bundle')} of one trunk, {trunk}")
+    return "\n".join(lines)
+
+
+def selftest_line(folder: Path, test: SelfTest, result: SelfTestResult) -> str:
+    """How a bundle's self-test ended on this machine."""
+    return (
+        f"{folder}: {'passed' if result.passed else 'FAILED'} on {counted(result.rows, 'input')};"
+        f" latents differ by {result.latent_difference:.2g} (allowed {test.latent_tolerance:.2g}),"
+        f" outputs by {result.output_difference:.2g} (allowed {test.output_tolerance:.2g});"
+        f" the gate chose other experts for {counted(result.other_choices, 'input')}"
+    )
 
 
 def answer_lines(
     path: Path, start: int, rows: int, answers: Answers, facts: StatusReport, as_json: bool
 ) -> Iterator[str]:
-    """A line for each row, the first of which is `start` of the `rows` of its file; facts: the device's status."""
+    """One line per answered row of a file.
+
+    start: index of the first of these rows in the file; rows: how many the file has; facts: the device's status.
+    """
     width = len(str(rows - 1))
     labels = facts["labels"] or [str(number) for number in range(answers.outputs.shape[1])]
     p = answers.probabilities(facts["combination"], facts["class_mix"]["adapt"])
-    for i, (row, shares) in enumerate(zip(answers.rows, p, strict=True)):
-        best, ms = int(shares.argmax()), answers.elapsed_s * 1000
+    ms = answers.elapsed_s * 1000
+    for index, (row, shares) in enumerate(zip(answers.rows, p, strict=True), start):
+        best = int(shares.argmax())
         if as_json:
             yield json.dumps(
                 {
                     "file": str(path),
-                    "row": start + i,
+                    "row": index,
                     "label": labels[best],
                     "confidence": round(float(shares[best]), 6),
                     "experts": dict(zip(map(str, row.experts), row.weights, strict=True)),
@@ -77,25 +97,29 @@ def answer_lines(
                     "ms": round(ms, 3),
                 }
             )
-            continue
-        who = ", ".join(f"expert {e} ({w:.0%})" for e, w in zip(row.experts, row.weights, strict=True)) or "nobody"
-        missing = f"; degraded: without expert {', '.join(map(str, row.missing))}" if row.missing else ""
-        yield one_line(
-            f"{path}[{start + i:>{width}}]  {labels[best]}  {shares[best]:.1%}  by {who}{missing}  {ms:.1f} ms"
-        )
+        else:
+            answer = f"{labels[best]}  {shares[best]:.1%}  by {_experts(row)}"
+            yield one_line(f"{path}[{index:>{width}}]  {answer}  {ms:.1f} ms")
+
+
+def _experts(row: RowAnswer) -> str:
+    """The experts that answered a row with their weights, and those that did not answer."""
+    shares = [f"expert {expert} ({weight:.0%})" for expert, weight in zip(row.experts, row.weights, strict=True)]
+    answered = ", ".join(shares) or "no expert"
+    if not row.missing:
+        return answered
+    return f"{answered}; degraded: no answer from expert {', '.join(map(str, row.missing))}"
 
 
 def status_table(facts: StatusReport) -> str:
-    """A device's status."""
-    mix, rules = facts["class_mix"], facts["rules"]
-    learnt = f"{mix['rows']} rows seen, " + ("in use" if mix["mix"] else "200 are needed") if mix["adapt"] else "off"
+    """A device's status report, with a line for each peer."""
     head = {
         "device": f"{facts['device']}, expert {facts['expert']} of {facts['experts']}, at {facts['address']}",
         "version": f"nmoe {facts['version']}, {facts['provider']}, {counted(facts['threads'], 'thread')}",
         "bundle": f"{facts['bundle'][:12]}, trunk {facts['trunk'][:12]}",
-        "up": f"{facts['uptime_s']:.0f} s, {facts['under_way']} requests under way",
-        "rules": ", ".join(f"{name} {value}" for name, value in rules.items()),
-        "class mix": learnt,
+        "up": f"{facts['uptime_s']:.0f} s, {counted(facts['under_way'], 'request')} in progress",
+        "rules": ", ".join(f"{name} {value}" for name, value in facts["rules"].items()),
+        "class mix": _class_mix(facts["class_mix"]),
     }
     lines = [f"{name:<10} {value}" for name, value in head.items()]
     for name, took in facts["took"].items():
@@ -104,18 +128,28 @@ def status_table(facts: StatusReport) -> str:
     if facts["peers"]:
         lines.append(f"{'peer':<14}{'expert':>7}  {'state':<9}{'rtt ms':>8}{'p95 ms':>8}{'asked':>9}{'answered':>9}")
     for peer in facts["peers"]:
-        rtt, p95 = ("–" if ms is None else f"{ms:.2f}" for ms in (peer["rtt_ms"], peer["p95_ms"]))
         lines.append(
-            f"{peer['name']:<14}{peer['expert']:>7}  {peer['state']:<9}{rtt:>8}{p95:>8}"
+            f"{peer['name']:<14}{peer['expert']:>7}  {peer['state']:<9}{_ms(peer['rtt_ms']):>8}{_ms(peer['p95_ms']):>8}"
             f"{peer['asked']:>9}{peer['answered']:>9}"
         )
-    return "\n".join(one_line(line) for line in lines)  # a peer's words may be in it
+    return "\n".join(one_line(line) for line in lines)  # some of it comes from peers, so it may hold control characters
+
+
+def _class_mix(mix: ClassMixReport) -> str:
+    """The state of a device's learned class mix."""
+    if not mix["adapt"]:
+        return "off"
+    return f"{mix['rows']} rows seen, {'in use' if mix['mix'] else 'used from 200 rows on'}"
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def ready_line(facts: StatusReport) -> str:
-    """What a device serves, and how, when it begins to."""
+    """What a device serves, where and on which provider; facts: its status when it starts."""
     keys = "without keys" if facts["known_keys"] is None else f"CURVE with {counted(facts['known_keys'], 'known key')}"
-    where = f"at {facts['address']}, {keys}" if facts["address"] else "for nobody but this process"
+    where = f"at {facts['address']}, {keys}" if facts["address"] else "in this process only, without an address"
     return (
         f"ready: {facts['device']}, expert {facts['expert']} of {facts['experts']}, {where};"
         f" extractor {facts['extractor']} on {facts['provider']}, {counted(facts['threads'], 'thread')}"

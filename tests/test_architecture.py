@@ -73,23 +73,30 @@ EDGE = {
         " device.requests device.rules device.saved_mix device.service device.sockets models protocol.messages"
         " protocol.tensor status"
     ),
+    "device.process": "device.mdns device.node",
     "bench": "",
     "bench.samples": "",
     "bench.board": "",
+    "bench.cells": "",
+    "bench.plan": "bundle.fleet",
     "bench.probe": "bench.board bench.samples bundle.folder models protocol.exchange protocol.routing",
     "bench.load": ("bench.board bench.samples bundle.manifest client protocol.messages protocol.tensor protocol.wire"),
     "bench.record": "bench.board bench.samples",
     "bench.compare": "bench.record bench.samples",
-    "bench.tables": "bench.board bench.compare bench.probe bench.record bench.samples",
-    "bench.measure": (
-        "__init__ bench.board bench.load bench.probe bench.record bundle.fleet bundle.folder client device.membership"
-        " keys models status"
+    "bench.notes": "bench.cells bench.probe bench.record bench.samples",
+    "bench.tables": "bench.board bench.cells bench.compare bench.notes bench.probe bench.record bench.samples",
+    "bench.remote": (
+        "bench.board bench.load bench.plan bench.probe bench.record bundle.fleet bundle.folder client keys status"
     ),
-    "bench.cli": "bench.compare bench.measure bench.record bench.tables bundle.fleet",
-    "display": "bundle.fleet bundle.folder client status",
+    "bench.measure": (
+        "__init__ bench.board bench.plan bench.probe bench.record bench.remote bundle.folder device.membership models"
+    ),
+    "bench.cli": "bench.compare bench.measure bench.plan bench.record bench.tables bundle.fleet options",
+    "options": "",
+    "display": "bundle.fleet bundle.folder client models protocol.messages status",
     "cli": (
-        "bench.cli bundle.fleet bundle.folder bundle.image bundle.manifest client device.mdns device.node"
-        " device.rules device.saved_mix display keys models"
+        "bench.cli bundle.fleet bundle.folder bundle.image bundle.manifest client device.node device.process"
+        " device.rules device.saved_mix display keys models options"
     ),
     "__main__": "cli",
 }
@@ -112,7 +119,7 @@ ONLY_IN = {
     "zeroconf": {"device.mdns"},
     "ifaddr": {"device.mdns"},
     "zmq": {"frames", "device.sockets", "client", "keys"},
-    "click": {"cli", "bench.cli", "common.command"},
+    "click": {"cli", "bench.cli", "common.command", "options"},
     "torch": set(),
     "onnx": set(),
 }

@@ -1,1 +1,1 @@
-"""What a device takes, measured: `nmoe-edge bench`. Nothing that serves imports it."""
+"""The benchmark of a device, `nmoe-edge bench`. The serving code does not import it."""

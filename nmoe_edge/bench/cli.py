@@ -1,128 +1,172 @@
-"""`nmoe-edge bench`: measure a bundle on this device, and compare two measurements."""
+"""The commands `nmoe-edge bench` and `nmoe-edge bench compare`."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
+from nmoe_edge import options
 from nmoe_edge.common.command import SETTINGS
 from nmoe_edge.common.schema import nearest
 from nmoe_edge.common.text import one_line
-
-_LATENTS = {"int8": "int8", "fp16": "float16", "fp32": "float32"}
+from nmoe_edge.options import LATENT_TYPES, PATH, THREADS
 
 
 class _DefaultGroup(click.Group):
-    """What is not one of its commands is the first argument of `run`."""
+    """A group that passes its arguments to `run` unless the first one is the name of a command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, self._named(args))
+        return super().parse_args(ctx, self._with_command(ctx, args))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        return super().resolve_command(ctx, self._named(args))
+        return super().resolve_command(ctx, self._with_command(ctx, args))
 
-    def _named(self, args: list[str]) -> list[str]:
+    def _with_command(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] in self.commands:
             return args
         hint = nearest(args[0], self.commands) if args else ""
         if hint and not os.path.lexists(args[0]):
-            raise click.UsageError(f"{one_line(args[0])!r} is no bundle here, and no command{hint}")
+            raise click.UsageError(f"{one_line(args[0])!r} is neither a bundle folder nor a command{hint}", ctx)
         return ["run", *args]
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5 alone
-    """Words between commas, each of them once."""
+    """Words separated by commas; a repeated word counts once."""
 
     name = "list"
 
-    def __init__(self, kind: Any, due: str) -> None:
-        self.kind, self.due = kind, due
+    def __init__(self, kind: Any, expected: str) -> None:
+        self.kind = kind
+        self.expected = expected
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found = []
+        items = []
         for word in value.split(","):
             try:
-                found.append(self.kind.convert(word.strip(), param, ctx))
+                items.append(self.kind.convert(word.strip(), param, ctx))
             except click.BadParameter:
-                self.fail(f"{word!r}: {self.due} are due, with commas between them", param, ctx)
-        return tuple(dict.fromkeys(found))
+                self.fail(f"{word!r}: expected {self.expected}, separated by commas", param, ctx)
+        return tuple(dict.fromkeys(items))
 
 
-@click.group(cls=_DefaultGroup, context_settings=SETTINGS)
+class _StopSignals:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into KeyboardInterrupt, and ignores later ones.
+
+    A second signal must not interrupt the stopping itself: the processes that the benchmark started are ended, and the
+    complete rounds are written.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self.measuring = True
+        """While true, a signal interrupts; afterwards it only sets the exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so does the benchmark then
+                signal.signal(number, self._stop)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        self._received.append(number)
+        if self.measuring and len(self._received) == 1:
+            raise KeyboardInterrupt
+
+    @property
+    def exit_status(self) -> int | None:
+        """128 plus the first signal, as a shell reports it; None without a signal."""
+        return 128 + self._received[0] if self._received else None
+
+
+@click.group(cls=_DefaultGroup, context_settings=SETTINGS, short_help="Measure a bundle on this machine.")
 def bench() -> None:
-    """Measure latency and memory of a BUNDLE on this device; `bench compare` puts two measurements side by side."""
+    """Measure the latency and memory of a bundle on this machine, or compare two measurements."""
 
 
 @bench.command(
     epilog="""\b
 Commands:
-  run      This one; the word may be left out.
-  compare  Two records that --json has kept, side by side.
+  run      Measure a bundle; `bench BUNDLE` is short for `bench run BUNDLE`.
+  compare  Compare two records; see `bench compare --help`.
 
 \b
-Examples: nmoe-edge bench bundles/digits/device-00 --threads 1,2,4 --json before.json
-          nmoe-edge bench device-00 --at tcp://192.0.2.7:7101 --fleet fleet.toml --rate 50
-          nmoe-edge bench compare before.json after.json
+Examples:
+  nmoe-edge bench bundles/digits/device-00 --threads 1,2 --json before.json
+  nmoe-edge bench device-00 --fleet fleet.toml --rate 50
+  nmoe-edge bench device-00 --fleet fleet.toml --at device-01
+  nmoe-edge bench compare before.json after.json
 """
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--threads",
-    type=_List(click.IntRange(1, 256), "numbers from 1 to 256"),
+    type=_List(THREADS, "numbers from 1 to 256"),
     default="1",
     show_default=True,
-    help="CPU threads a graph.",
+    metavar="N,...",
+    help="CPU threads per graph; each number is measured by itself.",
 )
+@options.provider
 @click.option(
-    "--provider",
-    type=click.Choice(("auto", "cpu", "cuda", "tensorrt")),
-    default="auto",
-    show_default=True,
-    help="What runs the models.",
+    "--fleet",
+    type=PATH,
+    help="fleet.toml or its folder: also measure requests through the fleet. Its other devices must be serving.",
 )
+@options.own_key
 @click.option(
-    "--at", metavar="DEVICE", multiple=True, help="A peer to measure: tcp://HOST:PORT, or its name; may be given again."
+    "--at",
+    "targets",
+    metavar="DEVICE",
+    multiple=True,
+    help="Also measure the expert of this peer: tcp://HOST:PORT or, with --fleet, its name. Repeat it for more peers.",
 )
 @click.option(
     "--latents",
     "--precision",
-    type=_List(click.Choice(tuple(_LATENTS)), f"words of {', '.join(_LATENTS)}"),
+    type=_List(click.Choice(tuple(LATENT_TYPES)), f"some of {', '.join(LATENT_TYPES)}"),
     default="int8,fp16,fp32",
     show_default=True,
-    help="On the wire to a peer.",
+    metavar="TYPE,...",
+    help="Number types of the latents sent to --at.",
 )
-@click.option("--fleet", type=click.Path(path_type=Path), help="Measure the whole path among the devices of this file.")
-@click.option("--key", type=click.Path(path_type=Path), help="This device's key file.  [default: see keygen]")
+@options.number(
+    "--clients",
+    click.IntRange(1, 256),
+    default=1,
+    metavar="N",
+    text="Clients of the fleet; each sends its next request when the last is answered (closed loop).",
+)
 @click.option(
+    "--rate",
+    type=click.FloatRange(0.01, 100_000),
+    metavar="R",
+    help="Also send the fleet R requests per second as Poisson arrivals (open loop).",
+)
+@options.number(
     "--duration",
-    type=click.FloatRange(0.1, 3600),
+    click.FloatRange(0.1, 3600),
     default=10,
-    show_default=True,
-    help="Seconds for the graphs, with each number of threads; and for each row over the wire.",
+    metavar="S",
+    text="Seconds of measuring, all rounds together: for each number of threads, and for each table row over the wire.",
 )
-@click.option(
+@options.number(
     "--rounds",
-    type=click.IntRange(1, 30),
+    click.IntRange(1, 30),
     default=5,
-    show_default=True,
-    help="That the time is divided into; to compare, five in each record are enough.",
+    metavar="N",
+    text="Rounds that share the duration. `bench compare` needs five or more.",
 )
-@click.option(
-    "--clients", type=click.IntRange(1, 256), default=1, show_default=True, help="That ask the fleet at a time."
-)
-@click.option("--rate", type=click.FloatRange(0.01, 1e5), help="Also ask the fleet so often a second, by chance.")
-@click.option("--json", "record_file", type=click.Path(path_type=Path), help="Keep every sample in this file.")
+@click.option("--json", "record_file", type=PATH, help="Write every sample to this file, for `bench compare`.")
 def run(
     bundle: Path,
     threads: tuple[int, ...],
     provider: str,
-    at: tuple[str, ...],
+    targets: tuple[str, ...],
     latents: tuple[str, ...],
     fleet: Path | None,
     key: Path | None,
@@ -132,80 +176,72 @@ def run(
     rate: float | None,
     record_file: Path | None,
 ) -> None:
-    """Measure what BUNDLE takes here, time and memory; with --at a peer's expert, with --fleet the fleet.
+    """Measure the latency and memory of BUNDLE on this machine.
 
-    Inputs are those of the bundle's self-test. Every number of threads has a fresh process in every round. The device
-    of this bundle is asked where it serves already, and learns from that if it adapts; else it is served meanwhile,
-    with the first number of threads. Ctrl-C, SIGTERM and SIGHUP end it early, with the rounds that were whole by then.
+    Needs only the bundle: its self-test holds the inputs. Each round runs the models in a fresh process. With --at it
+    also measures a peer's expert over the network, with --fleet whole requests through the fleet.
+
+    For --fleet, the device of BUNDLE is asked if it serves already; a device that adapts learns from these inputs.
+    Otherwise the benchmark serves it, with the first number of threads.
+
+    Ctrl-C, SIGTERM and SIGHUP stop early and keep the complete rounds.
     """
-    import signal
-    from types import FrameType
-
-    from nmoe_edge.bench.measure import Plan, measure
+    from nmoe_edge.bench.measure import measure
+    from nmoe_edge.bench.plan import Plan
     from nmoe_edge.bench.record import check_writable, write_record
     from nmoe_edge.bench.tables import record_tables
     from nmoe_edge.bundle.fleet import fleet_file
     from nmoe_edge.errors import BenchError
 
     if fleet is None and (rate is not None or clients > 1):
-        raise click.UsageError("--rate and --clients are for a fleet: give --fleet too")
+        raise click.UsageError("--rate and --clients measure a fleet: give --fleet too")
     if record_file is not None:
         check_writable(record_file)
-    signalled: list[int] = []
-    measuring = True
-
-    def stop(which: int, _frame: FrameType | None) -> None:
-        """End the measuring, once: what was started is ended, what was found is kept, and neither is cut short."""
-        signalled.append(which)
-        if measuring and len(signalled) == 1:
-            raise KeyboardInterrupt
-
-    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(which) is not signal.SIG_IGN:  # as nohup wants it
-            signal.signal(which, stop)
+    signals = _StopSignals()
     fleet = fleet_file(fleet) if fleet is not None else None
-    types = tuple(_LATENTS[name] for name in latents)
-    plan = Plan(bundle, threads, provider, at, types, fleet, key, duration, rounds, clients, rate)
+    dtypes = tuple(LATENT_TYPES[name] for name in latents)
+    plan = Plan(bundle, threads, provider, targets, dtypes, fleet, key, duration, rounds, clients, rate)
     try:
         record = measure(plan, lambda text: click.echo(text, err=True))
     except KeyboardInterrupt:
-        click.echo("nmoe-edge: stopped before a round was whole; nothing is kept", err=True)
-        sys.exit(128 + signalled[0])
-    measuring = False
+        click.echo("nmoe-edge: stopped before the first round was complete; nothing to report", err=True)
+        sys.exit(signals.exit_status or 1)
+    signals.measuring = False
     try:
         if record_file is not None:
             write_record(record_file, record)
     finally:
         click.echo(record_tables(record))
-    if signalled:
-        sys.exit(128 + signalled[0])
+    if signals.exit_status is not None:
+        sys.exit(signals.exit_status)
     if record.stopped is not None:
         raise BenchError(record.stopped)
 
 
 @bench.command(
     epilog="""\b
-Verdicts:
-  worse         all of the interval is over 1, and the ratio over 1.05
-  better        all of it is under 1, and the ratio under 1/1.05
-  same          all of it lies between 1/1.10 and 1.10
-  cannot tell   it is wider: take more --rounds, a longer --duration, an idle machine
+Verdicts, from the ratio B/A and its 99 % interval:
+  worse        the whole interval is above 1, and the ratio above 1.05
+  better       the whole interval is below 1, and the ratio below 1/1.05
+  same         the whole interval is between 1/1.10 and 1.10
+  cannot tell  none of these: use more --rounds, a longer --duration
+               or an idle machine
 
 \b
 Example: nmoe-edge bench compare before.json after.json
 """
 )
-@click.argument("old", type=click.Path(path_type=Path), metavar="A.json")
-@click.argument("new", type=click.Path(path_type=Path), metavar="B.json")
+@click.argument("old", type=PATH, metavar="A.json")
+@click.argument("new", type=PATH, metavar="B.json")
 def compare(old: Path, new: Path) -> None:
-    """Compare two records that --json has kept; exit 1 when B is worse than A beyond their noise.
+    """Compare two records of `bench --json`, and exit 1 if B is worse than A beyond the noise.
 
-    The medians of rounds are compared by their ranks, which takes five rounds in each record: of every pair of rounds
-    the ratio, and an interval that holds the truth 99 times in a hundred. So is memory. One in 250 that have not
-    changed looks worse by chance: measure that one again.
+    Needs five or more rounds in each record. For each row of the tables it compares the p50 of the rounds, and for
+    each number of threads the memory. The ratio is the median over every pair of a round of A and a round of B; its
+    interval holds the true ratio 99 times in 100. One unchanged row in 250 looks worse by chance: measure it again.
 
-    A fleet or a peer is worse also where more of its answers were missing, refused or degraded. Another bundle or
-    another machine is a warning. Where no row has a verdict, that is exit 1 too.
+    A peer or a fleet is also worse if its missing, refused or degraded answers rise by more than one point beyond
+    chance. Another bundle or machine in B gives a warning. Exits 1 as well if no row has a verdict.
     """
     from nmoe_edge.bench.compare import compared
     from nmoe_edge.bench.record import read_record
@@ -217,6 +253,6 @@ def compare(old: Path, new: Path) -> None:
     click.echo(comparison_tables(first, second, comparison))
     if not comparison.times:
         raise BenchError(f"{old} and {new} have no row in common: measure both with the same options")
-    if not comparison.told:
-        raise BenchError("no row has the five rounds in both that a verdict needs: measure again with --rounds 5")
+    if not comparison.has_verdict:
+        raise BenchError("no row has five rounds in both records, which a verdict needs: measure with --rounds 5")
     sys.exit(1 if comparison.worse else 0)

@@ -1,8 +1,8 @@
-"""Questions to a device over the wire, and how long its answers took: a peer's expert, or the whole fleet.
+"""Requests to a device over the wire, and their latency: to one peer's expert, or through the whole fleet.
 
-One thread sends and receives, so that nothing of ours waits for a turn. With `clients` so many questions are under way
-at any time. With `arrivals` a question is due at its moment whether or not the last was answered, and its time counts
-from that moment: a device that stalls is charged for everybody who would have waited.
+One thread sends and receives, so no latency includes a wait for a thread of the benchmark. A closed loop keeps one
+request per client open. An open loop sends at scheduled times, the Poisson arrivals, whether or not earlier requests
+are answered; latency counts from the scheduled time, so a device that stalls is charged for every request it delays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nmoe_edge.bench.board import Meter
-from nmoe_edge.bench.samples import BLOCK_S, MOST_SAMPLES, settle
+from nmoe_edge.bench.samples import BLOCK_S, MAX_SAMPLES, settle
 from nmoe_edge.bundle.manifest import Manifest
 from nmoe_edge.client import Line, refusal
 from nmoe_edge.errors import BenchError
@@ -26,40 +26,52 @@ from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import encode
 
 BUDGET_S = 1.0
-"""What a question gives a device, as nmoe-edge infer does."""
-_GIVEN_UP_NS = 1_250_000_000
-"""After it was sent, the budget and the way there and back; not sent at all so long after it was due."""
-_CONNECT_S, _FULL_S = 3.0, 0.05
-"""The longest that a way to the device is waited for: at first, and when it takes no more."""
-_LOOK_NS = 100_000_000
-"""The longest between two looks at what is to be given up."""
+"""Budget of each request, as in nmoe-edge infer."""
+_GIVE_UP_NS = 1_250_000_000
+"""A request counts as unanswered so long after it was sent: the budget and a round trip. One that is so far behind its
+scheduled time is not sent."""
+_CONNECT_S = 3.0
+"""Longest wait to send the first request."""
+_SEND_S = 0.05
+"""Longest wait to send a later request while the connection takes no more."""
+_CHECK_NS = 100_000_000
+"""Longest time between two checks for requests to give up."""
 
-Question = Callable[[int], Message]
-"""A request's number -> what is asked."""
+MakeRequest = Callable[[int], Message]
+"""Request number -> the message to send."""
 
 
 @dataclass(slots=True)
 class Drive:
-    """What a while of questions brought."""
+    """What happened to the requests of one round."""
 
     took_ns: array[int] = field(default_factory=lambda: array("q"))
     asked: int = 0
     refused: int = 0
     unanswered: int = 0
     unsent: int = 0
-    """Of these."""
+    """Unanswered requests that were never sent."""
     rows: int = 0
     at_home: int = 0
+    """Rows answered locally, by the device's own expert."""
     degraded: int = 0
     answer: Message | None = None
-    """The last one."""
+    """The last answer."""
     refusal: str = ""
-    """The last one, for a person."""
+    """The last refusal, as text."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that waits for its reply; times are on the monotonic clock."""
+
+    scheduled_ns: int
+    sent_ns: int
 
 
 def drive(
     line: Line,
-    question: Question,
+    request: MakeRequest,
     numbers: Iterator[int],
     seconds: float,
     *,
@@ -68,54 +80,61 @@ def drive(
     own: int = -1,
     meter: Meter | None = None,
 ) -> Drive:
-    """Ask for so many seconds, then wait for what is under way; arrivals: seconds from now, growing."""
-    found, clock = Drive(), time.monotonic_ns
-    under_way: dict[int, tuple[int, int]] = {}  # number -> when it was due, when it was sent
+    """Send requests for `seconds`, then wait for the open ones.
+
+    clients: the closed loop's requests at a time; arrivals: the open loop's times in seconds from now, ascending.
+    own: number of the device's own expert. BenchError if the first request cannot be sent.
+    """
+    found = Drive()
+    clock = time.monotonic_ns
+    open_requests: dict[int, _Open] = {}  # by request number, the oldest first
     began = clock()
     until = began + int(seconds * 1e9)
 
-    def moment() -> int:
+    def next_arrival() -> int:
         return until if arrivals is None else began + int(next(arrivals) * 1e9)
 
-    def ask(due: int, now: int) -> None:
-        number, late = next(numbers), now - due > _GIVEN_UP_NS
-        sent = not late and line.send(question(number), _FULL_S if found.asked else _CONNECT_S)
+    def send(scheduled: int, now: int) -> None:
+        number = next(numbers)
+        too_late = now - scheduled > _GIVE_UP_NS
+        sent = not too_late and line.send(request(number), _SEND_S if found.asked else _CONNECT_S)
         if not sent and not found.asked:
-            raise BenchError(f"{line.address}: no way there for {_CONNECT_S:.0f} s; is it serving?")
+            raise BenchError(f"{line.address}: no connection within {_CONNECT_S:.0f} s; is the device serving?")
         found.asked += 1
         if sent:
-            under_way[number] = (due, clock())
+            open_requests[number] = _Open(scheduled, clock())
         else:
             found.unanswered += 1
             found.unsent += 1
 
-    due = moment()
+    arrival = next_arrival()
     while True:
         now = clock()
         if meter is not None:
             meter.tick(now)
-        while under_way and now - next(iter(under_way.values()))[1] > _GIVEN_UP_NS:
-            del under_way[next(iter(under_way))]
+        while open_requests and now - next(iter(open_requests.values())).sent_ns > _GIVE_UP_NS:
+            del open_requests[next(iter(open_requests))]
             found.unanswered += 1
-        # Who comes by chance is asked for also when we are behind; clients stop in time.
-        asking = (now < until if arrivals is None else due < until) and found.asked < MOST_SAMPLES
-        wake = now  # what came meanwhile is taken before the next goes out
-        if asking and len(under_way) < clients:
-            ask(now, now)
-        elif asking and arrivals is not None and due <= now:
-            ask(due, now)
-            due = moment()
-        elif asking or under_way:
-            wake = min(due, now + _LOOK_NS) if asking else now + _LOOK_NS
+        # Every arrival that is scheduled before the end is sent, even if the benchmark is behind; clients stop in time.
+        in_time = now < until if arrivals is None else arrival < until
+        sending = in_time and found.asked < MAX_SAMPLES
+        wake = now  # after a send, take the replies that are here before the next send
+        if sending and len(open_requests) < clients:
+            send(now, now)
+        elif sending and arrivals is not None and arrival <= now:
+            send(arrival, now)
+            arrival = next_arrival()
+        elif sending or open_requests:
+            wake = min(arrival, now + _CHECK_NS) if sending else now + _CHECK_NS
         else:
             return found
         reply = line.receive((wake - now) / 1e9)
         if reply is not None:
-            _take(found, reply, under_way.pop(getattr(reply, "request", -1), None), own)
+            _count(found, reply, open_requests.pop(getattr(reply, "request", -1), None), own)
 
 
-def _take(found: Drive, reply: Message, asked: tuple[int, int] | None, own: int) -> None:
-    """Count a reply; one to nothing that is under way was given up."""
+def _count(found: Drive, reply: Message, asked: _Open | None, own: int) -> None:
+    """Add a reply to the counts. asked: the request it answers, or None if that was given up."""
     if asked is None:
         return
     if isinstance(reply, Refuse):
@@ -123,68 +142,68 @@ def _take(found: Drive, reply: Message, asked: tuple[int, int] | None, own: int)
         found.refusal = refusal(reply)
     elif isinstance(reply, Answer | Result):
         outputs = reply.outputs.unpack()
-        found.took_ns.append(time.monotonic_ns() - asked[0])
+        found.took_ns.append(time.monotonic_ns() - asked.scheduled_ns)
         found.answer = reply
         found.rows += len(outputs)
         if isinstance(reply, Result):
-            degraded = sum(row.degraded for row in reply.rows)
-            found.degraded += degraded
+            found.degraded += sum(row.degraded for row in reply.rows)
             found.at_home += sum(row.experts == (own,) and not row.degraded for row in reply.rows)
 
 
-def settled(line: Line, question: Question, numbers: Iterator[int], clients: int) -> bool:
-    """Ask until the answers take alike; BenchError when there are none."""
+def settled(line: Line, request: MakeRequest, numbers: Iterator[int], clients: int) -> bool:
+    """Warm up with requests and return whether their latency settled; BenchError if none is answered."""
 
     def block() -> array[int]:
-        found = drive(line, question, numbers, BLOCK_S, clients=clients)
+        found = drive(line, request, numbers, BLOCK_S, clients=clients)
         if not found.took_ns:
-            raise BenchError(f"{line.address}: {found.refusal or 'no answer in time; is it still serving?'}")
+            raise BenchError(f"{line.address}: {found.refusal or 'no answer in time; is the device still serving?'}")
         return found.took_ns
 
     return settle(block, time.monotonic)
 
 
 def poisson(rate: float, seed: int) -> Iterator[float]:
-    """Moments at which strangers come, `rate` of them a second; the same for the same seed."""
-    draw, at = Random(seed), 0.0  # noqa: S311  # chance, not secrets
+    """Times of Poisson arrivals in seconds, `rate` per second on average; the same for the same seed."""
+    random = Random(seed)  # noqa: S311  # a simulation, not a secret
+    at = 0.0
     while True:
-        at += draw.expovariate(rate)
+        at += random.expovariate(rate)
         yield at
 
 
 def greet(line: Line, manifest: Manifest) -> Welcome:
-    """Introduce this bundle's device to a peer; BenchError where it is not welcome."""
+    """Introduce this bundle's device to a peer with a Hello; BenchError if the peer does not welcome it."""
     hello = Hello(manifest.device, manifest.expert, manifest.trunk_bytes, (), bundle=manifest.digest)
     reply = line.receive(_CONNECT_S) if line.send(hello, _CONNECT_S) else None
     if isinstance(reply, Refuse):
-        raise BenchError(f"{line.address}: {manifest.device} is not welcome: {refusal(reply)}")
+        raise BenchError(f"{line.address}: the peer refuses {manifest.device}: {refusal(reply)}")
     if not isinstance(reply, Welcome):
-        said = "no answer" if reply is None else f"a {type(reply).__name__}"
-        raise BenchError(f"{line.address}: {said} to our Hello; is a device serving there, and does it know this key?")
+        received = "no answer" if reply is None else f"an unexpected {type(reply).__name__}"
+        raise BenchError(f"{line.address}: {received} to Hello; is a device serving there, and does it know this key?")
     return reply
 
 
-def asking(latents: NDArray[Any], dtype: str, rows: int, expert: int, trunk: bytes) -> Question:
-    """Asks for a remote expert, so many rows each of these latents, which are cycled. latents: (n, latent)"""
-    fed = [latents.take(range(i, i + rows), axis=0, mode="wrap") for i in range(len(latents))]
+def asking(latents: NDArray[Any], dtype: str, rows: int, expert: int, trunk: bytes) -> MakeRequest:
+    """Makes Asks of a remote expert, each with the next `rows` latents, in a cycle. latents: (n, latent)"""
+    batches = [latents.take(range(i, i + rows), axis=0, mode="wrap") for i in range(len(latents))]
 
-    def question(number: int) -> Ask:
-        packed = Tensor.pack(fed[number % len(fed)], dtype)
+    def request(number: int) -> Ask:
+        packed = Tensor.pack(batches[number % len(batches)], dtype)
         return Ask(number, 0, int(BUDGET_S * 1000), expert, trunk, packed)
 
-    return question
+    return request
 
 
-def inferring(inputs: NDArray[Any]) -> Question:
-    """Infers of one row each of these inputs, which are cycled."""
+def inferring(inputs: NDArray[Any]) -> MakeRequest:
+    """Makes Infers of one row each, with the inputs in a cycle. inputs: (n, ...)"""
 
-    def question(number: int) -> Infer:
-        at = number % len(inputs)
-        return Infer(number, 0, int(BUDGET_S * 1000), Tensor.pack(inputs[at : at + 1], inputs.dtype.name))
+    def request(number: int) -> Infer:
+        i = number % len(inputs)
+        return Infer(number, 0, int(BUDGET_S * 1000), Tensor.pack(inputs[i : i + 1], inputs.dtype.name))
 
-    return question
+    return request
 
 
 def message_bytes(message: Message) -> int:
-    """Header and payload, without what ZeroMQ and CURVE add."""
+    """Size of header and payload, without the framing of ZeroMQ and CURVE."""
     return sum(map(len, encode(message)))

@@ -1,7 +1,7 @@
-"""What a benchmark found: samples and the conditions that they were taken under, as JSON and back.
+"""The record of a benchmark, written as JSON and read back: samples, and the conditions they were taken under.
 
-Knows neither how it was measured nor how it is shown. Reading is strict: a field of another type, an unknown key or
-another schema is refused by name.
+measure.py makes records, tables.py shows them. Reading is strict: an unknown key, a field of the wrong type or another
+schema is an error that names it. Field names are the keys of the file, so that older records stay readable.
 """
 
 from __future__ import annotations
@@ -14,81 +14,84 @@ from pathlib import Path
 from typing import Literal
 
 from nmoe_edge.bench.board import Machine, Moment
-from nmoe_edge.bench.samples import MOST_ROUNDS
+from nmoe_edge.bench.samples import MAX_ROUNDS
 from nmoe_edge.common.files import replace_file
 from nmoe_edge.common.schema import from_plain, parse_json, to_plain
+from nmoe_edge.common.text import counted
 from nmoe_edge.errors import BenchError
 
 SCHEMA = 1
-MOST_BYTES = 256 * 1024 * 1024
+_MAX_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What became of requests to a device."""
+    """Outcomes of the requests to a device."""
 
     asked: int
     refused: int
     unanswered: int
     unsent: int
-    """Of these, because the benchmark itself, or the way there, was over a second behind."""
+    """Unanswered requests that were never sent: the benchmark or the connection was over a second behind schedule."""
     rows: int
-    """Answered."""
+    """Answered rows."""
     at_home: int
-    """Of these, by the device's own expert, as the gate or local first wanted."""
+    """Rows answered locally, by the device's own expert, as the gate or --local-first decided."""
     degraded: int
-    """Of these, otherwise than the gate wanted."""
+    """Rows answered without an expert that the gate chose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that was measured."""
+    """One measured step or request, a row of the tables."""
 
     scenario: Literal["start", "local", "peer", "fleet"]
     what: str
     setting: str
     rows: int
-    """Together in one call."""
+    """Rows of input in one call."""
     parts: tuple[tuple[int, ...], ...]
-    """Nanoseconds, a part for each round."""
+    """The samples of each round, in nanoseconds."""
     settled: bool = True
-    """Whether the warm-up of every round was."""
+    """Whether the warm-up settled in every round."""
     mean_w: float | None = None
+    """Mean power of the board, in watts."""
     sent_bytes: float | None = None
-    """For a row, header and payload."""
+    """Header and payload, per row of input."""
     received_bytes: float | None = None
     tally: Tally | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.parts) <= MOST_ROUNDS or not all(self.parts):
-            raise ValueError(f"{self.name}: 1 to {MOST_ROUNDS} rounds of samples are due")
-        if not all(0 < sample < 2**63 for part in self.parts for sample in part):
-            raise ValueError(f"{self.name}: a sample is a number of nanoseconds over 0")
+        if not 1 <= len(self.parts) <= MAX_ROUNDS or not all(self.parts):
+            raise ValueError(f"{self.name}: expected 1 to {MAX_ROUNDS} rounds, each with samples")
+        if not all(0 < sample < 2**63 for sample in self.samples):
+            raise ValueError(f"{self.name}: a sample must be a number of nanoseconds above 0")
 
     @property
     def name(self) -> str:
-        """What a row of another record must be called to be compared with it."""
-        return f"{self.scenario}: {self.what}, {self.setting}, {self.rows} row{'s' if self.rows > 1 else ''}"
+        """Identifies the row: rows of two records are compared if their names are equal."""
+        return f"{self.scenario}: {self.what}, {self.setting}, {counted(self.rows, 'row')}"
 
     @property
     def samples(self) -> list[int]:
-        """Of all rounds."""
+        """The samples of all rounds."""
         return [sample for part in self.parts for sample in part]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A step of a process's beginning."""
+    """A stage in the life of a process, from its start to its steady state."""
 
     name: str
     at_ns: tuple[int, ...]
-    """Since the process began, a number for each round."""
+    """When the stage was over, in nanoseconds since the process started, in each round."""
     rss: tuple[int | None, ...]
+    """Resident memory at that time, in bytes, in each round."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a process begins, and what it takes."""
+    """The start of a process and its memory, for one number of threads."""
 
     setting: str
     stages: tuple[Stage, ...]
@@ -105,85 +108,94 @@ class Subject:
     precision: str
     latents: str
     files: Mapping[str, int]
-    """Bytes on the disk."""
+    """File name -> bytes on disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Of the device that a fleet was asked through."""
+    """Peers of the device that the fleet was asked through."""
 
     known: int
     before: int
-    """Alive when it was first asked."""
+    """Peers that were alive before the first request."""
     after: int | None = None
-    """When it was last; None where it came to no end."""
+    """Peers that were alive after the last request; None if the benchmark stopped early."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """All of it."""
+    """Everything that one benchmark measured."""
 
     schema: int
     began: str
-    """UTC."""
+    """Start of the benchmark, UTC."""
     nmoe: str
     python: str
     runtime: str
-    """onnxruntime's version."""
+    """Version of onnxruntime."""
     provider: str
     machine: Machine
     before: Moment
     after: Moment
     bundle: Subject
     duration_s: float
-    """Of each scenario."""
+    """Seconds of measuring for each scenario, all rounds together."""
     starts: tuple[Start, ...]
     rows: tuple[Row, ...]
     peers: Peers | None = None
     stopped: str | None = None
-    """Where it was when it was stopped, or could not go on; what was whole by then is here."""
+    """Where the benchmark was when a signal or an error stopped it; the record holds the complete rounds."""
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{twice} stands in it twice")
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"the row {repeated!r} appears twice")
 
 
 def read_record(path: Path) -> Record:
-    """Read a record; BenchError says what is wrong with it."""
+    """Read a record; BenchError if the file is missing or not a valid record."""
     try:
         if os.path.lexists(path) and not os.path.isfile(path):
-            raise ValueError("not a plain file")
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES} bytes")
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
         plain = parse_json(data)
         schema = plain.get("schema") if isinstance(plain, dict) else None
-        if schema is not None and schema != SCHEMA:  # before its keys are looked at: another schema has others
-            raise ValueError(f"schema {schema!r:.40} is unknown: this nmoe reads schema {SCHEMA}")
+        # Checked before the keys, because another schema has other keys.
+        if schema is not None and schema != SCHEMA:
+            raise ValueError(f"schema {schema!r:.40} is unknown; this nmoe reads schema {SCHEMA}")
         return from_plain(Record, plain)
     except OSError as error:
-        raise BenchError(f"{path}: {error.strerror or error}; nmoe-edge bench BUNDLE --json writes one") from error
+        raise BenchError(f"{path}: {error.strerror or error}; write a record with nmoe-edge bench --json") from error
     except ValueError as error:
-        raise BenchError(f"{path}: no record of nmoe-edge bench: {error}") from error
+        raise BenchError(f"{path}: not a record of nmoe-edge bench: {error}") from error
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place that `write_record` could not or should not write to: worth asking before minutes of work."""
+    """Raise BenchError if `write_record` could not write to `path`, or would replace a file that is not a record.
+
+    Called before the minutes of measuring.
+    """
     folder = path.resolve().parent
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise BenchError(f"{path}: cannot be written there; choose another place")
-    if os.path.lexists(path) and not (os.path.isfile(path) and path.stat().st_size == 0):
+    if os.path.isdir(path):
+        raise BenchError(f"{path} is a folder; choose another file")
+    if not os.path.isdir(folder):
+        raise BenchError(f"{path}: its folder does not exist; choose another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BenchError(f"{path}: its folder is not writable; choose another file")
+    is_empty_file = os.path.isfile(path) and path.stat().st_size == 0
+    if os.path.lexists(path) and not is_empty_file:
         try:
             read_record(path)
         except BenchError as error:
-            raise BenchError(f"{path} is no record that could be replaced; choose another name") from error
+            raise BenchError(f"{path} is not a record and is not replaced; choose another file") from error
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Replace a record: a reader sees the old one or the new one."""
+    """Write a record, replacing the file atomically."""
     try:
         replace_file(path, json.dumps(to_plain(record), allow_nan=False))
     except OSError as error:

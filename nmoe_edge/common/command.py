@@ -1,4 +1,7 @@
-"""How a command of ours ends: well, with one line that says what to do, or with the traceback of a bug."""
+"""Runs a command-line program and turns its errors into exit statuses.
+
+An expected error becomes one clear line on stderr; a bug keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,20 @@ import click
 from nmoe_edge.common.text import one_line
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
-EXIT_STATUS = "Exit status: 0 all is well; 1 it is not, and one line says why; 2 the command was misspelt."
+EXIT_STATUS = "Exit status: 0 success; 1 failure, with the reason printed; 2 wrong command line."
 
 
 def run_program(
-    command: click.Command, name: str, errors: type[Exception], extra: str, brings: Collection[str]
+    command: click.Command, name: str, errors: type[Exception], extra: str, packages: Collection[str]
 ) -> None:
-    """Run `command` and exit; `brings` are the packages that are missing when the extra `extra` is.
+    """Run `command` under the program name `name`, then exit.
 
-    Only `errors`, the root of a package's error tree, and a missing extra are translated: anything else is a bug.
+    errors: the root of the package's error tree; each error is printed as one line, with exit status 1.
+    extra, packages: when one of `packages` is not installed, the line says to install nmoe[`extra`].
+    Every other exception is a bug and passes through.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no arrows is shown something else
+        sys.stdout.reconfigure(errors="replace")  # prints "?" for a character that the terminal cannot show
     try:
         try:
             command(prog_name=name)
@@ -33,13 +38,14 @@ def run_program(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail at it once more
-        if error.errno == errno.ENOSPC:  # whoever closed the pipe knows
-            click.echo(f"{name}: what it prints cannot be written: {error.strerror}", err=True)
+        # Redirect stdout to /dev/null, or the interpreter fails again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:  # a closed pipe (EPIPE) needs no message: the reader closed it
+            click.echo(f"{name}: cannot write to stdout: {error.strerror}", err=True)
     except errors as error:
         click.echo(f"{name}: {one_line(str(error))}", err=True)
     except ModuleNotFoundError as error:
-        if error.name not in brings:
+        if error.name not in packages:
             raise
         click.echo(f"{name}: {error.name} is not installed; pip install 'nmoe[{extra}]'", err=True)
     sys.exit(1)

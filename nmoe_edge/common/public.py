@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module-level `__getattr__` for `package`; homes: public name -> the module inside the package that defines it."""
+    """A module-level `__getattr__` for `package`. homes: public name -> module of the package that defines it."""
 
     def __getattr__(name: str) -> Any:
         if name not in homes:

@@ -23,44 +23,46 @@ def test_help_shows_every_command_and_an_example_of_each(nmoe_edge):
     assert shown.exit_code == 0
     for command in ("inspect", "selftest"):
         assert command in shown.output
-        assert f"Example: nmoe-edge {command}" in nmoe_edge(command, "--help").output
+        explained = nmoe_edge(command, "--help").output
+        assert "Example" in explained
+        assert f"nmoe-edge {command} bundles/digits/device-00" in explained
 
 
-def test_it_is_a_module_too():
+def test_it_runs_as_a_module():
     module = [sys.executable, "-W", "error", "-m", "nmoe_edge", "--version"]
     shown = subprocess.run(module, capture_output=True, text=True, timeout=60, check=True)
     assert shown.stdout.startswith("nmoe-edge ")
 
 
-def test_inspect_says_what_a_bundle_is(nmoe_edge, tiny_fleet):
+def test_inspect_describes_a_bundle(nmoe_edge, tiny_fleet):
     shown = nmoe_edge("inspect", tiny_fleet / "barn")
     assert shown.exit_code == 0
     assert "barn, expert 1 of 3" in shown.output
     assert "verified" in shown.output
 
 
-def test_inspect_says_what_a_fleet_is(nmoe_edge, tiny_fleet):
+def test_inspect_describes_a_fleet(nmoe_edge, tiny_fleet):
     shown = nmoe_edge("inspect", tiny_fleet)
     assert shown.exit_code == 0
     assert "3 bundles of one trunk" in shown.output
 
 
-def test_inspect_says_which_bundles_of_a_fleet_are_not_here(nmoe_edge, tiny_fleet, tmp_path):
+def test_inspect_names_the_missing_bundles_of_a_fleet(nmoe_edge, tiny_fleet, tmp_path):
     shutil.copytree(tiny_fleet / "barn", tmp_path / "barn")
     shutil.copy(tiny_fleet / "fleet.toml", tmp_path)
     shown = nmoe_edge("inspect", tmp_path)
     assert shown.exit_code == 0
     lines = shown.output.splitlines()
-    assert [line.split()[0] for line in lines if line.endswith("not here")] == ["attic", "cellar"]
+    assert [line.split()[0] for line in lines if line.endswith("bundle not in this folder")] == ["attic", "cellar"]
     assert lines[-1].startswith("verified: 1 bundle of one trunk")
 
 
-def test_inspect_speaks_json(nmoe_edge, tiny_fleet):
+def test_inspect_prints_json(nmoe_edge, tiny_fleet):
     assert json.loads(nmoe_edge("inspect", "--json", tiny_fleet / "barn").output)["device"] == "barn"
     assert len(json.loads(nmoe_edge("inspect", "--json", tiny_fleet).output)["device"]) == 3
 
 
-def test_selftest_replays_every_bundle(nmoe_edge, tiny_fleet):
+def test_selftest_checks_every_given_bundle(nmoe_edge, tiny_fleet):
     shown = nmoe_edge("selftest", *(tiny_fleet / name for name in ("attic", "barn", "cellar")))
     assert shown.exit_code == 0
     assert shown.output.count("passed on 3 inputs") == 3
@@ -68,7 +70,7 @@ def test_selftest_replays_every_bundle(nmoe_edge, tiny_fleet):
     assert [json.loads(line)["passed"] for line in lines] == [True]
 
 
-def test_a_fleets_folder_stands_for_the_bundles_that_are_in_it(nmoe_edge, tiny_fleet, tmp_path):
+def test_a_fleet_folder_stands_for_the_bundles_in_it(nmoe_edge, tiny_fleet, tmp_path):
     shown = nmoe_edge("selftest", tiny_fleet)
     assert [line.partition(":")[0] for line in shown.output.splitlines()] == [
         str(tiny_fleet / name) for name in ("attic", "barn", "cellar")
@@ -81,8 +83,8 @@ def test_a_fleets_folder_stands_for_the_bundles_that_are_in_it(nmoe_edge, tiny_f
     assert nmoe_edge("selftest", board).exit_code == 1
 
 
-def test_a_selftest_that_fails_is_exit_1(nmoe_edge, tiny_fleet, tmp_path):
-    # The expert of another device, sealed as if it were right: only the replay can tell.
+def test_a_failed_selftest_is_exit_1(nmoe_edge, tiny_fleet, tmp_path):
+    # The digests match, but the expert is another device's: only the self-test can notice.
     barn, attic = read_bundle(tiny_fleet / "barn"), read_bundle(tiny_fleet / "attic")
     forged = {**barn.contents, "expert.onnx": attic.contents["expert.onnx"]}
     write_bundle(tmp_path / "forged", barn.manifest, forged)
@@ -101,7 +103,7 @@ def test_a_damaged_bundle_is_one_line_and_exit_1(nmoe_edge, tiny_fleet, tmp_path
     assert shown.error.count("\n") == 1
 
 
-def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_edge, tiny_fleet, monkeypatch):
+def test_a_missing_extra_is_an_error_with_the_pip_command(nmoe_edge, tiny_fleet, monkeypatch):
     monkeypatch.delitem(sys.modules, "nmoe_edge.models", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     shown = nmoe_edge("selftest", tiny_fleet / "barn")
@@ -118,7 +120,7 @@ def test_a_bug_shows_its_traceback(nmoe_edge, tiny_fleet, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nowhere", "x" * 300, "a\nb\x1b[2J"])
 @pytest.mark.parametrize("command", ["inspect", "selftest"])
-def test_a_place_that_cannot_be_is_one_line(nmoe_edge, tmp_path, command, name):
+def test_an_impossible_path_is_one_line(nmoe_edge, tmp_path, command, name):
     shown = nmoe_edge(command, tmp_path / name)
     assert shown.exit_code == 1
     assert shown.error.startswith("nmoe-edge: ")
@@ -126,19 +128,19 @@ def test_a_place_that_cannot_be_is_one_line(nmoe_edge, tmp_path, command, name):
     assert "\x1b" not in shown.error
 
 
-def test_a_stray_file_cannot_write_on_the_screen(nmoe_edge, tiny_fleet, tmp_path):
+def test_an_unexpected_file_name_cannot_print_another_line(nmoe_edge, tiny_fleet, tmp_path):
     folder = shutil.copytree(tiny_fleet / "barn", tmp_path / "barn")
     (folder / "a\nverified: every file").touch()
     shown = nmoe_edge("inspect", folder)
     assert (shown.exit_code, shown.error.count("\n")) == (1, 1)
 
 
-def test_a_full_disk_and_a_reader_that_went_away_are_no_bugs(tiny_fleet):
+def test_a_full_disk_is_one_line_and_a_closed_pipe_is_silent(tiny_fleet):
     command = [sys.executable, "-m", "nmoe_edge", "inspect", str(tiny_fleet)]
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == "nmoe-edge: what it prints cannot be written: No space left on device\n"
+    assert ended.stderr == "nmoe-edge: cannot write to stdout: No space left on device\n"
     read, write = os.pipe()
     os.close(read)
     ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
@@ -146,7 +148,7 @@ def test_a_full_disk_and_a_reader_that_went_away_are_no_bugs(tiny_fleet):
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-def test_a_terminal_that_knows_no_arrows_is_shown_something_else():
+def test_characters_that_the_terminal_lacks_are_replaced():
     code = """
 import click
 from nmoe_edge.common.command import run_program

@@ -1,4 +1,4 @@
-"""Boards that are not here, as their files would say them."""
+"""Boards described by made-up files of /proc and /sys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INTEL = {
     "sys/class/powercap/intel-rapl:0/energy_uj": "9000000\n",
     "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "10000000\n",
     "sys/class/powercap/intel-rapl:0:0/energy_uj": "1\n",
-    "sys/class/powercap/intel-rapl:1/name": "psys\n",  # the package is in it as well
+    "sys/class/powercap/intel-rapl:1/name": "psys\n",  # includes the package
     "sys/class/powercap/intel-rapl:1/energy_uj": "1\n",
 }
 SENSORS = "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1"
@@ -53,17 +53,17 @@ JETSON = {
 
 @pytest.fixture
 def board(tmp_path):
-    def made(files):
+    def write(files):
         for name, text in files.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         return tmp_path
 
-    return made
+    return write
 
 
-def test_a_pi_says_who_it_is_and_how(board):
+def test_a_raspberry_pi_reports_its_model_and_condition(board):
     root = board(PI)
     machine, moment = read_machine(root), read_moment(root)
     assert (machine.board, machine.cpu) == ("Raspberry Pi 5 Model B Rev 1.0", "Arm Cortex-A76")
@@ -74,13 +74,13 @@ def test_a_pi_says_who_it_is_and_how(board):
     assert moment.power is None
 
 
-def test_a_pi_that_was_never_throttled_says_no(board):
+def test_a_raspberry_pi_that_was_never_throttled_reports_no(board):
     root = board(PI | {"sys/devices/platform/soc/soc:firmware/get_throttled": "0\n"})
     (root / "sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled").unlink()
     assert read_moment(root).throttled == "no"
 
 
-def test_a_laptop_says_how_often_it_was_too_hot_and_what_feeds_it(board):
+def test_a_laptop_reports_how_often_it_was_throttled_and_its_power_source(board):
     root = board(INTEL)
     assert read_machine(root).board == "NUC"
     assert read_machine(root).cpu == "Some CPU @ 2.00GHz"
@@ -90,12 +90,12 @@ def test_a_laptop_says_how_often_it_was_too_hot_and_what_feeds_it(board):
     assert read_moment(root).power == "battery"
 
 
-def test_an_arm_core_without_a_name_is_called_by_its_numbers(board):
+def test_an_unknown_arm_core_is_named_by_its_numbers(board):
     root = board({"proc/cpuinfo": "processor : 0\nCPU implementer : 0x61\nCPU part : 0x022\n"})
     assert read_machine(root).cpu == "implementer 0x61, part 0x022"
 
 
-def test_what_a_board_does_not_tell_is_nothing(tmp_path):
+def test_what_a_board_does_not_report_is_none(tmp_path):
     for read in (read_machine, read_moment, read_memory):
         found = read(tmp_path)
         assert all(getattr(found, name) is None for name in found.__slots__), found
@@ -104,7 +104,7 @@ def test_what_a_board_does_not_tell_is_nothing(tmp_path):
     assert meter.mean_w is None
 
 
-def test_files_with_nonsense_in_them_are_nothing_too(board):
+def test_files_that_cannot_be_parsed_are_none_too(board):
     root = board(dict.fromkeys({**PI, **INTEL, **JETSON}, "\x00nonsense: kB\n"))
     assert read_machine(root).memory_bytes is None
     moment = read_moment(root)
@@ -112,19 +112,19 @@ def test_files_with_nonsense_in_them_are_nothing_too(board):
     assert Meter(0, root).mean_w is None
 
 
-def test_energy_counters_are_read_across_their_end_and_packages_alone_count(board):
+def test_energy_counters_may_wrap_around_and_only_packages_count(board):
     root = board(INTEL)
     meter = Meter(0, root)
     board(
         {"sys/class/powercap/intel-rapl:0/energy_uj": "9500000\n", "sys/class/powercap/intel-rapl:0:0/energy_uj": "9\n"}
     )
     meter.tick(1_000_000_000)
-    board({"sys/class/powercap/intel-rapl:0/energy_uj": "500000\n"})  # full at ten million
+    board({"sys/class/powercap/intel-rapl:0/energy_uj": "500000\n"})  # wrapped around at ten million
     meter.tick(2_000_000_000)
     assert meter.mean_w == pytest.approx(0.75)
 
 
-def test_counters_that_only_root_may_read_give_no_power(board):
+def test_energy_counters_that_only_root_may_read_give_no_power(board):
     root = board(INTEL)
     (root / "sys/class/powercap/intel-rapl:0/energy_uj").unlink()
     meter = Meter(0, root)
@@ -132,7 +132,7 @@ def test_counters_that_only_root_may_read_give_no_power(board):
     assert meter.mean_w is None
 
 
-def test_a_jetson_is_charged_for_its_whole_input(board):
+def test_the_power_of_a_jetson_is_that_of_its_whole_input(board):
     root = board(JETSON)
     meter = Meter(0, root)
     board({f"{SENSORS}/curr1_input": "3000\n"})
@@ -140,6 +140,6 @@ def test_a_jetson_is_charged_for_its_whole_input(board):
     assert meter.mean_w == pytest.approx((5 + 15) / 2)
 
 
-def test_this_process_says_what_it_takes():
+def test_the_memory_of_this_process_is_read():
     memory = read_memory()
     assert memory.rss > 1_000_000

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +18,19 @@ OUTPUTS = Tensor.pack(np.ones((1, 3), "f4"), "float32")
 
 
 class FakeLine:
-    """A device and its clock: each question is answered when `answer_at` says, or never."""
+    """A simulated device and clock. answer_at: time sent -> time of the answer in ns, or None for no answer.
 
-    address = "tcp://nobody:1"
+    row: experts and missing experts of each answer; full: which sends, counted from 1, find the connection full.
+    """
+
+    address = "tcp://simulated:1"
 
     def __init__(self, monkeypatch, answer_at, row=((0,), ()), full=()):
-        self.now, self.answer_at, self.due, self.full, self.row = 0, answer_at, [], full, row
+        self.now = 0
+        self.answer_at = answer_at
+        self.pending = []  # (time of the answer, request number)
+        self.full = full
+        self.row = row
         self.asked = 0
         monkeypatch.setattr("time.monotonic_ns", lambda: self.now)
 
@@ -33,128 +41,133 @@ class FakeLine:
             return False
         at = self.answer_at(self.now)
         if at is not None:
-            self.due.append((at, message.request))
+            self.pending.append((at, message.request))
         return True
 
     def receive(self, wait_s):
         until = self.now + int(wait_s * 1e9)
-        first = min(self.due, default=(until + 1, 0))
-        if first[0] > until:
+        at, number = first = min(self.pending, default=(until + 1, 0))
+        if at > until:
             self.now = until
             return None
-        self.due.remove(first)
-        self.now = max(self.now, first[0])
+        self.pending.remove(first)
+        self.now = max(self.now, at)
         experts, missing = self.row
-        return Result(first[1], 0, OUTPUTS, (RowAnswer(experts, (1.0,) * len(experts), missing),))
+        return Result(number, 0, OUTPUTS, (RowAnswer(experts, (1.0,) * len(experts), missing),))
 
 
-QUESTION = inferring(bright(0, 1, 2))
+REQUEST = inferring(bright(0, 1, 2))
 
 
-def test_a_device_that_stalls_is_charged_from_the_moment_at_which_each_question_was_due(monkeypatch):
-    line = FakeLine(monkeypatch, lambda _now: 1_000_000_000)  # says nothing for a second, then everything
-    found = drive(line, QUESTION, itertools.count(), 0.5, arrivals=iter([0.1, 0.2, 0.4, 9.0]))
+def test_latency_in_an_open_loop_counts_from_the_scheduled_time(monkeypatch):
+    line = FakeLine(monkeypatch, lambda _now: 1_000_000_000)  # stalls for a second, then answers everything
+    found = drive(line, REQUEST, itertools.count(), 0.5, arrivals=iter([0.1, 0.2, 0.4, 9.0]))
     assert [round(ns / 1e6) for ns in found.took_ns] == [900, 800, 600]
     assert (found.asked, found.unanswered) == (3, 0)
 
 
-def test_a_question_that_could_not_leave_in_time_is_charged_for_its_wait_too(monkeypatch):
+def test_latency_includes_the_wait_for_an_earlier_request_that_could_not_be_sent(monkeypatch):
     line = FakeLine(monkeypatch, lambda now: now + 1_000_000, full=(2,))
-    found = drive(line, QUESTION, itertools.count(), 0.5, arrivals=iter([0.1, 0.2, 0.201, 9.0]))
-    assert [round(ns / 1e6) for ns in found.took_ns] == [1, 50]  # the second had no way out for 50 ms, the third waited
+    found = drive(line, REQUEST, itertools.count(), 0.5, arrivals=iter([0.1, 0.2, 0.201, 9.0]))
+    # The second request blocks for 50 ms and counts as unanswered; the third, of 201 ms, waits for it.
+    assert [round(ns / 1e6) for ns in found.took_ns] == [1, 50]
     assert found.unanswered == 1
 
 
-def test_clients_ask_again_when_they_were_answered_and_not_before(monkeypatch):
+def test_a_client_in_a_closed_loop_sends_again_after_its_answer(monkeypatch):
     line = FakeLine(monkeypatch, lambda now: now + 100_000_000)
-    found = drive(line, QUESTION, itertools.count(), 1.0, clients=3)
+    found = drive(line, REQUEST, itertools.count(), 1.0, clients=3)
     assert (found.asked, len(found.took_ns), found.rows) == (30, 30, 30)
     assert set(found.took_ns) == {100_000_000}
 
 
-def test_what_is_never_answered_is_given_up_and_counted(monkeypatch):
+def test_a_request_without_an_answer_is_given_up_and_counted(monkeypatch):
     line = FakeLine(monkeypatch, lambda _now: None)
-    found = drive(line, QUESTION, itertools.count(), 2.0, clients=2)
+    found = drive(line, REQUEST, itertools.count(), 2.0, clients=2)
     assert (found.asked, found.unanswered, len(found.took_ns)) == (4, 4, 0)
 
 
 @pytest.mark.parametrize(
     ("row", "counted"), [(((0,), ()), (1, 0)), (((0,), (2,)), (0, 1)), (((1,), ()), (0, 0)), (((), (1,)), (0, 1))]
 )
-def test_a_row_is_at_home_when_it_was_meant_to_be(monkeypatch, row, counted):
+def test_a_row_counts_as_answered_locally_only_if_the_gate_wanted_it(monkeypatch, row, counted):
     line = FakeLine(monkeypatch, lambda now: now + 1_000_000_000, row)
-    found = drive(line, QUESTION, itertools.count(), 0.5, clients=1, own=0)
+    found = drive(line, REQUEST, itertools.count(), 0.5, clients=1, own=0)
     assert (found.at_home, found.degraded) == counted
 
 
-def test_strangers_come_as_often_as_they_should_and_the_same_each_time():
-    first, again = (list(itertools.islice(poisson(50, 3), 5000)) for _ in range(2))
-    assert first == again
+def test_poisson_arrivals_have_the_given_rate_and_repeat_with_the_seed():
+    first = list(itertools.islice(poisson(50, 3), 5000))
+    assert first == list(itertools.islice(poisson(50, 3), 5000))
     assert first != list(itertools.islice(poisson(50, 4), 5000))
     gaps = np.diff(first)
     assert gaps.mean() == pytest.approx(1 / 50, rel=0.05)
     assert gaps.std() == pytest.approx(1 / 50, rel=0.1)
 
 
-def test_inputs_and_latents_are_cycled():
+def test_inputs_and_latents_are_used_in_a_cycle():
     latents = np.arange(6, dtype="f4").reshape(3, 2)
     ask = asking(latents, "float32", 4, 1, bytes(16))(2)
     assert ask.latents.unpack()[:, 0].tolist() == [4, 0, 2, 4]
     assert message_bytes(ask) == 64 + 4 * 2 * 4
-    assert np.array_equal(QUESTION(4).inputs.unpack(), bright(1))
+    assert np.array_equal(REQUEST(4).inputs.unpack(), bright(1))
 
 
 @pytest.mark.socket
-def test_a_peer_welcomes_us_and_its_expert_is_asked(fleet):
+def test_a_peer_welcomes_the_benchmark_and_answers_for_its_expert(fleet):
     manifest = read_bundle(fleet / "attic").manifest
     numbers = itertools.count(1)
     with nodes(fleet, "barn"):
         line = Line(address_of(fleet, "barn"), connections=2)
         welcome = greet(line, manifest)
         assert (welcome.device, welcome.expert) == ("barn", 1)
-        question = asking(np.ones((2, 4), "f4"), "int8", 1, 1, manifest.trunk_bytes)
-        settled(line, question, numbers, 1)  # whether it does is the machine's business
-        found = drive(line, question, numbers, 0.1, clients=2)
+        request = asking(np.ones((2, 4), "f4"), "int8", 1, 1, manifest.trunk_bytes)
+        settled(line, request, numbers, 1)  # whether it settles depends on the machine
+        found = drive(line, request, numbers, 0.1, clients=2)
         assert (found.asked, found.rows, found.refused) == (len(found.took_ns), len(found.took_ns), 0)
         wrong = asking(np.ones((2, 4), "f4"), "int8", 1, 2, manifest.trunk_bytes)
         assert drive(line, wrong, numbers, 0.05, clients=1).refused > 0
-        with pytest.raises(BenchError, match="this device has expert 1, not 2"):
+        with pytest.raises(BenchError, match="expert 1 lives here, not 2"):
             settled(line, wrong, numbers, 1)
-        with pytest.raises(BenchError, match="attic2 is not welcome"):
-            greet(
-                line,
-                type(manifest)(**{name: getattr(manifest, name) for name in manifest.__slots__} | {"device": "attic2"}),
-            )
+        with pytest.raises(BenchError, match="the peer refuses attic2"):
+            greet(line, replace(manifest, device="attic2"))
         line.close()
 
 
 @pytest.mark.socket
-def test_where_nobody_is_there_is_no_way(fleet, monkeypatch):
+def test_an_address_without_a_device_is_an_error(fleet, monkeypatch):
     monkeypatch.setattr("nmoe_edge.bench.load._CONNECT_S", 0.1)
     (port,) = free_ports(1)
     line = Line(f"tcp://127.0.0.1:{port}")
-    with pytest.raises(BenchError, match="no answer to our Hello"):
+    with pytest.raises(BenchError, match="no answer to Hello"):
         greet(line, read_bundle(fleet / "attic").manifest)
-    with pytest.raises(BenchError, match="no way there"):
-        drive(line, QUESTION, itertools.count(), 0.1, clients=1)
+    with pytest.raises(BenchError, match="no connection within"):
+        drive(line, REQUEST, itertools.count(), 0.1, clients=1)
     line.close()
 
 
 @pytest.mark.socket
-def test_a_peer_that_talks_nonsense_is_one_line(fleet):
+def test_a_peer_that_sends_invalid_messages_is_an_error(fleet):
     manifest = read_bundle(fleet / "barn").manifest
     with Impostor(address_of(fleet, "barn"), manifest, lambda _ask: [[b"nonsense"]]):
         line = Line(address_of(fleet, "barn"))
         greet(line, read_bundle(fleet / "attic").manifest)
-        question = asking(np.ones((2, 4), "f4"), "int8", 1, 1, manifest.trunk_bytes)
+        request = asking(np.ones((2, 4), "f4"), "int8", 1, 1, manifest.trunk_bytes)
         with pytest.raises(CallError, match="sent a message that cannot be read"):
-            drive(line, question, itertools.count(), 1.0, clients=1)
+            drive(line, request, itertools.count(), 1.0, clients=1)
         line.close()
 
 
 def test_a_refusal_is_counted_with_its_reason(monkeypatch):
     line = FakeLine(monkeypatch, lambda now: now + 1)
-    line.receive = lambda wait_s: Refuse(line.due.pop()[1], Reason.BUSY) if line.due else setattr(line, "now", 10**9)
-    found = drive(line, QUESTION, itertools.count(), 0.5, arrivals=iter([0.0, 9.0]))
+
+    def refuse(_wait_s):
+        if line.pending:
+            return Refuse(line.pending.pop()[1], Reason.BUSY)
+        line.now = 10**9
+        return None
+
+    line.receive = refuse
+    found = drive(line, REQUEST, itertools.count(), 0.5, arrivals=iter([0.0, 9.0]))
     assert (found.refused, len(found.took_ns)) == (1, 0)
     assert "busy" in found.refusal

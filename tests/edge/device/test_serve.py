@@ -164,7 +164,7 @@ def test_what_cannot_be_served_prints_one_line_and_exits_with_1(fleet, options, 
 def test_serving_a_whole_fleets_folder_is_refused(fleet, nmoe_edge):
     refused = nmoe_edge("serve", fleet)
     assert (refused.exit_code, refused.error.count("\n")) == (1, 1)
-    assert "is a whole fleet; serve one of its devices" in refused.error
+    assert "is a fleet folder; serve one of its devices" in refused.error
 
 
 def test_a_json_log_has_one_object_per_line(fleet):
@@ -192,7 +192,7 @@ def test_keygen_keeps_existing_pairs_and_no_one_else_can_read_its_files(tiny_fle
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("infer", "x.npy", "missing.npy", "--at", "tcp://127.0.0.1:1"), "missing.npy: there is no such file"),
+        (("infer", "x.npy", "missing.npy", "--at", "tcp://127.0.0.1:1"), "missing.npy: no such file"),
         (("infer", "x.npy", "--at", "tcp://127.0.0.1:1"), "asked without keys, as no --fleet was given"),
         (("infer", "x.npy", "--at", "nonsense"), "expected tcp://HOST:PORT"),
         (("status", "--at", "tcp://127.0.0.1:99999"), "expected tcp://HOST:PORT with a port in 1..65535"),
@@ -269,10 +269,10 @@ def test_ctrl_c_ends_status_watch_without_an_error(fleet, tmp_path):
 def test_keygen_replaces_a_key_that_is_elsewhere_only_by_force(keyed, nmoe_edge, tmp_path):
     path, key = keyed / FLEET_FILE, tmp_path / "fleet-keys" / "barn.key"
     before = path.stat().st_mtime_ns
-    assert "nothing has changed" in nmoe_edge("keygen", keyed).output
+    assert "nothing to do" in nmoe_edge("keygen", keyed).output
     assert path.stat().st_mtime_ns == before
-    key.rename(keyed / "barn.key")  # where a device keeps it
-    assert "nothing has changed" in nmoe_edge("keygen", keyed, "--device", "barn").output
+    key.rename(keyed / "barn.key")  # where a device has it
+    assert "nothing to do" in nmoe_edge("keygen", keyed, "--device", "barn").output
     (keyed / "barn.key").rename(tmp_path / "barn.key")
     for wrong in (None, make_pair()):
         if wrong is not None:
@@ -302,4 +302,4 @@ def test_infer_answers_a_picture_from_a_bundle(tiny_fleet, tmp_path, nmoe_edge):
 
 def test_serve_help_shows_an_example():
     shown = subprocess.run([sys.executable, "-m", "nmoe_edge", "serve", "--help"], capture_output=True, text=True)
-    assert "Examples: nmoe-edge serve" in shown.stdout
+    assert "Examples:\n    nmoe-edge serve" in shown.stdout
