@@ -1,4 +1,4 @@
-"""Make the tiny fleet: three devices that recognize the brightest third of an image, in a few kB and without torch.
+"""Make the tiny fleet: three devices that recognise the brightest third of an image, in a few kB and without torch.
 
     python tests/tiny/make.py tests/tiny/fleet
 
