@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from nmoe_edge.bundle.folder import Bundle, read_bundle
-from nmoe_edge.bundle.selftest import SelfTestResult, compare
+from nmoe_edge.bundle.selftest import SelfTestResult, compare_answers
 from nmoe_edge.errors import ModelError
 
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
@@ -192,7 +192,7 @@ def run_selftest(models: Models, bundle: Bundle) -> SelfTestResult:
     latents = models.extractor(test.inputs)
     scores = models.gate(test.latents)
     outputs = models.expert(test.latents)
-    return compare(test, bundle.manifest, latents, scores, outputs)
+    return compare_answers(test, bundle.manifest, latents, scores, outputs)
 
 
 def open_bundle(folder: Path, threads: int, provider: str, force: bool, say: Callable[[str], None]) -> Models:

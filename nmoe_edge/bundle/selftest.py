@@ -84,7 +84,7 @@ class SelfTestResult:
     """Whether both differences are within the tolerances and the gate made the same choices."""
 
 
-def compare(
+def compare_answers(
     test: SelfTest,
     manifest: Manifest,
     latents: NDArray[np.float32],
