@@ -1,72 +1,72 @@
-"""Everything that nmoe_edge raises on purpose.
+"""Every exception that nmoe_edge raises on purpose.
 
     EdgeError
     ├── ProtocolError
-    │   ├── LocalProtocolError    we tried to say what the wire cannot carry: our bug, our data
-    │   └── RemoteProtocolError   what arrived is no message: their bug, or their attack
-    ├── BundleError               a bundle that is not what its manifest says, or not ours to write over
-    ├── FleetError                a fleet.toml that cannot be so
-    ├── ModelError                a graph that does not run here, or does not answer as it did at the desk
-    ├── InputError                a file that is no input of this model
-    ├── KeyFileError              a key file that is missing, no key, or open to others
-    ├── NetworkError              an address that cannot be had, or must not be without keys
-    ├── BenchError                a measurement that could not be made, or a file that is the record of none
-    └── CallError                 the device that an application asked does not answer, or refuses
+    │   ├── LocalProtocolError    this side built a message that the wire cannot carry
+    │   └── RemoteProtocolError   the other side sent bytes that are not a valid message
+    ├── BundleError               a bundle cannot be read, verified or written
+    ├── FleetError                a fleet.toml is invalid, or does not match its bundles
+    ├── ModelError                a graph does not run here or fails its self-test, or a setting does not fit it
+    ├── InputError                a file is not an input for this model
+    ├── KeyFileError              a key file is missing, invalid or readable by others
+    ├── NetworkError              a socket cannot be opened, or is refused without keys
+    ├── BenchError                a benchmark cannot be run, or a record cannot be used
+    └── CallError                 a client cannot ask, gets no answer, or is refused
 
-A silent peer is weather, not failure: it comes back as data and is never raised.
+A peer that does not answer is normal in a fleet and raises nothing: it is part of the answer as data.
 """
 
 from __future__ import annotations
 
 
 class EdgeError(Exception):
-    """The root: its text is one line that says what to do."""
+    """The root of the tree. Its text is one line that says what is wrong and what to do."""
 
 
 class ProtocolError(EdgeError):
-    """Something is wrong with a message."""
+    """Raised as one of its two subclasses when a message is invalid."""
 
 
 class LocalProtocolError(ProtocolError):
-    """We made a message that the wire cannot carry."""
+    """Raised when this side builds a message that the wire cannot carry: a bug, or data out of range."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """What arrived is not a message."""
+    """Raised when received frames are not a valid message: a bug of the other side, or an attack."""
 
     def __init__(self, text: str, request: int | None = None) -> None:
-        """`request` is the number of the request that was not understood, where so much could be read."""
+        """request: the number of the request that could not be decoded; None if the number could not be read either."""
         super().__init__(text)
         self.request = request
 
 
 class BundleError(EdgeError):
-    """A bundle cannot be trusted, or cannot be written."""
+    """Raised when a bundle is missing, does not match its manifest, or must not replace an existing folder."""
 
 
 class FleetError(EdgeError):
-    """A fleet file cannot be read, or says what cannot be."""
+    """Raised when fleet.toml cannot be read or written, is invalid, lacks a device, or does not match its bundles."""
 
 
 class ModelError(EdgeError):
-    """A graph cannot be run, or gives other answers than at the desk."""
+    """Raised when onnxruntime cannot run a graph, its answers differ from the exporter's, or a setting does not fit."""
 
 
 class InputError(EdgeError):
-    """A file is no input of this model."""
+    """Raised when a file cannot be read as rows of the model's input shape and dtype."""
 
 
 class KeyFileError(EdgeError):
-    """A key file cannot be used, or cannot be written."""
+    """Raised when a key file is missing, invalid, readable by others, or cannot be written."""
 
 
 class NetworkError(EdgeError):
-    """A socket that cannot be had."""
+    """Raised when a socket cannot be opened at an address, or when the address needs CURVE keys."""
 
 
 class BenchError(EdgeError):
-    """Something could not be measured, or is no record of a measurement."""
+    """Raised when a benchmark cannot be run, or a record cannot be read, written or compared."""
 
 
 class CallError(EdgeError):
-    """The device that was asked gave no answer."""
+    """Raised when a client cannot ask its device, gets no answer in time, or is refused."""

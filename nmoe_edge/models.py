@@ -1,12 +1,11 @@
-"""A bundle's three graphs, ready to run: the only importer of onnxruntime.
+"""Runs the three graphs of a bundle. The only module that imports onnxruntime.
 
-A session is made of bytes that bundle.py has verified, never of a file.
+Sessions are created from the bytes that bundle/folder.py has verified, never from a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from nmoe_edge.bundle.folder import Bundle, read_bundle
+from nmoe_edge.bundle.selftest import SelfTestResult, compare_answers
 from nmoe_edge.errors import ModelError
-from nmoe_edge.protocol.routing import route
 
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(uint8)": np.dtype(np.uint8),
@@ -26,15 +25,15 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 }
 CPU = "CPUExecutionProvider"
 PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": CPU}
-"""Ours -> onnxruntime's name, the fastest first."""
+"""Our name of a provider -> onnxruntime's name, fastest first."""
 RUNTIME: str = onnxruntime.__version__
-_BRINGS = "; pip install 'nmoe[edge-gpu]' brings cuda and tensorrt"
+_INSTALL_GPU = "; pip install 'nmoe[edge-gpu]' adds cuda and tensorrt"
 _FATAL_ONLY = 4
-"""onnxruntime's log level: what goes wrong is raised as well, and said by us in one line."""
+"""Log level of onnxruntime. It also raises its errors as exceptions, which we report in one line."""
 
 
 class Graph:
-    """One graph: rows in, rows out."""
+    """One ONNX graph in an onnxruntime session."""
 
     def __init__(
         self,
@@ -45,34 +44,40 @@ class Graph:
         threads: int = 1,
         provider: str = CPU,
     ) -> None:
-        """`row_in` and `row_out` are what the manifest says of a row; a graph of other shapes is refused."""
+        """Open the graph; ModelError if it does not run here or its shapes differ from the manifest's.
+
+        data: the verified bytes of the file; row_in, row_out: shape of one input and one output row in the manifest;
+        threads: CPU threads; provider: onnxruntime's name.
+        """
         if hasattr(onnxruntime, "disable_telemetry_events"):
-            onnxruntime.disable_telemetry_events()  # newer wheels report home, and a device has nothing to report
+            onnxruntime.disable_telemetry_events()  # newer wheels send usage data by default
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _FATAL_ONLY
-        options.enable_cpu_mem_arena = False  # it keeps what the largest request took
-        # An idle pool that spins burns a small board's cores.
+        options.enable_cpu_mem_arena = False  # the arena would keep the memory of the largest request
+        # Waiting threads must not spin: that would keep a small board's cores busy.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # What was verified as ONNX is not to be taken for anything else.
+        # The bytes were verified as ONNX; onnxruntime must not read them as its own format.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
-            providers = [provider] if provider == CPU else [provider, CPU]  # what a GPU cannot do, the CPU does
+            providers = [provider] if provider == CPU else [provider, CPU]  # the CPU runs what the GPU cannot
             self._session = onnxruntime.InferenceSession(data, options, providers=providers)
         except Exception as error:
             raise ModelError(f"{name}: onnxruntime {onnxruntime.__version__} refuses it: {_one_line(error)}") from error
-        if provider == CPU:  # a GPU that fails would start anew from them
-            self._session._model_bytes = None  # the whole file, which Python's session keeps beside its own weights
+        if provider == CPU:
+            # onnxruntime has its own packed copy of the weights; release the file bytes that its Python class keeps.
+            # With a GPU they stay: onnxruntime needs them to start again on the CPU after a failure.
+            self._session._model_bytes = None
         self._name = name
         self.provider: str = self._session.get_providers()[0]
-        """What it runs on."""
+        """onnxruntime's name of the provider in use."""
         self._input = self._only(self._session.get_inputs(), row_in)
         self._output = self._only(self._session.get_outputs(), row_out).name
         self.dtype = _NUMPY_TYPES[self._input.type]
-        """What it takes."""
+        """Dtype of the input."""
         if "float" not in self._session.get_outputs()[0].type:
-            raise ModelError(f"{name}: puts out {self._session.get_outputs()[0].type}, not floats")
+            raise ModelError(f"{name}: returns {self._session.get_outputs()[0].type}; expected floats")
 
     def __call__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """(rows, …) -> (rows, …) in float32"""
@@ -81,18 +86,24 @@ class Graph:
         except Exception as error:
             raise ModelError(f"{self._name}: {_one_line(error)}") from error
         if len(output) != len(rows):
-            raise ModelError(f"{self._name}: {len(output)} rows came of {len(rows)}")
+            raise ModelError(f"{self._name}: returned {len(output)} rows for {len(rows)}")
         return np.asarray(output, np.float32)
 
     def _only(self, values: list[Any], row: tuple[int, ...]) -> Any:
+        """The only input or output of the graph, checked against `row`, the shape of one row in the manifest."""
         if len(values) != 1 or values[0].type not in _NUMPY_TYPES:
-            raise ModelError(f"{self._name}: a graph has one tensor in and one out, of a type that rows can have")
+            raise ModelError(
+                f"{self._name}: expected one input and one output, of type uint8, int64, float16 or float32"
+            )
         (value,) = values
         if not value.shape or isinstance(value.shape[0], int):
-            raise ModelError(f"{self._name}: {value.name} has a fixed number of rows; the first dimension stays open")
+            raise ModelError(
+                f"{self._name}: {value.name} has a fixed number of rows; export it with an open first dimension"
+            )
         dims = tuple(value.shape[1:])
-        # A dimension that the graph leaves open is a name; only those that it fixes can disagree.
-        if len(dims) != len(row) or any(isinstance(d, int) and d != due for d, due in zip(dims, row, strict=True)):
+        # An open dimension is a name or None; only a fixed one, an integer, can differ from the manifest.
+        same_rank = len(dims) == len(row)
+        if not same_rank or any(isinstance(d, int) and d != size for d, size in zip(dims, row, strict=True)):
             raise ModelError(f"{self._name}: {value.name} has rows of {list(dims)}, the manifest says {list(row)}")
         return value
 
@@ -102,7 +113,7 @@ def _one_line(error: Exception) -> str:
 
 
 class Models:
-    """Extractor, gate and the personal expert of one device, and what their bundle says of them."""
+    """The three graphs of one device's bundle (extractor, gate, own expert), with its manifest and labels."""
 
     def __init__(
         self,
@@ -111,13 +122,19 @@ class Models:
         provider: str = "cpu",
         on_open: Callable[[str], object] = lambda _graph: None,
     ) -> None:
-        """Open the three sessions; provider: auto, or one of PROVIDERS; on_open: told of each that is open."""
-        manifest = self.manifest = bundle.manifest
+        """Open the three sessions.
+
+        threads: CPU threads per graph; provider: auto, or a key of PROVIDERS; on_open: called with the name of each
+        graph once it is open.
+        """
+        manifest = bundle.manifest
+        self.manifest = manifest
         self.labels = bundle.labels
-        latent, graphs = (manifest.latent.dim,), bundle.contents
+        latent = (manifest.latent.dim,)
 
         def opened(name: str, row_in: tuple[int, ...], row_out: tuple[int, ...]) -> Graph:
-            graph = _opened(f"{name}.onnx", graphs[f"{name}.onnx"], row_in, row_out, threads, provider)
+            file = f"{name}.onnx"
+            graph = _opened(file, bundle.contents[file], row_in, row_out, threads, provider)
             on_open(name)
             return graph
 
@@ -132,20 +149,23 @@ class Models:
 
     @property
     def provider(self) -> str:
-        """What the extractor runs on."""
+        """onnxruntime's name of the provider that the extractor uses."""
         return self.extractor.provider
 
 
 def check_installed(provider: str) -> None:
-    """Refuse a provider that this onnxruntime does not have; whether the machine does shows when a graph is opened."""
+    """Raise ModelError if this onnxruntime was built without the provider (a key of PROVIDERS, or auto).
+
+    Whether it works on this machine is only known once a graph is opened.
+    """
     if provider != "auto" and PROVIDERS[provider] not in onnxruntime.get_available_providers():
-        raise ModelError(f"provider {provider} is not installed{_BRINGS}")
+        raise ModelError(f"provider {provider} is not installed{_INSTALL_GPU}")
 
 
 def _opened(
     name: str, data: bytes, row_in: tuple[int, ...], row_out: tuple[int, ...], threads: int, provider: str
 ) -> Graph:
-    """A graph on the provider that was asked for, or with `auto` on the first that this machine has."""
+    """Open a graph on the given provider, or with `auto` on the first that works on this machine."""
     check_installed(provider)
     installed = onnxruntime.get_available_providers()
     wanted = list(PROVIDERS) if provider == "auto" else [provider]
@@ -157,59 +177,39 @@ def _opened(
             except ModelError:
                 if short == wanted[-1]:
                     raise
-                continue  # what a GPU cannot do, or has no driver for, the next may
+                continue  # for example no driver for this GPU: try the next provider
             if graph.provider == full:
                 return graph
-    raise ModelError(f"provider {provider} is installed, but not to be had on this machine{_BRINGS}")
-
-
-@dataclass(frozen=True, slots=True)
-class SelfTestResult:
-    """How this machine's answers compare with the exporter's."""
-
-    rows: int
-    latent_difference: float
-    """Largest absolute difference."""
-    output_difference: float
-    """The same, of the expert fed with the exporter's latents."""
-    other_choices: int
-    """Rows for which the gate chose other experts."""
-    passed: bool
+    raise ModelError(f"provider {provider} is installed, but does not work on this machine{_INSTALL_GPU}")
 
 
 def run_selftest(models: Models, bundle: Bundle) -> SelfTestResult:
-    """Replay the bundle's self-test on this very machine.
+    """Run the bundle's self-test on this machine.
 
-    Gate and expert get the exporter's latents, so that each graph answers for itself.
+    Gate and expert get the exporter's latents, so that a difference in one graph does not affect the others.
     """
-    test, manifest = bundle.selftest, bundle.manifest
-    latents, outputs = models.extractor(test.inputs), models.expert(test.latents)
-    everyone = range(manifest.experts)
-    chosen = route(models.gate(test.latents), manifest.expert, everyone, manifest.routing.top_k).chosen
-    other_choices = sum(mine != tuple(theirs) for mine, theirs in zip(chosen, test.experts.tolist(), strict=True))
-    latent_difference = float(np.abs(latents - test.latents).max())
-    output_difference = float(np.abs(outputs - test.outputs).max())
-    # So written, a NaN on this machine does not pass.
-    passed = latent_difference <= test.latent_tolerance and output_difference <= test.output_tolerance
-    return SelfTestResult(
-        len(test.inputs), latent_difference, output_difference, other_choices, bool(passed) and other_choices == 0
-    )
+    test = bundle.selftest
+    latents = models.extractor(test.inputs)
+    scores = models.gate(test.latents)
+    outputs = models.expert(test.latents)
+    return compare_answers(test, bundle.manifest, latents, scores, outputs)
 
 
 def open_bundle(folder: Path, threads: int, provider: str, force: bool, say: Callable[[str], None]) -> Models:
-    """Verify a bundle, open its sessions and replay its self-test; ModelError where this machine answers otherwise.
+    """Verify a bundle, open its sessions and run its self-test.
 
-    With `force` that is said, and no error.
+    ModelError if the self-test fails; with `force`, `say` gets a warning instead.
     """
     bundle = read_bundle(folder)
     models = Models(bundle, threads, provider)
     result = run_selftest(models, bundle)
     if not result.passed:
-        what = (
+        failure = (
             f"{folder}: FAILED its self-test on this machine: latents differ by {result.latent_difference:.2g},"
-            f" outputs by {result.output_difference:.2g}, {result.other_choices} other choices of the gate"
+            f" outputs by {result.output_difference:.2g}; the gate chose other experts for"
+            f" {result.other_choices} of {result.rows} inputs"
         )
         if not force:
-            raise ModelError(f"{what}; export it again for this machine, or --force it to serve wrong answers")
-        say(f"{what}; SERVING ALL THE SAME, as --force says")
+            raise ModelError(f"{failure}; export it again for this machine, or --force it to serve wrong answers")
+        say(f"{failure}; SERVING ALL THE SAME because of --force")
     return models

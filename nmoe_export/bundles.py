@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nmoe_edge.bundle.folder import SelfTest
 from nmoe_edge.bundle.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, trunk_digest
+from nmoe_edge.bundle.selftest import SelfTest
 from nmoe_edge.models import Graph
 from nmoe_edge.protocol.combine import combine, expert_weights
 from nmoe_edge.protocol.routing import route

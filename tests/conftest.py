@@ -1,4 +1,4 @@
-"""What every test shares: how hard the fuzz tests try, and where the samples lie."""
+"""Shared by every test: the options of the fuzz tests, and fixtures for sample data and commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-examples", type=int, default=10_000, help="examples for each fuzz test")
-    parser.addoption("--fuzz-random", action="store_true", help="other examples in every run")
+    parser.addoption("--fuzz-random", action="store_true", help="new random examples in every run")
 
 
 def pytest_configure(config):
@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 class Shown(NamedTuple):
-    """What a command left behind."""
+    """The result of a command."""
 
     exit_code: int
     output: str
@@ -33,7 +33,7 @@ class Shown(NamedTuple):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """Run an entry point in this process, as if its command had been typed."""
+    """Run the main function of a command in this process, with these arguments."""
 
     def run(main, *arguments):
         monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
@@ -46,17 +46,17 @@ def run_main(monkeypatch, capsys):
 
 @pytest.fixture
 def tiny_fleet():
-    """Three devices whose every answer is known; tests/tiny/make.py says which."""
+    """The folder of three devices with known answers; see tests/tiny/make.py."""
     return TESTS / "tiny" / "fleet"
 
 
 @pytest.fixture
 def golden():
-    """Samples of version 1 of every contract."""
+    """The folder of samples of every format, version 1."""
     return TESTS / "golden" / "v1"
 
 
 @pytest.fixture(autouse=True)
-def cache_of_its_own(tmp_path_factory, monkeypatch):
-    """No test reads or writes what the user's own commands remember."""
+def private_cache(tmp_path_factory, monkeypatch):
+    """Keep tests away from the cache of the user's own commands."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -1,4 +1,4 @@
-"""What version 1 wrote must load for ever: these files are never changed, whatever becomes of the code."""
+"""Files of version 1 must load forever. The samples are never changed, whatever changes in the code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nmoe_edge.models import Models, run_selftest
 from nmoe_edge.protocol.wire import decode, encode
 
 
-def test_the_bundle_of_version_1_loads_and_answers_as_it_did(golden):
+def test_the_bundle_of_version_1_loads_and_gives_the_same_answers(golden):
     bundle = read_bundle(golden / "bundle")
     assert bundle.labels == ("top", "middle", "bottom")
     assert run_selftest(Models(bundle), bundle).passed
@@ -27,7 +27,7 @@ def test_the_fleet_of_version_1_loads(golden):
     assert device.bundle == read_bundle(golden / "bundle").manifest.digest
 
 
-def test_the_frames_of_version_1_are_read_and_written_as_they_were(golden):
+def test_the_frames_of_version_1_are_decoded_and_encoded_unchanged(golden):
     lines = (golden / "frames.jsonl").read_text().splitlines()
     assert len(lines) >= 12
     for line in lines:
@@ -38,11 +38,12 @@ def test_the_frames_of_version_1_are_read_and_written_as_they_were(golden):
         assert encode(message) == frames
 
 
-def test_the_run_of_version_1_loads_and_answers_as_it_did(golden):
+def test_the_run_of_version_1_loads_and_gives_the_same_answers(golden):
     torch = pytest.importorskip("torch")
     from nmoe_train.run import read_run
 
-    run, expected = read_run(golden / "run"), read_npz((golden / "run-answers.npz").read_bytes())
+    run = read_run(golden / "run")
+    expected = read_npz((golden / "run-answers.npz").read_bytes())
     with torch.no_grad():
         latents = run.extractor()(torch.from_numpy(run.calibration()["inputs"].copy()))
         assert np.allclose(latents, expected["latents"], atol=1e-5)
@@ -51,7 +52,7 @@ def test_the_run_of_version_1_loads_and_answers_as_it_did(golden):
             assert np.allclose(run.expert(device)(latents), expected["outputs"][device], atol=1e-5)
 
 
-def test_no_sample_was_touched(golden):
+def test_no_sample_was_changed(golden):
     found = {
         str(path.relative_to(golden)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in golden.rglob("*")

@@ -1,6 +1,6 @@
-"""Who the devices of a fleet are: fleet.toml, and the folder of bundles that it stands in.
+"""fleet.toml: the devices of a fleet, and the folder that contains it and their bundles.
 
-BUNDLE.md explains every key. It knows neither keys on disk nor sockets: a public key here is text.
+BUNDLE.md explains every key. Key files are in keys.py; here a public key is text.
 """
 
 from __future__ import annotations
@@ -28,20 +28,25 @@ else:  # JetPack 6 has Python 3.10
 
 SCHEMA = 1
 FILES = rf"fleet\.toml|[A-Za-z0-9][A-Za-z0-9_.-]*/({BUNDLE_FILES})"
-"""What a fleet's folder may hold, as a regular expression."""
+"""Regular expression of the relative paths that a fleet's folder may contain."""
 _COMMON: dict[str, Callable[[Bundle], object]] = {
     "trunks": lambda bundle: bundle.manifest.trunk,
     "lists of labels": lambda bundle: bundle.labels,
     "combinations": lambda bundle: bundle.manifest.routing.combination,
     "kinds of answers, with and without a prior": lambda bundle: bundle.manifest.answers_carry_prior,
 }
-"""What all devices of a fleet must have in common to combine their answers."""
+"""Properties that must be equal on all devices of a fleet, or their answers could not be combined."""
 FLEET_FILE = "fleet.toml"
 MAX_FLEET_BYTES = 1024 * 1024
 
 _ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]+(%\w+)?\]|[A-Za-z0-9][A-Za-z0-9.-]*):(?P<port>[1-9][0-9]{0,4})")
-_Z85_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
+"""An address to connect to: a host and a port, no wildcards."""
+_PORT = re.compile(r"tcp://[^\s/]+:(\*|[0-9]{1,5})")
+"""An address to listen on or to connect to; host and port can be wildcards."""
+_LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):(\d+|\*)")
+_MAX_PORT = 65535
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 
 
 def _require(holds: bool, text: str) -> None:
@@ -49,56 +54,55 @@ def _require(holds: bool, text: str) -> None:
         raise ValueError(text)
 
 
-_PORT = re.compile(r"tcp://[^\s/]+:(\*|[0-9]{1,5})")
-
-
 def port_of(address: str) -> int | None:
-    """The port of tcp://HOST:PORT, 0 for * and any; None where it is no such address, or there is no such port."""
+    """The port of tcp://HOST:PORT; 0 for the port `*`; None for another form or a port over 65535."""
     match = _PORT.fullmatch(address)
-    port = None if match is None else 0 if match[1] == "*" else int(match[1])
-    return port if port is not None and port <= 65535 else None  # libzmq would take its lowest 16 bits
-
-
-_LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):(\d+|\*)")
+    if match is None:
+        return None
+    port = 0 if match[1] == "*" else int(match[1])
+    return port if port <= _MAX_PORT else None  # libzmq would use the lowest 16 bits of a larger one
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this very machine is behind it."""
+    """Whether the address can be reached from this machine only."""
     return _LOOPBACK.fullmatch(address) is not None
 
 
-_Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
-
-
 def _is_key(text: str) -> bool:
-    """Whether it is 32 bytes in Z85: five characters may say more than four bytes hold."""
-    if not _Z85_KEY.fullmatch(text):
+    """Whether `text` is the Z85 form of 32 bytes: 8 groups of 5 characters, each a number below 2**32 in base 85."""
+    if len(text) != 40 or not set(text) <= set(_Z85):
         return False
-    fives = (text[at : at + 5] for at in range(0, 40, 5))
-    return all(sum(_Z85.index(c) * 85 ** (4 - i) for i, c in enumerate(five)) < 2**32 for five in fives)
+    return all(_z85_number(text[at : at + 5]) < 2**32 for at in range(0, 40, 5))
+
+
+def _z85_number(characters: str) -> int:
+    number = 0
+    for character in characters:
+        number = number * 85 + _Z85.index(character)
+    return number
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device of the fleet."""
+    """One [[device]] of fleet.toml."""
 
     name: str
-    """Also the name of its folder."""
+    """Name of the device and of the folder of its bundle."""
     expert: int
     address: str
-    """tcp://HOST:PORT, where its peers reach it."""
+    """tcp://HOST:PORT that its peers connect to."""
     bundle: str
-    """The digest of its bundle's manifest, which pins every byte of it."""
+    """The digest of its manifest, which identifies every byte of the bundle."""
     public_key: str | None = None
-    """Its CURVE key in Z85, 40 characters; without one the device serves on loopback only."""
+    """CURVE public key, 40 characters of Z85; without one the device serves on loopback only."""
 
     def __post_init__(self) -> None:
         check_device_name(self.name)
-        _require(self.name != FLEET_FILE, f"name: {FLEET_FILE} is the file's own")
+        _require(self.name != FLEET_FILE, f"the name {FLEET_FILE} is reserved for the fleet file")
         _require(0 <= self.expert < MAX_EXPERTS, f"expert is {self.expert}, not in 0..{MAX_EXPERTS - 1}")
         match = _ADDRESS.fullmatch(self.address)
-        sound = match is not None and int(match["port"]) <= 65535
-        _require(sound, f"address is {self.address[:80]!r}, not tcp://HOST:PORT with a port in 1..65535")
+        is_valid = match is not None and int(match["port"]) <= _MAX_PORT
+        _require(is_valid, f"address is {self.address[:80]!r}, not tcp://HOST:PORT with a port in 1..65535")
         _require(bool(_DIGEST.fullmatch(self.bundle)), "bundle is not 64 hexadecimal digits")
         key = self.public_key
         _require(key is None or _is_key(key), "public_key is not 40 characters of Z85")
@@ -106,59 +110,66 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """fleet.toml."""
+    """The content of fleet.toml."""
 
     schema: int
     device: tuple[Device, ...]
-    """In TOML one [[device]] each."""
+    """The devices, one [[device]] each in TOML."""
 
     def __post_init__(self) -> None:
         _require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
-        _require(len(self.device) > 0, "no [[device]] stands in it")
-        for what in ("name", "expert", "address", "public_key"):
-            counts = Counter(getattr(device, what) for device in self.device)
-            twice = [value for value, count in counts.items() if count > 1 and value is not None]
-            _require(not twice, f"two devices have the same {what} {twice[0] if twice else ''!r}")
+        _require(len(self.device) > 0, "it contains no [[device]]")
+        for key in ("name", "expert", "address", "public_key"):
+            counts = Counter(getattr(device, key) for device in self.device)
+            for value, count in counts.items():
+                _require(count == 1 or value is None, f"two devices have the same {key} {value!r}")
 
     def named(self, name: str) -> Device:
-        """The device of this name; FleetError when there is none."""
+        """Find a device by its name; FleetError if the fleet does not contain it."""
         for device in self.device:
             if device.name == name:
                 return device
-        raise FleetError(f"no device is named {name!r}; there are {', '.join(d.name for d in self.device)}")
+        names = ", ".join(device.name for device in self.device)
+        raise FleetError(f"no device is named {name!r}; the fleet has {names}")
 
-    def at(self, place: str) -> Device:
-        """The device of this name or at this address; FleetError when there is none."""
+    def at(self, target: str) -> Device:
+        """Find a device by its name or its address; FleetError if the fleet does not contain it."""
         for device in self.device:
-            if place in (device.name, device.address):
+            if target in (device.name, device.address):
                 return device
-        there = ", ".join(f"{device.name} at {device.address}" for device in self.device)
-        raise FleetError(f"no device is {place!r}, by its name or its address; there are {there}")
+        devices = ", ".join(f"{device.name} at {device.address}" for device in self.device)
+        raise FleetError(f"no device has the name or address {target!r}; there are {devices}")
 
     def render(self) -> str:
-        """fleet.toml, in the one way in which it is written."""
+        """The text of fleet.toml; the same fleet always gives the same text."""
         lines = [f"schema = {self.schema}"]
         for device in self.device:
-            # JSON's strings are TOML's basic strings, for what the checks above let through.
-            lines += ["", "[[device]]", f"name = {json.dumps(device.name)}", f"expert = {device.expert}"]
-            lines += [f"address = {json.dumps(device.address)}", f"bundle = {json.dumps(device.bundle)}"]
+            # For the characters that Device accepts, a JSON string is also a TOML string.
+            lines += [
+                "",
+                "[[device]]",
+                f"name = {json.dumps(device.name)}",
+                f"expert = {device.expert}",
+                f"address = {json.dumps(device.address)}",
+                f"bundle = {json.dumps(device.bundle)}",
+            ]
             if device.public_key is not None:
                 lines.append(f"public_key = {json.dumps(device.public_key)}")
         return "\n".join(lines) + "\n"
 
 
 def fleet_file(given: Path) -> Path:
-    """The fleet.toml that was named, or that lies in the folder that was."""
+    """The path of fleet.toml, from that path or from the path of its folder."""
     return given / FLEET_FILE if os.path.isdir(given) else given
 
 
 def parse_fleet(text: str) -> Fleet:
-    """fleet.toml, or ValueError."""
+    """Parse fleet.toml; ValueError for invalid TOML, unknown keys and values out of range."""
     return from_plain(Fleet, tomllib.loads(text))
 
 
 def read_fleet(path: Path | str) -> Fleet:
-    """Read fleet.toml; FleetError says what is wrong with it."""
+    """Read and validate fleet.toml; FleetError for a file that cannot be read or is invalid."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -173,7 +184,7 @@ def read_fleet(path: Path | str) -> Fleet:
 
 
 def write_fleet(path: Path, fleet: Fleet) -> None:
-    """Replace fleet.toml: a reader sees the old one or the new one."""
+    """Write fleet.toml, replacing an existing one in one step; FleetError if that fails."""
     try:
         replace_file(path, fleet.render())
     except OSError as error:
@@ -181,24 +192,28 @@ def write_fleet(path: Path, fleet: Fleet) -> None:
 
 
 def read_fleet_folder(folder: Path | str) -> tuple[Fleet, dict[str, Bundle]]:
-    """A fleet and the verified bundle of each of its devices that is here, all of one trunk.
+    """Read a fleet's folder: fleet.toml, and the verified bundles by the name of their device.
 
-    A board holds its own bundle only. A folder that is here and is no bundle is an error.
+    Not every bundle must be present: a board has its own one only. FleetError or BundleError if a folder with the name
+    of a device is not its bundle, or the bundles do not belong together.
     """
     folder = Path(folder)
     fleet = read_fleet(folder / FLEET_FILE)
-    here = [device for device in fleet.device if os.path.lexists(folder / device.name)]
-    if not here:
-        raise FleetError(f"{folder}: of no device that {FLEET_FILE} names is the bundle here; copy one beside it")
-    bundles = {device.name: read_bundle(folder / device.name) for device in here}
+    present = [device for device in fleet.device if os.path.lexists(folder / device.name)]
+    if not present:
+        raise FleetError(f"{folder}: no bundle of a device in {FLEET_FILE} is here; copy one into this folder")
+    bundles = {device.name: read_bundle(folder / device.name) for device in present}
     for what, value in _COMMON.items():
         found = {value(bundle) for bundle in bundles.values()}
         if len(found) > 1:
             raise FleetError(f"{folder}: the devices have {len(found)} different {what}; they cannot answer each other")
-    for device in here:
+    for device in present:
         manifest = bundles[device.name].manifest
         if manifest.digest != device.bundle:
             raise FleetError(f"{folder / device.name}: not the bundle that {FLEET_FILE} names; copy it again")
         if (manifest.device, manifest.expert) != (device.name, device.expert):
-            raise FleetError(f"{folder / device.name}: of device {manifest.device}, expert {manifest.expert}")
+            raise FleetError(
+                f"{folder / device.name}: the bundle of {manifest.device}, expert {manifest.expert};"
+                f" {FLEET_FILE} expects {device.name}, expert {device.expert}"
+            )
     return fleet, bundles

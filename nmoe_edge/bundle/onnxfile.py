@@ -1,8 +1,7 @@
-"""What an ONNX file says of itself, read without the onnx package.
+"""Reads the few facts of an ONNX file that a device checks before opening it, without the onnx package.
 
-A device must know before it opens a model whether a tensor lives outside the file (a path to somewhere else), and
-which opset and IR version its runtime has to understand. So this walks the few protobuf fields that say so. It knows
-nothing of operators, and trusts no length that it reads.
+Those are the opset, the IR version, and whether a tensor is stored outside the file (its path could point anywhere).
+The parser walks the protobuf fields that contain these facts. It knows no operators and checks every length it reads.
 """
 
 from __future__ import annotations
@@ -11,15 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_DEPTH = 64
-"""Messages inside messages: a branch of an If adds three, and real models have two or three such."""
+"""Maximum nesting of messages. A branch of an If adds three; real models nest two or three branches."""
 
 _ORT_IDENTIFIER = b"ORTM"
-"""Where it stands a runtime takes a file for its own format, whatever else the bytes could be read as."""
+"""At bytes 4 to 8 it makes onnxruntime read the file as its own format, even if the bytes are also valid ONNX."""
 
-# Field numbers of onnx.proto, which protobuf promises never to change.
-_IR_VERSION, _OPSET_IMPORT, _GRAPH = 1, 8, 7
-_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
-_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+# Field numbers of onnx.proto; protobuf guarantees that they never change.
+_IR_VERSION = 1
+_GRAPH = 7
+_OPSET_IMPORT = 8
+_OPSET_DOMAIN = 1
+_OPSET_VERSION = 2
+_TENSOR_EXTERNAL_DATA = 13
+_TENSOR_DATA_LOCATION = 14
 _TENSORS_INSIDE: dict[str, dict[int, str]] = {
     "model": {_GRAPH: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -29,25 +32,26 @@ _TENSORS_INSIDE: dict[str, dict[int, str]] = {
     "attribute": {5: "tensor", 10: "tensor", 6: "graph", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-"""Kind of message -> its fields in which a tensor may lie, and the kind of each."""
+"""Kind of message -> {field that can contain a tensor: kind of message in that field}."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxFacts:
-    """What a device needs to know of a model before it opens it."""
+    """Facts that a device checks before it opens a model."""
 
     ir_version: int
     opset: int
-    """Of the default domain."""
+    """Opset version of the default domain."""
     external_data: bool
-    """Whether a tensor lies outside the file."""
+    """Whether a tensor is stored outside the file."""
 
 
 def read_onnx(data: bytes) -> OnnxFacts:
-    """The facts of a serialized ModelProto; ValueError when it is none."""
+    """Read the facts of a serialized ModelProto; ValueError for anything else."""
     if data[4:8] == _ORT_IDENTIFIER:
         raise ValueError("a model in onnxruntime's own format, not ONNX")
-    ir_version, graphs = 0, 0
+    ir_version = 0
+    graphs = 0
     opsets: dict[str, int] = {}
     for field, value in _fields(memoryview(data)):
         if field == _IR_VERSION:
@@ -64,7 +68,9 @@ def read_onnx(data: bytes) -> OnnxFacts:
 
 
 def _opset(data: memoryview) -> tuple[str, int]:
-    domain, version = "", 0
+    """Domain and version of an OperatorSetIdProto."""
+    domain = ""
+    version = 0
     for field, value in _fields(data):
         if field == _OPSET_DOMAIN:
             domain = bytes(_bytes(value)).decode()
@@ -74,11 +80,11 @@ def _opset(data: memoryview) -> tuple[str, int]:
 
 
 def _is_external(kind: str, data: memoryview, depth: int) -> bool:
-    """Whether a tensor anywhere in this message lies outside the file."""
+    """Whether any tensor in this message is stored outside the file."""
     if depth > MAX_DEPTH:
         raise ValueError(f"messages are nested more than {MAX_DEPTH} deep")
     if kind == "tensor":
-        # Either sign counts: a runtime that heeds only one of them would still leave the folder.
+        # Either field counts: a runtime that looks at one of them only would still open the outside file.
         return any(
             field == _TENSOR_EXTERNAL_DATA or (field == _TENSOR_DATA_LOCATION and _number(value) != 0)
             for field, value in _fields(data)
@@ -90,12 +96,12 @@ def _is_external(kind: str, data: memoryview, depth: int) -> bool:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of one protobuf message: a number, or the bytes of what is length-delimited."""
+    """Yield the fields of one protobuf message as (field number, integer or bytes)."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         field, wire_type = tag >> 3, tag & 7
-        # Protobuf's own readers cut a tag to 32 bits: a longer one would be another field to them than to us.
+        # Protobuf libraries truncate a tag to 32 bits, so they would read a longer tag as another field than we do.
         if field == 0 or tag >= 2**32:
             raise ValueError("not protobuf")
         if wire_type == 0:
@@ -115,6 +121,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The variable-length integer at position `at`, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):

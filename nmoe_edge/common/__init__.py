@@ -1,1 +1,1 @@
-"""Leaves that know nothing of experts or devices: strict schemas, npz, atomic folders, logging, command endings."""
+"""Modules that know nothing about experts or devices: strict schemas, npz, atomic folders, logging, command endings."""

@@ -1,6 +1,6 @@
-"""Replace a file in one step: a reader sees the old bytes or the new ones, never half of them.
+"""Replaces a file in one step: a reader sees the old bytes or the new ones, never a mixture.
 
-Errors are OSError; the caller knows what the file was for and translates them.
+Errors are OSError. The caller translates them, because it knows what the file is for.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 _STAGED = ".new"
+"""Suffix of a temporary file until it is renamed to its final name."""
 
 
 def replace_file(path: Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) beside `path`, flush it to the disk and rename it to `path`.
+    """Write `data` (text as UTF-8) to a temporary file in the same folder, flush it to the disk, rename it to `path`.
 
-    When that fails, `path` is as it was and nothing is left beside it. A symbolic link stays: its target is replaced.
+    If that fails, `path` is unchanged and the temporary file is removed. If `path` is a symbolic link, its target is
+    replaced and the link stays.
     """
     path = path.resolve()
     remove_orphans(path, _STAGED)
@@ -36,19 +38,19 @@ def replace_file(path: Path, data: bytes | str) -> None:
 
 
 def _locked_file(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `path`, locked while it is open, so that no other process takes it for an orphan."""
+    """Create a temporary file for `path`. It is locked while open, so that no other process removes it as an orphan."""
     while True:
         staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_STAGED}")
         file = staged.open("xb")
-        with suppress(OSError):  # a file system without locks; there nothing is taken for an orphan either
+        with suppress(OSError):  # a file system without locks; remove_orphans removes nothing there
             fcntl.flock(file, fcntl.LOCK_EX)
         if staged.exists():
             return staged, file
-        file.close()  # taken for an orphan before it was locked
+        file.close()  # another process removed it as an orphan before we locked it: try again
 
 
 def remove_orphans(path: Path, suffix: str) -> None:
-    """Remove what killed processes left beside `path`: staged files and folders that no process has locked."""
+    """Remove temporary files and folders for `path` that killed processes left, that is, those without a lock."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(suffix)}")
     with suppress(OSError):
         for orphan in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
@@ -58,7 +60,7 @@ def remove_orphans(path: Path, suffix: str) -> None:
 def _remove_unlocked(orphan: Path) -> None:
     if orphan.is_symlink():
         return
-    with suppress(OSError):  # locked by its writer, or removed meanwhile
+    with suppress(OSError):  # its writer holds the lock, or another process has just removed it
         handle = os.open(orphan, os.O_RDONLY | os.O_NONBLOCK)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

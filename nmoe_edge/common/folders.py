@@ -1,7 +1,7 @@
-"""A folder that is written as a whole: a reader sees the new one or the old one, never half of one.
+"""Replaces a folder in one step: a reader sees the whole old folder or the whole new one.
 
-Knows nothing of what is in it. What goes wrong is an OSError, or a ValueError for a place that is not ours to write
-over; whoever knows what the folder was for translates it.
+This module does not interpret the files. It raises OSError, or ValueError for a destination that must not be replaced.
+The caller translates both, because it knows what the folder is for.
 """
 
 from __future__ import annotations
@@ -18,79 +18,93 @@ from pathlib import Path
 
 from nmoe_edge.common.files import remove_orphans
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""From Linux's fcntl.h and fs.h."""
+# From Linux's fcntl.h and fs.h.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
 _STAGED = ".staged"
-"""How the names of unfinished folders end, so that nobody else's is taken for one."""
+"""Suffix of a temporary folder until it is renamed; unusual enough not to match a user's own folder."""
 
 
-def stamps(folder: Path, beside: Path | None = None) -> list[tuple[int, int, int]]:
-    """What changes when a file of the folder does, or the one beside it; less than all while it is being replaced."""
+def stamps(folder: Path, extra: Path | None = None) -> list[tuple[int, int, int]]:
+    """A value that changes when a file of the folder changes, or the file `extra`.
+
+    One (inode, mtime in ns, size) per file. The list can be incomplete while the folder is being replaced.
+    """
     found = []
     with suppress(OSError):
-        for path in (*sorted(folder.iterdir()), *([] if beside is None else [beside])):
-            it = path.stat()
-            found.append((it.st_ino, it.st_mtime_ns, it.st_size))
+        paths = sorted(folder.iterdir())
+        if extra is not None:
+            paths.append(extra)
+        for path in paths:
+            status = path.stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
     return found
 
 
 @contextmanager
 def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
-    """An empty folder that takes the place of `destination` when the block ends well, and is gone when it does not.
+    """Yield an empty temporary folder; when the block succeeds, it replaces `destination`, else it is removed.
 
-    What is there already is replaced only when it is empty, or holds the file `marker` and no file whose path is not
-    matched by the regular expression `ours`.
+    An existing `destination` is replaced only if `check_replaceable` accepts it.
     """
     check_replaceable(destination, marker, ours)
     destination.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(destination, _STAGED)
-    staging, held = _held_folder(destination)
+    staging, lock = _locked_folder(destination)
     try:
         yield staging
-        staging.chmod(0o755)  # mkdtemp keeps everybody else out
+        staging.chmod(0o755)  # mkdtemp creates it for its owner alone
         for path in [*staging.rglob("*"), staging]:
             _flush(path)
         _swap(staging, destination)
         _flush(destination.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        os.close(held)
+        os.close(lock)
 
 
 def check_replaceable(folder: Path, marker: str, ours: str) -> None:
-    """Refuse, as a ValueError, a place that `staged_folder` would not replace: worth asking before long work."""
+    """Raise ValueError if `staged_folder` would not replace `folder`; call it before long work.
+
+    An existing folder is replaceable when it is empty, or when it contains the file `marker` and the relative path of
+    every file in it matches the regular expression `ours`.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError("not a folder; choose another place")
-    above = next((path for path in folder.absolute().parents if path.exists()), Path("/"))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "cannot be written to" if above.is_dir() else "is no folder"
-        raise ValueError(f"{above} {why}; choose another place")
+    existing_parents = (path for path in folder.absolute().parents if path.exists())
+    parent = next(existing_parents, Path("/"))
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{parent} cannot be written to; choose another place")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    inside = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
-    foreign = [name for name in sorted(inside) if not re.fullmatch(ours, name)]
-    if foreign or marker not in inside:
-        what = f"{foreign[0]!r}" if foreign else f"something without a {marker}"
-        raise ValueError(f"holds {what}, which would be lost; choose another place")
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    foreign = [name for name in sorted(files) if not re.fullmatch(ours, name)]
+    if foreign:
+        raise ValueError(f"holds {foreign[0]!r}, which would be lost; choose another place")
+    if marker not in files:
+        raise ValueError(f"holds something without a {marker}, which would be lost; choose another place")
 
 
-def _held_folder(destination: Path) -> tuple[Path, int]:
-    """A new folder beside `destination`, locked for as long as the handle is open: somebody is at work in it."""
+def _locked_folder(destination: Path) -> tuple[Path, int]:
+    """Create a temporary folder next to `destination`; it stays locked until the returned file descriptor is closed."""
     while True:
         staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=_STAGED, dir=destination.parent))
         try:
-            held = os.open(staging, os.O_RDONLY)
-        except FileNotFoundError:  # taken for an orphan before it was locked
+            lock = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:  # another process removed it as an orphan before we locked it: try again
             continue
-        with suppress(OSError):  # a file system without locks; there nothing is taken for an orphan either
-            fcntl.flock(held, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks; remove_orphans removes nothing there
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if staging.exists():
-            return staging, held
-        os.close(held)
+            return staging, lock
+        os.close(lock)
 
 
 def _flush(path: Path) -> None:
-    """To the disk with it: a board that loses its power finds whole files behind the new name."""
+    """Flush to the disk, so that after a power cut the new name points to complete files."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -99,11 +113,11 @@ def _flush(path: Path) -> None:
 
 
 def _swap(staging: Path, destination: Path) -> None:
-    """Put `staging` where `destination` is, and what was there, if anything, where `staging` was."""
+    """Rename `staging` to `destination`; an existing destination gets the name `staging`."""
     if not destination.exists():
         staging.rename(destination)
     elif not _exchange(staging, destination):
-        # No such call here: for a moment there is none of the two.
+        # Without an atomic exchange `destination` is missing for a moment.
         retired = staging.with_name(staging.name + ".old")
         destination.rename(retired)
         try:
@@ -115,7 +129,7 @@ def _swap(staging: Path, destination: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names in one step; False where the system or the file system cannot."""
+    """Exchange the names of two folders atomically; False where the system or the file system does not support it."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):

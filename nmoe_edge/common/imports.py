@@ -1,4 +1,4 @@
-"""Import an object by its path, as `--modules` and a network's factory name it."""
+"""Imports an object by its path, for `--modules` and the factory of a network."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def import_path(path: str) -> Any:
-    """The object that `package.module:name` names, from an installed package or from the current folder.
+    """Import `name` from `package.module:name`, from the installed packages or the current folder.
 
-    Whatever the module raises while it is imported comes through.
+    Exceptions raised while importing the module pass through.
     """
     module, _, name = path.partition(":")
     if str(Path.cwd()) not in sys.path:

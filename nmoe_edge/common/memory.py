@@ -1,4 +1,4 @@
-"""What the allocator keeps and nobody uses, given back to the system."""
+"""Returns unused memory to the operating system."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from contextlib import suppress
 
 
 def trim() -> None:
-    """Give it back."""
-    with suppress(OSError, AttributeError):  # not glibc: nothing to be done
+    """Make glibc release the free memory that its allocator keeps; other C libraries are left alone."""
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,7 @@
-"""Plain data (what JSON and TOML hold) -> frozen dataclasses, and back.
+"""Converts plain data (what JSON and TOML contain) to frozen dataclasses and back.
 
-Strict in both senses: every key is known and every required one is there, and a value has its field's type, not one
-that could be made into it. What is wrong is said as a ValueError that names the place; whoever knows which file it was
-translates it.
+The conversion is strict: unknown keys and missing required keys are errors, and a value must already have the type of
+its field. Errors are ValueErrors that name the key; the caller adds the name of the file.
 """
 
 from __future__ import annotations
@@ -17,11 +16,16 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+
 
 def from_plain(kind: type[T], value: object, where: str = "") -> T:
-    """`value` as a dataclass of `kind`; a field with a default may be absent."""
+    """Convert the table `value` to the dataclass `kind`; keys of fields with a default are optional.
+
+    where: the dotted path of `value` in the file, for error messages.
+    """
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where or kind.__name__} is {_name(value)} where a table of keys was due")
+        raise ValueError(f"{where or kind.__name__} is {_name(value)}; expected a table of keys")
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in value:
@@ -40,7 +44,11 @@ def from_plain(kind: type[T], value: object, where: str = "") -> T:
 
 
 def parse_json(data: bytes | str) -> object:
-    """JSON, or ValueError: not UTF-8, a key twice, too deep, too long a number, NaN and infinities are no JSON here."""
+    """Parse JSON strictly.
+
+    ValueError for anything but UTF-8, a key that occurs twice in an object, deep nesting, a number that is too long,
+    NaN and infinities.
+    """
 
     def table(pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
@@ -50,7 +58,7 @@ def parse_json(data: bytes | str) -> object:
 
     def number(text: str) -> float:
         if not math.isfinite(float(text)):
-            raise ValueError(f"not JSON: {text[:40]} is no finite number")
+            raise ValueError(f"not JSON: {text[:40]} is not a finite number")
         return float(text)
 
     try:
@@ -60,43 +68,49 @@ def parse_json(data: bytes | str) -> object:
         raise ValueError("not JSON: nested too deep") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
-    except ValueError as error:  # bytes that are no text, a number of thousands of digits, or one of ours from above
+    except ValueError as error:  # not UTF-8, an integer of thousands of digits, or raised by table or number above
         raise ValueError(f"not JSON: {str(error).removeprefix('not JSON: ')}") from error
 
 
 def to_plain(value: Any) -> Any:
-    """A dataclass, its mappings and its tuples as what JSON and TOML hold."""
+    """Convert a dataclass, its mappings and its tuples to the dicts and lists that JSON and TOML can store."""
     if dataclasses.is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
-    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    return value
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    """A hint for somebody who mistyped one of the known words, or nothing."""
+    """A hint such as " (did you mean 'top_k'?)" for a mistyped word; empty if no known word is similar."""
     close = difflib.get_close_matches(str(word)[:80], list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _convert(hint: Any, value: object, where: str) -> Any:
+    """Convert one value to the type that `hint`, the annotation of its field, asks for."""
     if hint is Any:
         return value
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
+    origin = get_origin(hint)
+    arguments = get_args(hint)
+    if origin in (Union, types.UnionType):  # X | None
+        if value is None:
+            return None
         present = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None else _convert(present[0], value, where)
+        return _convert(present[0], value, where)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise ValueError(f"{where} is {value!r:.80}, none of {', '.join(map(repr, arguments))}")
+            raise ValueError(f"{where} is {value!r:.80}; expected one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} is {_name(value)} where a list was due")
+            raise ValueError(f"{where} is {_name(value)}; expected a list")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {_name(value)} where a table of keys was due")
+            raise ValueError(f"{where} is {_name(value)}; expected a table of keys")
         return {str(key): _convert(arguments[1], item, _join(where, key)) for key, item in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_plain(hint, value, where)
@@ -104,29 +118,31 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 
 
 def _scalar(hint: type, value: object, where: str) -> object:
+    """Check a bool, int, float or str; a whole number is accepted where a float is expected."""
     if hint is float and type(value) is int:
         try:
             value = float(value)
         except OverflowError:
             raise ValueError(f"{where} is too large a number") from None
     if type(value) is not hint:
-        raise ValueError(f"{where} is {_name(value)} where {_NAMES[hint]} was due")
+        raise ValueError(f"{where} is {_name(value)}; expected {_NAMES[hint]}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}: numbers are finite")
+        raise ValueError(f"{where} is {value}; expected a finite number")
     return value
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-
-
 def _name(value: object) -> str:
+    """What the value is, for an error message."""
     if value is None:
         return "nothing"
-    return "a table" if isinstance(value, Mapping) else _NAMES.get(type(value), type(value).__name__)
+    if isinstance(value, Mapping):
+        return "a table"
+    return _NAMES.get(type(value), type(value).__name__)
 
 
 def _join(where: str, key: object) -> str:
+    """The dotted path of `key` below `where`, printable and short."""
     name = str(key)
     if not name.isprintable() or len(name) > 80:
-        name = repr(name[:80])  # somebody else's key must neither break a line nor fill a screen
+        name = repr(name[:80])  # a key from outside must neither break the line nor fill the screen
     return f"{where}.{name}" if where else name

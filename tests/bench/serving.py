@@ -22,8 +22,9 @@ import zmq
 from onnx import TensorProto, helper, numpy_helper
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, SCHEMA, Device, Fleet, read_fleet, write_fleet
-from nmoe_edge.bundle.folder import SelfTest, read_bundle, write_bundle
+from nmoe_edge.bundle.folder import read_bundle, write_bundle
 from nmoe_edge.bundle.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
+from nmoe_edge.bundle.selftest import SelfTest
 from nmoe_edge.client import Client
 from nmoe_edge.frames import receive_frames, send_frames
 from nmoe_edge.keys import key_path, keys_folder, read_key, with_keys

@@ -1,4 +1,4 @@
-"""Fleets that can really serve, for the tests of devices."""
+"""Copies of the tiny fleet on free ports, for tests that serve devices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from edge.fleets import settled
 
 @pytest.fixture
 def fleet(tiny_fleet, tmp_path):
-    """The tiny fleet on free ports."""
+    """The tiny fleet on free ports, without keys."""
     return settled(tiny_fleet, tmp_path / "fleet")
 
 
 @pytest.fixture
 def keyed(tiny_fleet, tmp_path):
-    """The same with keys."""
+    """The tiny fleet on free ports, with CURVE keys."""
     return settled(tiny_fleet, tmp_path / "fleet", keyed=True)

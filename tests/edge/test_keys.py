@@ -1,3 +1,5 @@
+"""Key files, and the keys for a connection."""
+
 from __future__ import annotations
 
 import errno
@@ -47,21 +49,21 @@ def private(path, data=b""):
     return path
 
 
-def test_a_pair_comes_back_as_it_was_written(path, pair):
+def test_a_pair_is_read_back_unchanged(path, pair):
     write_key(path, pair)
     assert read_key(path) == pair
 
 
-def test_two_pairs_are_not_the_same():
+def test_two_new_pairs_differ():
     assert make_pair().secret != make_pair().secret
 
 
-def test_the_public_key_follows_from_the_secret(path, pair):
+def test_the_public_key_is_computed_from_the_secret(path, pair):
     private(path, pair.secret.encode())
     assert read_key(path).public == zmq.curve_public(pair.secret.encode()).decode() == pair.public
 
 
-def test_the_file_is_its_owners_alone_whatever_the_umask(path, pair):
+def test_a_key_file_is_readable_by_its_owner_only_whatever_the_umask(path, pair):
     before = os.umask(0)
     try:
         write_key(path, pair)
@@ -70,12 +72,12 @@ def test_the_file_is_its_owners_alone_whatever_the_umask(path, pair):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_folder_that_is_made_for_it_is_its_owners_alone(tmp_path, pair):
+def test_a_new_keys_folder_is_accessible_to_its_owner_only(tmp_path, pair):
     write_key(tmp_path / "keys" / "attic.key", pair)
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) & 0o077 == 0
 
 
-def test_the_public_key_does_not_lie_in_the_file(path, pair):
+def test_a_key_file_contains_the_secret_key_only(path, pair):
     write_key(path, pair)
     assert path.read_text() == pair.secret + "\n"
 
@@ -86,7 +88,7 @@ def test_repr_hides_the_secret(pair):
     assert pair.public in repr(pair)
 
 
-def test_a_key_that_is_there_is_never_written_over(path, pair):
+def test_an_existing_key_file_is_never_overwritten(path, pair):
     write_key(path, pair)
     with pytest.raises(KeyFileError, match="File exists"):
         write_key(path, make_pair())
@@ -100,14 +102,14 @@ def test_a_key_is_not_written_through_a_link(tmp_path, path, pair):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, pair):
+def test_a_key_that_cannot_be_written_is_a_one_line_error(tmp_path, pair):
     (tmp_path / "file").touch()
     with pytest.raises(KeyFileError, match="cannot be written") as error:
         write_key(tmp_path / "file" / "attic.key", pair)
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_leaves_no_half_key(path, pair, monkeypatch):
+def test_a_full_disk_leaves_no_incomplete_key_file(path, pair, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -125,7 +127,7 @@ def test_a_key_with_any_right_for_others_is_refused(path, pair, mode):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
-def test_a_key_of_its_owner_alone_is_read(path, pair, mode):
+def test_a_key_accessible_to_its_owner_only_is_read(path, pair, mode):
     write_key(path, pair)
     path.chmod(mode)
     assert read_key(path) == pair
@@ -135,14 +137,14 @@ def test_a_key_of_its_owner_alone_is_read(path, pair, mode):
     "data",
     [b"", b"short", b"a" * 39, b"a" * 41, b"a" * 40 + b"\n\n", b"a" * 39 + b'"', b"a" * 40 + b"\0" * 99, b"\xff" * 40],
 )
-def test_what_is_no_key_is_refused_without_being_shown(path, data):
+def test_an_invalid_key_is_refused_and_not_shown(path, data):
     text = refused(private(path, data))
     assert "40 characters of Z85" in text
     assert "aaaa" not in text
 
 
-def test_forty_characters_that_no_number_has_are_refused(path):
-    assert "40 characters of Z85" in refused(private(path, b"#" * 40))  # each five are more than four bytes hold
+def test_forty_characters_that_are_not_32_bytes_are_refused(path):
+    assert "40 characters of Z85" in refused(private(path, b"#" * 40))  # five characters over 2**32
 
 
 def test_a_missing_key_says_how_to_make_one(path):
@@ -155,27 +157,28 @@ def test_a_link_to_nothing_is_refused(tmp_path, path):
 
 
 @pytest.mark.parametrize("make", [lambda path: os.mkfifo(path, 0o600), lambda path: path.mkdir(mode=0o700)])
-def test_a_fifo_or_a_folder_is_refused_and_not_waited_for(path, make):
+def test_a_fifo_or_a_folder_is_refused_without_waiting(path, make):
     make(path)
     refused(path)
 
 
-def test_keys_lie_beside_the_fleets_folder_and_not_in_it(tmp_path):
+def test_the_keys_folder_is_next_to_the_fleet_folder(tmp_path):
     assert keys_folder(tmp_path / "fleet" / "fleet.toml") == tmp_path / "fleet-keys"
 
 
-def test_the_keys_of_a_fleet_in_the_working_folder_lie_beside_it(tmp_path, monkeypatch):
+def test_the_keys_folder_of_the_current_folder_is_next_to_it(tmp_path, monkeypatch):
     (tmp_path / "fleet").mkdir()
     monkeypatch.chdir(tmp_path / "fleet")
     assert keys_folder(Path("fleet.toml")) == tmp_path / "fleet-keys"
 
 
-def test_a_key_is_looked_for_beside_fleet_toml_first(tmp_path):
+def test_a_key_file_in_the_folder_of_fleet_toml_comes_first(tmp_path):
     (tmp_path / "fleet").mkdir()
-    fleet_file, beside = tmp_path / "fleet" / "fleet.toml", tmp_path / "fleet" / "attic.key"
+    fleet_file = tmp_path / "fleet" / "fleet.toml"
+    in_fleet_folder = tmp_path / "fleet" / "attic.key"
     assert key_path(fleet_file, "attic") == tmp_path / "fleet-keys" / "attic.key"
-    beside.symlink_to("nothing")  # what lies there is meant, even where it cannot be read
-    assert key_path(fleet_file, "attic") == beside
+    in_fleet_folder.symlink_to("nothing")  # an existing path counts, even if it cannot be read
+    assert key_path(fleet_file, "attic") == in_fleet_folder
 
 
 @pytest.fixture
@@ -186,35 +189,41 @@ def keyed_file(tiny_fleet, tmp_path):
     return path
 
 
-def test_whoever_asks_is_himself_else_the_one_that_is_asked_else_anybody_whose_key_is_here(keyed_file, tmp_path):
-    fleet, secrets = read_fleet(keyed_file), tmp_path / "fleet-keys"
-    attic, barn = fleet.named("attic"), fleet.named("barn")
+def test_keys_to_uses_the_key_of_the_asker_then_of_the_target_then_of_any_device_of_the_fleet(keyed_file, tmp_path):
+    fleet = read_fleet(keyed_file)
+    attic = fleet.named("attic")
+    barn = fleet.named("barn")
+    secrets = tmp_path / "fleet-keys"
 
-    def is_asked_by(asker=None):
+    def key_to_ask_attic(asker=None):
         pair, server = keys_to("attic", keyed_file.parent, None, asker)
         assert server == attic.public_key
         return pair.public
 
-    assert is_asked_by("barn") == barn.public_key
-    assert is_asked_by() == attic.public_key
+    assert key_to_ask_attic("barn") == barn.public_key
+    assert key_to_ask_attic() == attic.public_key
     (secrets / "attic.key").unlink()
-    assert is_asked_by() == barn.public_key
+    assert key_to_ask_attic() == barn.public_key
+    # The name of the file does not matter.
     (secrets / "barn.key").rename(keyed_file.parent / "mine.key")
-    assert is_asked_by("cellar") == barn.public_key
+    assert key_to_ask_attic("cellar") == barn.public_key
+    # If no key fits, the error is about the one that cannot be read.
     (keyed_file.parent / "mine.key").chmod(0o644)
     with pytest.raises(KeyFileError, match="chmod 600"):
-        is_asked_by()
+        key_to_ask_attic()
     (keyed_file.parent / "mine.key").unlink()
-    write_key(secrets / "attic.key", make_pair())  # of an earlier fleet
-    with pytest.raises(KeyFileError, match="give --key, the key file of a device that you have"):
-        is_asked_by()
-    with pytest.raises(FleetError, match=r"attic\.key: the key of no device in .*fleet\.toml"):
+    # A key that fleet.toml does not list is skipped.
+    write_key(secrets / "attic.key", make_pair())
+    with pytest.raises(KeyFileError, match="give the key file of a device with --key"):
+        key_to_ask_attic()
+    with pytest.raises(FleetError, match=r"attic\.key: not the key of a device in .*fleet\.toml"):
         keys_to("attic", keyed_file, secrets / "attic.key")
+    # cellar has no public key in fleet.toml.
     assert keys_to("cellar", keyed_file, None) == (None, None)
     assert address_of("barn", keyed_file) == address_of(barn.address, keyed_file.parent) == barn.address
 
 
-def test_with_keys_makes_a_pair_for_each_and_keeps_those_there_are(tiny_fleet, tmp_path):
+def test_with_keys_makes_missing_pairs_and_keeps_existing_ones(tiny_fleet, tmp_path):
     fleet = read_fleet(tiny_fleet / "fleet.toml")
     first = with_keys(fleet, ["attic"], tmp_path)
     both = with_keys(fleet, ["attic", "barn"], tmp_path)

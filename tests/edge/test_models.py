@@ -1,3 +1,5 @@
+"""Graphs in onnxruntime, and the self-test of a bundle."""
+
 from __future__ import annotations
 
 import os
@@ -29,13 +31,13 @@ def test_an_image_becomes_a_latent_a_route_and_an_answer(bundle):
     assert models.expert(latents) == pytest.approx(np.array([[0, 4.25, 0]]), abs=1e-5)
 
 
-def test_any_number_of_rows_can_be_asked(bundle):
+def test_a_graph_takes_any_number_of_rows(bundle):
     extractor = Models(bundle, threads=2).extractor
     for rows in (1, 2, 33):
         assert extractor(np.zeros((rows, 1, 6, 6), np.uint8)).shape == (rows, 4)
 
 
-def test_the_selftest_passes_where_the_answers_are_the_exporters(bundle):
+def test_the_selftest_passes_on_equal_answers(bundle):
     result = run_selftest(Models(bundle), bundle)
     assert result.passed
     assert (result.rows, result.other_choices) == (3, 0)
@@ -50,17 +52,17 @@ def test_the_selftest_passes_where_the_answers_are_the_exporters(bundle):
     ],
     ids=["latents", "outputs", "experts"],
 )
-def test_the_selftest_fails_where_they_are_not(bundle, change):
+def test_the_selftest_fails_on_different_answers(bundle, change):
     other = replace(bundle, selftest=replace(bundle.selftest, **change(bundle.selftest)))
     assert not run_selftest(Models(bundle), other).passed
 
 
-def test_rows_of_another_shape_are_an_error_of_ours(bundle):
+def test_rows_of_another_shape_raise_a_model_error(bundle):
     with pytest.raises(ModelError, match=r"extractor\.onnx: .*[Ii]nvalid"):
         Models(bundle).extractor(np.zeros((1, 1, 5, 6), np.uint8))
 
 
-def test_a_session_does_not_keep_the_file_that_it_was_made_of(bundle):
+def test_a_session_does_not_keep_the_bytes_of_its_file(bundle):
     data = bundle.contents["extractor.onnx"]
     known = sys.getrefcount(data)
     extractor = Graph("extractor.onnx", data, (1, 6, 6), (4,))
@@ -68,14 +70,14 @@ def test_a_session_does_not_keep_the_file_that_it_was_made_of(bundle):
     assert extractor(np.zeros((1, 1, 6, 6), np.uint8)).shape == (1, 4)
 
 
-def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle):
+def test_a_graph_that_onnxruntime_refuses_is_a_one_line_error(bundle):
     with pytest.raises(ModelError, match="onnxruntime .* refuses it") as refused:
         Graph("gate.onnx", b"\x08\x08", (4,), (3,))
     assert "\n" not in str(refused.value)
 
 
 def test_a_graph_with_a_fixed_number_of_rows_is_refused(bundle):
-    # dim { dim_param: "n" } of the input -> dim { dim_value: 1 } with a field of no meaning to fill the place
+    # Replace dim { dim_param: "n" } of the input by dim { dim_value: 1 }, padded to the same length.
     data = bundle.contents["gate.onnx"]
     at = data.index(b"\n\x03\x12\x01n")
     fixed = data[:at] + b"\n\x03\x08\x81\x00" + data[at + 5 :]
@@ -83,21 +85,22 @@ def test_a_graph_with_a_fixed_number_of_rows_is_refused(bundle):
         Graph("gate.onnx", fixed, (4,), (3,))
 
 
-def test_an_extractor_of_another_input_than_the_manifest_says_is_refused(bundle):
+def test_an_extractor_with_another_input_dtype_than_the_manifest_is_refused(bundle):
     other = replace(bundle.manifest, input=replace(bundle.manifest.input, dtype="int64"))
     with pytest.raises(ModelError, match="takes uint8, the manifest says int64"):
         Models(replace(bundle, manifest=other))
 
 
 @pytest.mark.parametrize(("row_in", "row_out"), [((5,), (3,)), ((4,), (2,)), ((4, 1), (3,))])
-def test_a_graph_of_other_shapes_than_the_manifest_says_is_refused(bundle, row_in, row_out):
+def test_a_graph_with_other_shapes_than_the_manifest_is_refused(bundle, row_in, row_out):
     with pytest.raises(ModelError, match="the manifest says"):
         Graph("gate.onnx", bundle.contents["gate.onnx"], row_in, row_out)
 
 
-def test_auto_takes_the_next_provider_when_one_cannot_be_had(tiny_fleet, monkeypatch):
-    """A wheel for GPUs on a machine without one."""
-    bundle, tried = read_bundle(tiny_fleet / "attic"), []
+def test_auto_uses_the_next_provider_when_one_fails(tiny_fleet, monkeypatch):
+    """As with a GPU build of onnxruntime on a machine without a GPU."""
+    bundle = read_bundle(tiny_fleet / "attic")
+    tried = []
 
     class Picky(models.Graph):
         def __init__(self, name, data, row_in, row_out, threads=1, provider=models.CPU):
@@ -117,9 +120,9 @@ def test_auto_takes_the_next_provider_when_one_cannot_be_had(tiny_fleet, monkeyp
         Models(bundle, provider="tensorrt")
 
 
-def test_nothing_is_left_in_the_home_for_somebody_else_to_be_sent(tiny_fleet, tmp_path):
+def test_onnxruntime_stores_no_usage_data_in_the_home_folder(tiny_fleet, tmp_path):
     code = f"from nmoe_edge.models import *; Models(read_bundle(Path({str(tiny_fleet / 'barn')!r})))"
-    # Alone with these: where it believes to be tested it is quiet by itself.
-    where = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=where)
+    # No other variables: onnxruntime sends nothing when it detects a test environment.
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert list(tmp_path.rglob("*")) == []

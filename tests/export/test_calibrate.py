@@ -144,7 +144,7 @@ def test_every_recipe_that_is_there_is_read(path):
     ("text", "reason"),
     [
         ('methd = "mse"', "unknown key 'methd' .did you mean 'method'"),
-        ('method = "best"', "none of 'minmax'"),
+        ('method = "best"', "expected one of 'minmax'"),
         ('data = "imagenet"', "no data is called 'imagenet'"),
         ("percentile = 5.0", "percentile is 5.0"),
         ("least = 9999999", "least is 9999999"),

@@ -242,7 +242,7 @@ def test_a_place_that_cannot_be_made_is_refused_before_anything_is_exported(nmoe
     (tmp_path / "thesis.txt").touch()
     done = nmoe_export(golden / "run", "--out", tmp_path / "thesis.txt" / "fleet")
     assert (done.exit_code, done.error.count("\n")) == (1, 1)
-    assert "thesis.txt is no folder; choose another place" in done.error
+    assert "thesis.txt is not a folder; choose another place" in done.error
 
 
 def test_somebodys_folder_is_never_written_over(nmoe_export, golden, tmp_path):

@@ -1,8 +1,9 @@
-"""Write the samples of the contracts' current version; a version that is there already is never touched.
+"""Write golden samples of the run, the bundle, the fleet file and the wire in their current version.
 
     python tests/golden/make.py
 
-What stands in v1/ was written by this script and must load for ever. A new version of a contract gets a new folder.
+v1/ was written by this script and must load forever, so the script refuses to overwrite it. A new version of a format
+gets a new folder.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DIM = 8
 
 
 def write_golden_run(folder):
-    """Three clients, untrained: what is kept is the format, and what the networks say."""
+    """An untrained run of three clients, and the answers of its networks: the sample is about the format."""
     torch.manual_seed(20)
     networks = Networks(
         NetSpec("small", {"channels": 1, "size": SIZE, "dim": DIM, "widths": [4, 4]}),
@@ -71,7 +72,7 @@ def write_golden_run(folder):
 
 
 def write_golden():
-    """The run, a bundle, a fleet file and a transcript of frames."""
+    """Write the run, a bundle, a fleet file, encoded messages of every type, and the digests of all files."""
     write_golden_run(HERE / "run")
     written = write_bundle(HERE / "bundle", *bundle(1))
     key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
@@ -81,11 +82,12 @@ def write_golden():
         for message in MESSAGES:
             frames = [frame.hex() for frame in encode(message)]
             file.write(json.dumps({"message": as_plain(message), "frames": frames}) + "\n")
-    digests = {str(path.relative_to(HERE)): sha256(path.read_bytes()) for path in HERE.rglob("*") if path.is_file()}
+    files = [path for path in HERE.rglob("*") if path.is_file()]
+    digests = {str(path.relative_to(HERE)): sha256(path.read_bytes()) for path in files}
     HERE.with_suffix(".json").write_text(json.dumps(digests, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
     if HERE.exists():
-        sys.exit(f"{HERE} is there already: a golden sample is written once")
+        sys.exit(f"{HERE} exists already: golden samples are never overwritten")
     write_golden()

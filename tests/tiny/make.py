@@ -1,10 +1,10 @@
-"""Make the tiny fleet: three devices that tell which band of an image is bright, in a few kB and without torch.
+"""Make the tiny fleet: three devices that recognise the brightest third of an image, in a few kB and without torch.
 
     python tests/tiny/make.py tests/tiny/fleet
 
-Its weights are written by hand, so that a test knows every answer: the latent is the brightness of the upper, middle
-and lower third and of the whole; the gate sends a row to the expert of its brightest third; expert e answers with
-four times the thirds, plus 0.25 for class e, which tells the experts apart.
+The weights are written by hand, so that tests know every answer. The latent is the mean brightness of the upper,
+middle and lower third and of the whole image. The gate chooses the expert of the brightest third. Expert e returns four
+times the brightness of the thirds, plus 0.25 for class e, so that tests can see which expert answered.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, SCHEMA, Device, Fleet
-from nmoe_edge.bundle.folder import SelfTest, write_bundle
+from nmoe_edge.bundle.folder import write_bundle
 from nmoe_edge.bundle.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
+from nmoe_edge.bundle.selftest import SelfTest
 
 DEVICES = ("attic", "barn", "cellar")
 LABELS = ("top", "middle", "bottom")
-SIZE, LATENT = 6, 4
-OPSET, IR_VERSION = 18, 8
+SIZE = 6
+LATENT = 4
+OPSET = 18
+IR_VERSION = 8
 
 
 def model(nodes, name, dtype, row_in, row_out, weights):
@@ -41,7 +44,7 @@ def model(nodes, name, dtype, row_in, row_out, weights):
 
 
 def thirds():
-    """(36, 4): pixels to the mean of each third and of all."""
+    """(36, 4): weights from the pixels to the mean of each third and of the whole image."""
     weights = np.zeros((SIZE, SIZE, LATENT), np.float32)
     for band in range(3):
         weights[2 * band : 2 * band + 2, :, band] = 1 / 12
@@ -61,14 +64,14 @@ def extractor():
 
 
 def linear(name, factor, bias):
-    """Rows of latents -> factor * the three thirds + bias."""
+    """A graph from latents (rows, 4) to factor * thirds + bias (rows, 3)."""
     weights = {"w": factor * np.eye(LATENT, 3), "b": bias}
     nodes = [helper.make_node("Gemm", ["rows", "w", "b"], ["out"])]
     return model(nodes, name, TensorProto.FLOAT, (LATENT,), (3,), weights)
 
 
 def images():
-    """(3, 1, 6, 6): one of each class, its own third bright."""
+    """(3, 1, 6, 6): one image of each class, with its third bright."""
     made = np.full((3, 1, SIZE, SIZE), 20, np.uint8)
     for band in range(3):
         made[band, 0, 2 * band : 2 * band + 2] = 220
@@ -76,18 +79,18 @@ def images():
 
 
 def bundle(expert):
-    """A device's manifest and files."""
+    """Manifest and files of the device with this expert."""
     trunk = extractor()
     bias = 0.25 * np.eye(3)[expert]
     inputs = images()
     latents = (inputs.reshape(3, -1).astype(np.float32) / np.float32(255)) @ thirds()
     selftest = SelfTest(
-        inputs,
-        latents,
-        np.arange(3).reshape(3, 1),
-        (4 * latents[:, :3] + bias).astype(np.float32),
-        np.array(1e-5),
-        np.array(1e-5),
+        inputs=inputs,
+        latents=latents,
+        experts=np.arange(3).reshape(3, 1),
+        outputs=(4 * latents[:, :3] + bias).astype(np.float32),
+        latent_tolerance=np.array(1e-5),
+        output_tolerance=np.array(1e-5),
     )
     contents = {
         "extractor.onnx": trunk,

@@ -38,7 +38,7 @@ from nmoe_train.settings import as_toml, parsed
         ({"gate": {"shares": [0.5, 0.6]}}, "sum to 1"),
         ({"gate": {"widths": [8], "own": "weights"}}, "needs a linear gate"),
         ({"gate": {"method": "rollgate"}, "data": {"clients": 1}}, "needs two clients"),
-        ({"gate": {"method": "softgate"}}, "none of 'rangate', 'rollgate', 'fedgate'"),
+        ({"gate": {"method": "softgate"}}, "expected one of 'rangate', 'rollgate', 'fedgate'"),
     ],
 )
 def test_an_invalid_setting_is_refused_in_one_line(flags, text):

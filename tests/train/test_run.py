@@ -114,7 +114,7 @@ def test_a_damaged_file_is_refused_by_name(folder, name, damage):
         (lambda r: r.update(sede=1), r"unknown key 'sede' \(did you mean 'seed'\?\)"),
         (lambda r: r["inference"].update(topk=1), "unknown key 'inference.topk'"),
         (lambda r: r.pop("networks"), "'networks' is missing"),
-        (lambda r: r.update(experts="2"), "experts is text where a whole number was due"),
+        (lambda r: r.update(experts="2"), "experts is text; expected a whole number"),
         (lambda r: r.update(experts=0), "at least 1"),
         (lambda r: r.update(experts=10**12), "experts 1 to 1024"),
         (lambda r: r["inference"].update(local_first=7), "local_first is 7"),

@@ -1,3 +1,5 @@
+"""fleet.toml and the folder of a fleet."""
+
 from __future__ import annotations
 
 import shutil
@@ -23,15 +25,15 @@ def folder(tiny_fleet, tmp_path):
     return Path(shutil.copytree(tiny_fleet, tmp_path / "fleet"))
 
 
-def test_a_fleet_comes_back_as_it_was_written():
+def test_a_fleet_is_read_back_unchanged():
     barn = Device("barn.local-2", 5, "tcp://[fe80::1%eth0]:7102", DIGEST)
     fleet = Fleet(1, (ATTIC, barn))
     assert parse_fleet(fleet.render()) == fleet
     assert fleet.named("attic") == ATTIC
 
 
-def test_a_device_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(FleetError, match="no device is named 'cellar'; there are attic"):
+def test_an_unknown_device_is_refused_with_the_names_of_the_fleet():
+    with pytest.raises(FleetError, match="no device is named 'cellar'; the fleet has attic"):
         Fleet(1, (ATTIC,)).named("cellar")
 
 
@@ -42,7 +44,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
         ({"expert": -1}, "expert is -1"),
         ({"address": "192.0.2.1:7101"}, "not tcp://HOST:PORT"),
         ({"address": "tcp://*:7101"}, "not tcp://HOST:PORT"),
-        ({"name": "fleet.toml"}, "the file's own"),
+        ({"name": "fleet.toml"}, "reserved for the fleet file"),
         ({"address": "tcp://host:0"}, "a port in 1..65535"),
         ({"address": "tcp://host:65536"}, "a port in 1..65535"),
         ({"address": "tcp://host:07101"}, "a port in 1..65535"),
@@ -52,13 +54,13 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
         ({"public_key": KEY[:-1] + '"'}, "public_key is not 40"),
     ],
 )
-def test_a_device_that_cannot_be_is_refused(change, text):
+def test_an_invalid_device_is_refused(change, text):
     with pytest.raises(ValueError, match=text):
         replace(ATTIC, **change)
 
 
 @pytest.mark.parametrize("same", ["name", "expert", "address", "public_key"])
-def test_two_devices_share_nothing_that_tells_them_apart(same):
+def test_two_devices_with_the_same_identity_are_refused(same):
     other = Device("barn", 1, "tcp://192.0.2.1:7102", DIGEST, OTHER_KEY)
     with pytest.raises(ValueError, match=f"the same {same}"):
         Fleet(1, (ATTIC, replace(other, **{same: getattr(ATTIC, same)})))
@@ -73,11 +75,11 @@ def test_two_devices_share_nothing_that_tells_them_apart(same):
         ("schema = 1\ndevices = []", r"unknown key 'devices' \(did you mean 'device'\?\)"),
         ("schema = 1\n[[device]]\nname = 'a'", r"'device\[0\]\.expert' is missing"),
         ("schema = ", "Invalid value"),
-        ("schema = 1979-05-27\ndevice = []", "schema is date where"),
+        ("schema = 1979-05-27\ndevice = []", "schema is date; expected"),
         ("\udcff", "."),
     ],
 )
-def test_a_file_that_is_no_fleet_is_refused_by_name(tmp_path, text, why):
+def test_an_invalid_fleet_file_is_refused_in_one_line_with_its_path(tmp_path, text, why):
     path = tmp_path / FLEET_FILE
     path.write_text(text, errors="surrogateescape")
     with pytest.raises(FleetError, match=why) as refused:
@@ -91,25 +93,25 @@ def test_a_missing_fleet_file_is_refused(tmp_path):
         read_fleet(tmp_path / FLEET_FILE)
 
 
-def test_an_endless_fleet_file_is_refused(tmp_path):
+def test_a_fleet_file_over_the_size_limit_is_refused(tmp_path):
     (tmp_path / FLEET_FILE).write_text("#" * (1024 * 1024 + 1))
     with pytest.raises(FleetError, match="more than"):
         read_fleet(tmp_path / FLEET_FILE)
 
 
-def test_a_fleet_folder_holds_the_bundles_that_it_names(folder):
+def test_a_fleet_folder_is_read_with_its_bundles(folder):
     fleet, bundles = read_fleet_folder(folder)
     assert [device.name for device in fleet.device] == list(bundles) == ["attic", "barn", "cellar"]
 
 
-def test_a_bundle_that_was_exchanged_is_refused(folder):
+def test_a_bundle_other_than_the_one_in_fleet_toml_is_refused(folder):
     bundle = read_bundle(folder / "barn")
     write_bundle(folder / "barn", replace(bundle.manifest, target="pi"), bundle.contents)
     with pytest.raises(FleetError, match=r"barn: not the bundle that fleet\.toml names"):
         read_fleet_folder(folder)
 
 
-def test_two_devices_that_changed_places_are_refused(folder):
+def test_two_bundles_in_exchanged_folders_are_refused(folder):
     (folder / "attic").rename(folder / "x")
     (folder / "barn").rename(folder / "attic")
     (folder / "x").rename(folder / "barn")
@@ -117,14 +119,14 @@ def test_two_devices_that_changed_places_are_refused(folder):
         read_fleet_folder(folder)
 
 
-def test_a_bundle_of_another_device_is_refused_even_with_its_digest(folder):
+def test_a_bundle_of_another_device_is_refused_even_if_its_digest_matches(folder):
     fleet = read_fleet(folder / FLEET_FILE)
     swapped = (replace(fleet.device[0], name="barn"), replace(fleet.device[1], name="attic"), fleet.device[2])
     (folder / FLEET_FILE).write_text(Fleet(1, swapped).render())
     (folder / "attic").rename(folder / "x")
     (folder / "barn").rename(folder / "attic")
     (folder / "x").rename(folder / "barn")
-    with pytest.raises(FleetError, match="barn: of device attic"):
+    with pytest.raises(FleetError, match="barn: the bundle of attic, expert 0; fleet.toml expects barn, expert 0"):
         read_fleet_folder(folder)
 
 
@@ -145,14 +147,14 @@ def test_two_trunks_in_one_fleet_are_refused(folder):
         ({"routing": RoutingSpec(1, "probabilities")}, {}, "combinations"),
     ],
 )
-def test_devices_that_could_not_combine_their_answers_are_refused(folder, change, contents, text):
+def test_devices_that_cannot_combine_their_answers_are_refused(folder, change, contents, text):
     bundle = read_bundle(folder / "barn")
     write_bundle(folder / "barn", replace(bundle.manifest, **change), {**bundle.contents, **contents})
     with pytest.raises(FleetError, match=f"2 different {text}"):
         read_fleet_folder(folder)
 
 
-def test_a_board_holds_its_own_bundle_only(folder):
+def test_a_board_needs_its_own_bundle_only(folder):
     shutil.rmtree(folder / "cellar")
     shutil.rmtree(folder / "attic")
     fleet, bundles = read_fleet_folder(folder)
@@ -160,15 +162,15 @@ def test_a_board_holds_its_own_bundle_only(folder):
     assert list(bundles) == ["barn"]
 
 
-def test_without_any_bundle_a_fleets_folder_is_refused(folder):
+def test_a_fleet_folder_without_any_bundle_is_refused(folder):
     for name in ("attic", "barn", "cellar"):
         shutil.rmtree(folder / name)
-    with pytest.raises(FleetError, match=r"of no device that fleet\.toml names is the bundle here"):
+    with pytest.raises(FleetError, match=r"no bundle of a device in fleet\.toml is here"):
         read_fleet_folder(folder)
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "file", "dangling link"])
-def test_what_is_here_in_a_bundles_place_must_be_one(folder, kind):
+def test_a_path_with_the_name_of_a_device_must_be_its_bundle(folder, kind):
     shutil.rmtree(folder / "cellar")
     if kind == "empty folder":
         (folder / "cellar").mkdir()
@@ -180,12 +182,12 @@ def test_what_is_here_in_a_bundles_place_must_be_one(folder, kind):
         read_fleet_folder(folder)
 
 
-@pytest.mark.parametrize("place", ["barn", "tcp://127.0.0.1:7102"])
-def test_a_device_is_found_by_its_name_or_its_address(tiny_fleet, place):
+@pytest.mark.parametrize("target", ["barn", "tcp://127.0.0.1:7102"])
+def test_a_device_is_found_by_its_name_or_its_address(tiny_fleet, target):
     fleet = read_fleet(tiny_fleet / "fleet.toml")
-    assert fleet.at(place).name == "barn"
+    assert fleet.at(target).name == "barn"
     with pytest.raises(FleetError, match="there are attic at tcp://127.0.0.1:7101, barn at"):
-        fleet.at(place + "0")
+        fleet.at(target + "0")
 
 
 @pytest.mark.parametrize(
@@ -200,5 +202,5 @@ def test_a_device_is_found_by_its_name_or_its_address(tiny_fleet, place):
         *((text, None) for text in ("ipc://a:1", "tcp://a b:1", "tcp://a:１", "tcp://a:1\n", "tcp://a:b")),
     ],
 )
-def test_a_port_is_one_that_there_is(address, port):
+def test_the_port_of_an_address_is_parsed_strictly(address, port):
     assert port_of(address) == port

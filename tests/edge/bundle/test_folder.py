@@ -1,3 +1,5 @@
+"""Reading, verifying and writing bundles; BUNDLE.md agrees with the code."""
+
 from __future__ import annotations
 
 import itertools
@@ -14,8 +16,9 @@ import pytest
 
 import nmoe_edge.bundle.folder as bundle_module
 from nmoe_edge.bundle.fleet import Device
-from nmoe_edge.bundle.folder import BundleCaps, SelfTest, read_bundle, write_bundle
+from nmoe_edge.bundle.folder import BundleCaps, read_bundle, write_bundle
 from nmoe_edge.bundle.manifest import Manifest, parse_manifest, sha256, trunk_digest
+from nmoe_edge.bundle.selftest import SelfTest
 from nmoe_edge.common.npz import write_npz
 from nmoe_edge.errors import BundleError
 
@@ -29,7 +32,7 @@ def folder(tiny_fleet, tmp_path):
 
 
 def rewritten(folder, contents=(), **changes):
-    """The bundle, sealed again over other files or another manifest: damage that no digest shows."""
+    """Change files or manifest keys of a bundle and recompute every digest, so that the digests match."""
     bundle = read_bundle(folder)
     for name, data in {**bundle.contents, **dict(contents)}.items():
         (folder / name).write_bytes(data)
@@ -44,7 +47,7 @@ def one_line(refused):
     return text
 
 
-def test_a_bundle_says_what_it_is(folder):
+def test_a_bundle_is_read_with_manifest_labels_and_selftest(folder):
     bundle = read_bundle(folder)
     assert (bundle.manifest.device, bundle.manifest.expert, bundle.manifest.experts) == ("barn", 1, 3)
     assert bundle.labels == ("top", "middle", "bottom")
@@ -61,7 +64,7 @@ def test_labels_are_optional(folder, tmp_path):
 @pytest.mark.parametrize(
     "name", ["manifest.json", "extractor.onnx", "gate.onnx", "expert.onnx", "selftest.npz", "labels.txt"]
 )
-def test_a_flipped_byte_anywhere_is_refused_with_the_name_of_the_file(folder, name):
+def test_a_flipped_bit_anywhere_is_refused_with_the_name_of_the_file(folder, name):
     whole = (folder / name).read_bytes()
     for at in range(0, len(whole), max(1, len(whole) // 40)):
         for bit in (0, 5):
@@ -89,12 +92,12 @@ def test_a_missing_file_is_refused(folder, name):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="no bundle: No such file"):
+    with pytest.raises(BundleError, match="not a bundle: No such file"):
         read_bundle(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "expert.onnx"])
-def test_a_link_is_refused_even_to_the_right_bytes(folder, tmp_path, name):
+def test_a_link_is_refused_even_if_its_target_has_the_right_bytes(folder, tmp_path, name):
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
     with pytest.raises(BundleError, match=f"{name}: a link"):
@@ -102,7 +105,7 @@ def test_a_link_is_refused_even_to_the_right_bytes(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_plain_file_is_refused_and_not_waited_for(folder, make):
+def test_a_pipe_or_folder_is_refused_without_waiting(folder, make):
     (folder / "gate.onnx").unlink()
     make(folder / "gate.onnx")
     with pytest.raises(BundleError, match=r"gate\.onnx: (not a plain file|Is a directory)"):
@@ -116,7 +119,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(folder):
 
 
 def edited(folder, edit):
-    """The manifest as somebody with a text editor leaves it."""
+    """Change the manifest without recomputing its digest, as with a text editor."""
     plain = json.loads((folder / "manifest.json").read_bytes())
     edit(plain)
     (folder / "manifest.json").write_text(json.dumps(plain, indent=2) + "\n")
@@ -132,26 +135,26 @@ def edited(folder, edit):
         (lambda m: m.pop("experts"), "the key 'experts' is missing"),
         (lambda m: m.update(expert=3), "expert is 3, not in 0..2"),
         (lambda m: m.update(device="../attic"), "no device name"),
-        (lambda m: m["routing"].update(top_k=4), "top_k is 4 of 3 experts"),
+        (lambda m: m["routing"].update(top_k=4), "top_k is 4, more than the 3 experts"),
         (lambda m: m["routing"].update(top_k=0), "top_k is 0"),
         (lambda m: m["routing"].update(local_first=2), "local_first is 2.0, not in 0..1"),
-        (lambda m: m["routing"].update(combination="mean"), "none of 'outputs', 'probabilities'"),
-        (lambda m: m["input"].update(dtype="float64"), "none of 'uint8', 'float32', 'int64'"),
-        (lambda m: m["input"].update(shape=[]), "has not one to 4 dimensions"),
+        (lambda m: m["routing"].update(combination="mean"), "expected one of 'outputs', 'probabilities'"),
+        (lambda m: m["input"].update(dtype="float64"), "expected one of 'uint8', 'float32', 'int64'"),
+        (lambda m: m["input"].update(shape=[]), "must have 1 to 4 dimensions"),
         (lambda m: m["input"].update(shape=[1, 0, 6]), "empty dimension"),
         (lambda m: m["input"].update(shape=[36]), "layout CHW needs three dimensions"),
-        (lambda m: m["input"].update(layout="none"), "what is no image is not resized"),
-        (lambda m: m["input"].update(range=[1, 1]), "range is the lowest and the highest value"),
+        (lambda m: m["input"].update(layout="none"), "resize must be exact where layout is none"),
+        (lambda m: m["input"].update(range=[1, 1]), "range must be [lowest, highest]"),
         (lambda m: m["latent"].update(dim=0), "dim is 0"),
-        (lambda m: m["precision"].update(gate="int4"), "none of 'fp32', 'fp16', 'int8'"),
+        (lambda m: m["precision"].update(gate="int4"), "expected one of 'fp32', 'fp16', 'int8'"),
         (lambda m: m.update(trunk="0" * 32), "trunk is 000"),
         (lambda m: m.update(extractor_source="0"), "extractor_source is not 64"),
         (lambda m: m["accuracy"].update(routed="good"), "accuracy.routed is text"),
-        (lambda m: m["accuracy"].update(routed=7), "accuracy 'routed' is no share of one"),
-        (lambda m: m["accuracy"].update({"a\nb": 1}), "is no share of one"),
+        (lambda m: m["accuracy"].update(routed=7), "accuracy 'routed' is 7.0, not in 0..1"),
+        (lambda m: m["accuracy"].update({"a\nb": 1}), "accuracy 'a\\nb' must have a name of a-z"),
         (lambda m: m["input"].update(range=[0, 10**400]), "input.range[1] is too large a number"),
         (lambda m: m.update({"x\ny" * 10**5: 1}), "unknown key"),
-        (lambda m: m.update(target="evil\nverified: yes"), "none of 'any', 'x86', 'pi', 'jetson'"),
+        (lambda m: m.update(target="evil\nverified: yes"), "expected one of 'any', 'x86', 'pi', 'jetson'"),
         (lambda m: m["files"].update({"../../etc/passwd": m["files"]["gate.onnx"]}), "unknown file '../../etc/passwd'"),
         (lambda m: m["files"].update({"/etc/passwd": m["files"]["gate.onnx"]}), "unknown file '/etc/passwd'"),
         (lambda m: m["files"].update({"gate.onx": m["files"].pop("gate.onnx")}), "did you mean 'gate.onnx'?"),
@@ -162,7 +165,7 @@ def edited(folder, edit):
         (lambda m: m["routing"].update(top_k=2), "its digest differs: it was changed"),
     ],
 )
-def test_a_manifest_that_cannot_be_so_is_refused_with_the_reason(folder, edit, text):
+def test_an_invalid_manifest_is_refused_with_the_reason(folder, edit, text):
     edited(folder, edit)
     with pytest.raises(BundleError) as refused:
         read_bundle(folder)
@@ -185,14 +188,14 @@ def test_a_manifest_that_cannot_be_so_is_refused_with_the_reason(folder, edit, t
         b'{"schema": NaN}',
     ],
 )
-def test_what_is_no_manifest_is_refused(folder, data):
+def test_a_file_that_is_not_a_manifest_is_refused(folder, data):
     (folder / "manifest.json").write_bytes(data)
     with pytest.raises(BundleError, match=r"manifest\.json: "):
         read_bundle(folder)
 
 
 @pytest.mark.parametrize("indent", [None, 1, 2])
-def test_the_same_manifest_written_otherwise_is_refused(folder, indent):
+def test_the_same_manifest_with_another_layout_is_refused(folder, indent):
     plain = json.loads((folder / "manifest.json").read_bytes())
     (folder / "manifest.json").write_text(json.dumps({"digest": plain.pop("digest"), **plain}, indent=indent) + "\n")
     with pytest.raises(BundleError, match="digest differs"):
@@ -210,12 +213,12 @@ def test_a_manifest_from_before_a_key_with_a_default_still_loads(folder):
 
 
 @pytest.mark.parametrize("caps", [BundleCaps(manifest_bytes=100), BundleCaps(bundle_bytes=100)])
-def test_what_is_larger_than_a_device_will_read_is_refused(folder, caps):
-    with pytest.raises(BundleError, match="more than the 100 that"):
+def test_a_bundle_over_the_size_limits_is_refused(folder, caps):
+    with pytest.raises(BundleError, match="more than the 100 (allowed|expected)"):
         read_bundle(folder, caps)
 
 
-def test_a_graph_that_keeps_tensors_elsewhere_is_refused(folder):
+def test_a_graph_with_external_tensors_is_refused(folder):
     graph = (folder / "expert.onnx").read_bytes()
     outside = b"\x3a\x04\x2a\x02\x70\x01"  # graph { initializer { data_location: EXTERNAL } }
     ours = graph[: graph.index(b"\x3a")]
@@ -223,19 +226,20 @@ def test_a_graph_that_keeps_tensors_elsewhere_is_refused(folder):
         read_bundle(rewritten(folder, {"expert.onnx": ours + outside + b"\x42\x04\x0a\x00\x10\x12"}))
 
 
-def test_a_graph_of_another_opset_than_announced_is_refused(folder):
+def test_a_graph_with_another_opset_than_the_manifest_is_refused(folder):
     with pytest.raises(BundleError, match="opset 18 and IR 8, not the manifest's 17 and 8"):
         read_bundle(rewritten(folder, opset=17))
 
 
-def test_what_is_no_graph_is_refused(folder):
+def test_a_file_that_is_not_onnx_is_refused(folder):
     with pytest.raises(BundleError, match=r"gate\.onnx: not an ONNX model"):
         read_bundle(rewritten(folder, {"gate.onnx": b""}))
 
 
 @pytest.mark.parametrize("labels", ["one\ntwo\n", "1\n2\n3\n4\n", "", "a\nb\n\x1b[2J\n"])
-def test_labels_for_other_outputs_or_for_no_screen_are_refused(folder, labels):
-    with pytest.raises(BundleError, match=r"labels\.txt: (\d labels for 3 outputs|a label that cannot be printed)"):
+def test_labels_of_the_wrong_number_or_with_escape_codes_are_refused(folder, labels):
+    why = r"labels\.txt: (\d labels for 3 outputs|a label contains unprintable characters)"
+    with pytest.raises(BundleError, match=why):
         read_bundle(rewritten(folder, {"labels.txt": labels.encode()}))
 
 
@@ -247,15 +251,15 @@ def test_labels_for_other_outputs_or_for_no_screen_are_refused(folder, labels):
         ({"inputs": np.zeros((0, 1, 6, 6), np.uint8)}, "no inputs"),
         ({"inputs": np.array(1, np.uint8)}, "no inputs"),
         ({"latents": np.zeros((2, 4), np.float32)}, r"latents is float32 \(2, 4\)"),
-        ({"latents": np.full((3, 4), np.nan, np.float32)}, "latents holds NaN"),
+        ({"latents": np.full((3, 4), np.nan, np.float32)}, "latents contains NaN"),
         ({"experts": np.array([[0], [1], [3]])}, r"not in 0\.\.2"),
         ({"experts": np.array([[0], [1], [-1]])}, r"not in 0\.\.2"),
-        ({"output_tolerance": np.array(np.inf)}, "output_tolerance holds NaN or infinity"),
+        ({"output_tolerance": np.array(np.inf)}, "output_tolerance contains NaN or infinity"),
         ({"latent_tolerance": np.array(-1.0)}, "a tolerance is less than 0"),
         ({"more": np.zeros(1)}, "the arrays are experts"),
     ],
 )
-def test_a_selftest_that_does_not_fit_is_refused(folder, change, text):
+def test_a_selftest_that_does_not_match_the_manifest_is_refused(folder, change, text):
     test = read_bundle(folder).selftest
     arrays = {field.name: getattr(test, field.name) for field in fields(SelfTest)}
     with pytest.raises(BundleError, match=rf"selftest\.npz: .*{text}"):
@@ -269,7 +273,7 @@ def test_a_bundle_in_use_can_be_replaced(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["barn"]
 
 
-def test_a_bundle_that_would_not_be_read_is_not_written(folder):
+def test_a_bundle_that_fails_verification_is_not_written(folder):
     old = read_bundle(folder)
     with pytest.raises(BundleError, match="labels"):
         write_bundle(folder, old.manifest, {**old.contents, "labels.txt": b"one\n"})
@@ -277,7 +281,7 @@ def test_a_bundle_that_would_not_be_read_is_not_written(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["barn"]
 
 
-def test_somebodys_folder_is_never_written_over(folder, tmp_path):
+def test_a_folder_with_other_files_is_never_replaced(folder, tmp_path):
     bundle = read_bundle(folder)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
@@ -287,7 +291,7 @@ def test_somebodys_folder_is_never_written_over(folder, tmp_path):
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-def test_another_manifest_json_with_its_files_is_never_written_over(folder, tmp_path):
+def test_a_folder_with_another_kind_of_manifest_json_is_never_replaced(folder, tmp_path):
     bundle = read_bundle(folder)
     app = tmp_path / "web app"
     (app / "icons").mkdir(parents=True)
@@ -305,7 +309,7 @@ def test_an_unknown_file_is_not_written(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_trouble_is_said_of_the_place_that_was_asked_for(folder, tmp_path):
+def test_a_write_error_names_the_destination_and_not_the_temporary_folder(folder, tmp_path):
     bundle = read_bundle(folder)
     with pytest.raises(BundleError) as refused:
         write_bundle(tmp_path / "new", bundle.manifest, {**bundle.contents, "labels.txt": b"one\n"})
@@ -322,8 +326,8 @@ def test_a_refused_bundle_leaves_no_file_open(folder):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_bundle_that_is_swapped_while_it_is_read_is_read_whole(folder):
-    """One writer, one reader: every read sees a bundle, the one before or the one after."""
+def test_a_bundle_replaced_while_it_is_read_is_still_read_as_a_whole(folder):
+    """One writer, one reader: every read gets a complete bundle, either the old or the new one."""
     old = read_bundle(folder)
     stop = threading.Event()
 
@@ -342,7 +346,7 @@ def test_a_bundle_that_is_swapped_while_it_is_read_is_read_whole(folder):
     assert seen <= {"pi", "x86"}
 
 
-def test_two_writes_are_the_same_bytes(folder, tmp_path):
+def test_writing_the_same_bundle_twice_gives_the_same_bytes(folder, tmp_path):
     bundle = read_bundle(folder)
     for name in ("one", "two"):
         write_bundle(tmp_path / name, bundle.manifest, bundle.contents)
@@ -350,7 +354,7 @@ def test_two_writes_are_the_same_bytes(folder, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_the_trunk_is_the_extractor_and_the_gates_schema():
+def test_the_trunk_digest_depends_on_the_extractor_and_three_sizes():
     source = sha256(b"extractor")
     trunk = trunk_digest(source, 64, 10, 5)
     assert len(bytes.fromhex(trunk)) == 16
@@ -368,6 +372,6 @@ def test_the_document_names_every_key(folder):
     assert documented == flat | nested | arrays | device
 
 
-def test_the_document_shows_a_manifest_that_is_one():
+def test_the_manifest_in_the_document_is_valid():
     (shown,) = re.findall(r"```json\n(.*?)```", BUNDLE_MD, re.S)
     assert isinstance(parse_manifest(shown.encode()), Manifest)

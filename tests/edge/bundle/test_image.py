@@ -1,3 +1,5 @@
+"""Files and arrays converted to input rows."""
+
 from __future__ import annotations
 
 import contextlib
@@ -47,7 +49,7 @@ def odd_npy(header):
 
 
 def huge_png(width, height):
-    """A PNG of a few bytes that says it is so large."""
+    """A PNG of a few bytes with a header that claims this size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -84,49 +86,49 @@ def test_a_picture_is_one_row_with_its_channels_first(rows):
     assert np.array_equal(found, RGB.transpose(2, 0, 1)[None])
 
 
-def test_or_with_its_channels_last(rows):
+def test_a_picture_is_one_row_with_its_channels_last(rows):
     assert np.array_equal(rows(encoded(), HWC), RGB[None])
 
 
-def test_a_jpeg_is_nearly_what_it_was(rows):
+def test_a_jpeg_is_decoded_with_small_errors(rows):
     smooth = np.linspace(0, 255, 16 * 16).reshape(16, 16, 1).repeat(3, 2).astype(np.uint8)
     found = rows(encoded(smooth, "JPEG", quality=95), spec("exact", 16, 16))
     assert found.shape == (1, 3, 16, 16)
     assert np.abs(found[0].astype(int) - smooth.transpose(2, 0, 1)).max() < 12
 
 
-def test_a_grey_picture_is_grey_to_a_model_of_colours(rows):
+def test_a_grey_picture_has_three_equal_channels_for_a_colour_model(rows):
     assert np.array_equal(rows(encoded(RGB[:, :, 0]), CHW), np.tile(RGB[:, :, 0], (1, 3, 1, 1)))
 
 
-def test_a_coloured_picture_is_brightness_to_a_grey_model(rows):
+def test_a_colour_picture_is_converted_to_brightness_for_a_grey_model(rows):
     found = rows(encoded(), GREY)
     assert found.shape == (1, 1, 4, 6)
     assert np.abs(found[0, 0] - RGB @ np.array([0.299, 0.587, 0.114])).max() < 1
 
 
-def test_what_shines_through_is_of_no_matter(rows):
+def test_transparency_is_ignored(rows):
     clear = np.concatenate([RGB, np.full((4, 6, 1), 7, np.uint8)], axis=2)
     assert np.array_equal(rows(encoded(clear), HWC), RGB[None])
 
 
-def test_a_palette_with_clear_colours_is_read_without_a_warning(rows):
+def test_a_palette_with_transparent_colours_is_read_without_a_warning(rows):
     stream = io.BytesIO()
     Image.fromarray(RGB).quantize(16).save(stream, "PNG", transparency=bytes(range(16)))
     assert rows(stream.getvalue(), HWC).shape == (1, 4, 6, 3)
 
 
-def test_floats_stretch_over_the_range_of_the_manifest(rows):
+def test_a_float_model_gets_pixels_scaled_to_the_range_of_the_manifest(rows):
     found = rows(encoded(), UNIT)
     assert found.dtype == np.float32
     assert found == pytest.approx(RGB.transpose(2, 0, 1)[None] / 127.5 - 1, abs=1e-6)
 
 
-def test_another_size_is_refused_where_it_has_to_be_exact(refused):
+def test_another_size_is_refused_with_resize_exact(refused):
     assert "6 × 4 pixels, not 4 × 6" in refused(encoded(), spec("exact", 6, 4))
 
 
-def test_stretching_keeps_every_edge(rows):
+def test_resize_stretch_keeps_every_edge(rows):
     halves = np.zeros((10, 40, 3), np.uint8)
     halves[:, 20:] = 200
     found = rows(encoded(halves), spec("stretch", 8, 8))
@@ -134,45 +136,45 @@ def test_stretching_keeps_every_edge(rows):
     assert (found[0, 0, :, 0].max(), found[0, 0, :, -1].min()) == (0, 200)
 
 
-def test_cropping_keeps_the_centre_alone(rows):
+def test_resize_crop_keeps_the_centre(rows):
     sides = np.zeros((10, 40, 3), np.uint8)
     sides[:, 10:30] = 200
     assert rows(encoded(sides), spec("crop", 8, 8)).min() == 200
 
 
-def test_a_picture_is_not_taken_by_a_model_of_other_things(refused):
+def test_a_picture_is_refused_by_a_model_without_image_input(refused):
     assert "as .npy or .npz" in refused(encoded(), NONE)
 
 
-def test_a_picture_is_not_taken_by_a_model_of_other_channels(refused):
+def test_a_picture_is_refused_by_a_model_with_two_channels(refused):
     assert "2 channels" in refused(encoded(), InputSpec("uint8", (2, 4, 6), "CHW", "exact", (0.0, 255.0)))
 
 
 @pytest.mark.parametrize("many", [1, 3])
-def test_an_npy_holds_as_many_rows_as_it_has(rows, many):
+def test_an_npy_can_contain_any_number_of_rows(rows, many):
     array = np.random.default_rng(1).random((many, 5), np.float32)
     assert np.array_equal(rows(npy(array), NONE), array)
 
 
-def test_an_npy_of_one_row_needs_no_dimension_for_rows(rows):
+def test_an_npy_of_one_row_needs_no_batch_dimension(rows):
     assert np.array_equal(rows(npy(np.arange(5, dtype=np.float32)), NONE), [np.arange(5)])
 
 
-def test_an_array_in_fortran_order_is_the_same_rows(rows):
+def test_an_array_in_fortran_order_gives_the_same_rows(rows):
     array = np.asfortranarray(np.arange(15, dtype=np.float32).reshape(3, 5))
     assert np.array_equal(rows(npy(array), NONE), array)
 
 
-def test_an_npz_holds_one_array(rows):
+def test_an_npz_with_one_array_is_read(rows):
     assert np.array_equal(rows(write_npz({"anything": RGB[None]}), HWC), RGB[None])
 
 
-def test_or_one_called_inputs_beside_others(rows):
+def test_an_npz_with_other_arrays_needs_one_named_inputs(rows):
     data = write_npz({"labels": np.zeros(1, np.int64), "inputs": RGB[None]})
     assert np.array_equal(rows(data, HWC), RGB[None])
 
 
-def test_an_npz_of_several_others_is_refused_by_their_names(refused):
+def test_an_npz_without_inputs_is_refused_with_the_names_of_its_arrays(refused):
     text = refused(write_npz({"labels": np.zeros(1, np.int64), "images": RGB[None]}), HWC)
     assert "images, labels" in text
 
@@ -191,7 +193,7 @@ def test_another_shape_is_refused(refused, array):
 
 
 @pytest.mark.parametrize(
-    ("array", "due"),
+    ("array", "expected"),
     [
         (np.zeros(5, np.complex64), NONE),
         (np.zeros((4, 6, 3), np.float32), HWC),
@@ -199,45 +201,45 @@ def test_another_shape_is_refused(refused, array):
         (np.array(["a"] * 5), NONE),
     ],
 )
-def test_other_numbers_are_refused(refused, array, due):
-    assert f"are not the {due.dtype} that is due" in refused(npy(array), due)
+def test_a_dtype_that_cannot_be_converted_safely_is_refused(refused, array, expected):
+    assert f"cannot be converted safely; expected {expected.dtype}" in refused(npy(array), expected)
 
 
-def test_numbers_that_are_safe_to_convert_are_converted():
+def test_a_dtype_that_can_be_converted_safely_is_converted():
     assert as_rows(np.arange(5), NONE).dtype == np.float32
     assert as_rows(np.full((4, 6, 3), 255, np.uint16), HWC).dtype == np.uint8
     assert as_rows(np.arange(5, dtype=np.float64), NONE).dtype == np.float32
 
 
-def test_whole_numbers_that_the_dtype_cannot_hold_are_refused():
+def test_integers_out_of_range_are_refused():
     with pytest.raises(ValueError, match="uint8 cannot hold"):
         as_rows(np.full((4, 6, 3), 256, np.uint16), HWC)
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 1e300])
-def test_nan_infinity_and_what_float32_has_no_room_for_are_refused(refused, odd):
+def test_nan_infinity_and_values_over_float32_are_refused(refused, odd):
     assert "NaN" in refused(npy(np.array([0, 0, odd, 0, 0])), NONE)
 
 
-class Told:
-    """Says so when it is unpickled."""
+class Pickled:
+    """Sets `loaded` when it is unpickled."""
 
-    seen = False
+    loaded = False
 
     def __reduce__(self):
-        return (setattr, (Told, "seen", True))
+        return (setattr, (Pickled, "loaded", True))
 
 
 def test_objects_in_an_npy_are_never_unpickled(refused):
-    refused(npy(np.array([Told()] * 5), allow_pickle=True), NONE)
-    assert not Told.seen
+    refused(npy(np.array([Pickled()] * 5), allow_pickle=True), NONE)
+    assert not Pickled.loaded
 
 
 def test_objects_in_an_npz_are_never_unpickled(refused):
     stream = io.BytesIO()
-    np.savez(stream, inputs=np.array([Told()] * 5))
+    np.savez(stream, inputs=np.array([Pickled()] * 5))
     refused(stream.getvalue(), NONE)
-    assert not Told.seen
+    assert not Pickled.loaded
 
 
 @pytest.mark.parametrize(
@@ -255,31 +257,36 @@ def test_objects_in_an_npz_are_never_unpickled(refused):
         "__import__('os').abort()",
     ],
 )
-def test_an_npy_with_an_odd_header_is_refused(refused, header):
+def test_an_npy_with_an_invalid_header_is_refused(refused, header):
     refused(odd_npy(header), NONE)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"PK\x03\x04", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8"])
-def test_what_is_nothing_that_is_known_is_refused(refused, data):
+def test_a_file_of_unknown_format_is_refused(refused, data):
     refused(data, HWC)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "npy", "npz"])
-def test_a_file_that_was_cut_off_is_refused(refused, kind):
+def test_a_truncated_file_is_refused(refused, kind):
     noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    due = InputSpec("uint8", (64, 64, 3), "HWC", "exact", (0.0, 255.0))
-    whole = {"npy": npy, "npz": lambda array: write_npz({"inputs": array})}.get(kind, lambda a: encoded(a, kind))(noise)
+    large = InputSpec("uint8", (64, 64, 3), "HWC", "exact", (0.0, 255.0))
+    if kind == "npy":
+        whole = npy(noise)
+    elif kind == "npz":
+        whole = write_npz({"inputs": noise})
+    else:
+        whole = encoded(noise, kind)
     for share in (0.1, 0.5, 0.9):
-        refused(whole[: int(share * len(whole))], due)
+        refused(whole[: int(share * len(whole))], large)
 
 
 @pytest.mark.parametrize(("width", "height"), [(9000, 9000), (10_000, 10_000), (60_000, 60_000)])
-def test_a_small_file_of_many_pixels_is_refused_before_it_is_unfolded(refused, width, height, monkeypatch):
-    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("unfolded"))
+def test_a_small_file_with_too_many_pixels_is_refused_before_it_is_decoded(refused, width, height, monkeypatch):
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
     assert "pixels" in refused(huge_png(width, height), spec("stretch", 8, 8))
 
 
-def test_a_file_of_too_many_bytes_is_refused_before_it_is_read(tmp_path):
+def test_a_file_over_the_size_limit_is_refused(tmp_path):
     path = tmp_path / "input"
     path.touch()
     os.truncate(path, 256 * 1024 * 1024 + 1)
@@ -287,7 +294,7 @@ def test_a_file_of_too_many_bytes_is_refused_before_it_is_read(tmp_path):
         read_rows(path, HWC)
 
 
-def test_a_missing_file_and_a_folder_are_one_line(tmp_path):
+def test_a_missing_file_or_a_folder_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         read_rows(tmp_path / "nothing", HWC)
     with pytest.raises(InputError, match="directory"):
@@ -298,7 +305,7 @@ WHOLE = {"PNG": encoded(), "JPEG": encoded(kind="JPEG"), "BMP": encoded(kind="BM
 
 
 @given(st.sampled_from(sorted(WHOLE)), st.integers(0, 200), st.binary(max_size=4), st.integers(0, 8))
-def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, kind, at, new, cut):
+def test_a_damaged_file_is_read_or_raises_input_error(tmp_path_factory, kind, at, new, cut):
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(WHOLE[kind][:at] + new + WHOLE[kind][at + cut :])
     with contextlib.suppress(InputError):
@@ -306,7 +313,7 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, ki
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "warning"),
     [
         ((0.0, 1.0), ""),
         ((-0.01, 1.005), ""),
@@ -314,6 +321,6 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, ki
         ((-5.0, 0.5), "values from -5 to 0.5; the model was calibrated on 0 to 1"),
     ],
 )
-def test_values_that_the_model_was_not_calibrated_on_are_told_of(values, told):
+def test_values_outside_the_calibrated_range_give_a_warning(values, warning):
     narrow = InputSpec("float32", (2,), "none", "exact", (0.0, 1.000001))
-    assert outside(np.array([values], np.float32), narrow) == told
+    assert outside(np.array([values], np.float32), narrow) == warning

@@ -1,3 +1,5 @@
+"""Reading the facts of ONNX files, also of hostile ones."""
+
 from __future__ import annotations
 
 import pytest
@@ -34,17 +36,17 @@ ALSO_OUTSIDE = field(13, field(1, b"location") + field(2, b"../../etc/passwd"))
 INSIDE = field(9, b"1234") + number(14, 0)
 
 
-def test_the_facts_of_a_real_model(tiny_fleet):
+def test_the_facts_of_a_real_model_are_read(tiny_fleet):
     facts = read_onnx((tiny_fleet / "attic" / "extractor.onnx").read_bytes())
     assert facts == OnnxFacts(ir_version=8, opset=18, external_data=False)
 
 
-def test_the_opset_is_that_of_the_default_domain():
+def test_the_opset_is_the_one_of_the_default_domain():
     data = model(b"", field(8, field(1, b"com.microsoft") + number(2, 1)))
     assert read_onnx(data).opset == 18
 
 
-def test_a_tag_that_another_reader_would_cut_to_32_bits_is_refused():
+def test_a_tag_of_more_than_32_bits_is_refused():
     long_tag = varint((5 << 3 | 2) | 1 << 32)
     with pytest.raises(ValueError, match="not protobuf"):
         read_onnx(model(long_tag + varint(len(OUTSIDE)) + OUTSIDE))
@@ -93,7 +95,7 @@ def test_a_model_in_onnxruntimes_own_format_is_refused():
         "training algorithm",
     ],
 )
-def test_a_tensor_outside_the_file_is_found_wherever_it_hides(where, tensor):
+def test_an_external_tensor_is_found_in_every_field_that_can_contain_one(where, tensor):
     assert read_onnx(where(tensor)).external_data
     assert not read_onnx(where(INSIDE)).external_data
 
@@ -105,7 +107,7 @@ def nested(depth):
     return model(graph)
 
 
-def test_graphs_nested_without_end_are_refused():
+def test_graphs_nested_too_deep_are_refused():
     assert read_onnx(nested(10)).opset == 18
     with pytest.raises(ValueError, match="nested"):
         read_onnx(nested(400))
@@ -127,13 +129,13 @@ def test_graphs_nested_without_end_are_refused():
         b"\x02\x00" + model(b""),
     ],
 )
-def test_what_is_no_model_is_refused(data):
+def test_data_that_is_not_a_model_is_refused(data):
     with pytest.raises(ValueError, match="."):
         read_onnx(data)
 
 
 @given(st.binary(max_size=300))
-def test_arbitrary_bytes_are_refused_or_read_and_nothing_else(data):
+def test_arbitrary_bytes_are_read_or_raise_value_error(data):
     for candidate in (data, model(data)):
         try:
             assert isinstance(read_onnx(candidate), OnnxFacts)

@@ -1,4 +1,4 @@
-"""Files that are replaced in one step."""
+"""Replacing a file in one step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nmoe_edge.common import files
 from nmoe_edge.common.files import replace_file
 
 
-def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
+def test_replacing_a_file_leaves_no_temporary_file(tmp_path):
     replace_file(tmp_path / "facts.json", "first")
     replace_file(tmp_path / "facts.json", "sécond".encode())
     assert (tmp_path / "facts.json").read_text() == "sécond"
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
 
 
-def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path):
+def test_a_new_file_gets_its_mode_from_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         replace_file(tmp_path / "facts.json", "first")
@@ -30,7 +30,7 @@ def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path):
     assert (tmp_path / "facts.json").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+def test_writing_through_a_link_replaces_its_target(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there/facts.json")
     replace_file(tmp_path / "link", "first")
@@ -38,7 +38,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     assert (tmp_path / "there" / "facts.json").read_text() == "first"
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path, monkeypatch):
     replace_file(tmp_path / "facts.json", "first")
 
     def full(handle):
@@ -51,18 +51,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
 
 
-def test_a_file_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    true, taken = files.fcntl.flock, []
+def test_a_temporary_file_removed_before_it_is_locked_is_created_again(tmp_path, monkeypatch):
+    real_flock = files.fcntl.flock
+    removed = []
 
     def flock(file, operation):
-        if not taken:
-            taken.append(file.name)
+        if not removed:
+            removed.append(file.name)
             Path(file.name).unlink()
-        true(file, operation)
+        real_flock(file, operation)
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     replace_file(tmp_path / "facts.json", "first")
-    assert taken
+    assert removed
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
 
 
@@ -80,11 +81,12 @@ files.replace_file(Path(sys.argv[1]), "half")
 """
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+def test_the_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_running_one_is_kept(tmp_path):
     path = tmp_path / "facts.json"
-    (tmp_path / ".other.json.12345678.new").write_text("another file's")
+    (tmp_path / ".other.json.12345678.new").write_text("of another file")
     command = [sys.executable, "-c", STUCK, str(path)]
-    killed, living = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2))
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    living = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         for process in (killed, living):
             assert process.stdout.readline() == "writing\n"

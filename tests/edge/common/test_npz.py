@@ -1,3 +1,5 @@
+"""Reading and writing .npz without pickle."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,7 +15,7 @@ from nmoe_edge.common.npz import read_npz, write_npz
 
 
 def overlapping(members):
-    """A zip whose every member is the same bytes: much out of little."""
+    """A small zip with `members` entries that all refer to the same bytes."""
     whole = zipped({"a.npy": npy(np.zeros(1000))})
     start, end = whole.index(b"PK\x01\x02"), whole.index(b"PK\x05\x06")
     entry = whole[start:end]
@@ -46,7 +48,7 @@ def npy(array=None, header=None):
     return data if header is None else data[:10] + header.ljust(117).encode() + b"\n" + data[128:]
 
 
-def test_arrays_come_back_as_they_went():
+def test_arrays_are_read_back_unchanged():
     back = read_npz(write_npz(ARRAYS))
     assert list(back) == list(ARRAYS)
     for name, array in ARRAYS.items():
@@ -55,23 +57,23 @@ def test_arrays_come_back_as_they_went():
         assert np.array_equal(back[name], array)
 
 
-def test_numpy_reads_what_is_written():
+def test_numpy_reads_our_files():
     with np.load(io.BytesIO(write_npz(ARRAYS)), allow_pickle=False) as archive:
         assert all(np.array_equal(archive[name], array) for name, array in ARRAYS.items())
 
 
-def test_what_numpy_stores_is_read():
+def test_files_of_numpy_savez_are_read():
     stream = io.BytesIO()
     np.savez(stream, labels=ARRAYS["labels"])
     assert np.array_equal(read_npz(stream.getvalue())["labels"], ARRAYS["labels"])
 
 
-def test_two_writes_are_the_same_bytes():
+def test_writing_the_same_arrays_twice_gives_the_same_bytes():
     assert write_npz(ARRAYS) == write_npz(ARRAYS)
 
 
 @pytest.mark.parametrize("array", [np.array(["text"]), np.array([object()]), np.array([1j])])
-def test_what_no_npz_of_ours_holds_is_not_written(array):
+def test_an_unsupported_dtype_is_not_written(array):
     with pytest.raises(ValueError, match="'odd'"):
         write_npz({"odd": array})
 
@@ -109,20 +111,20 @@ def test_what_no_npz_of_ours_holds_is_not_written(array):
         ),
     ],
 )
-def test_odd_files_are_refused(data):
+def test_invalid_files_are_refused(data):
     with pytest.raises(ValueError, match="."):
         read_npz(data)
 
 
 @given(st.binary(max_size=120))
-def test_any_header_is_refused_or_read_and_nothing_else(header):
+def test_any_header_is_read_or_raises_value_error(header):
     whole = npy()
     with contextlib.suppress(ValueError):
         read_npz(zipped({"a.npy": whole[:10] + header.ljust(118)[:118] + whole[128:]}))
 
 
 @given(st.integers(0, len(write_npz(ARRAYS)) - 1), st.binary(max_size=4), st.integers(0, 8))
-def test_a_damaged_file_is_refused_or_read_and_nothing_else(at, new, cut):
+def test_a_damaged_file_is_read_or_raises_value_error(at, new, cut):
     data = write_npz(ARRAYS)
     try:
         read_npz(data[:at] + new + data[at + cut :])

@@ -41,13 +41,13 @@ PLAIN = {
 }
 
 
-def test_plain_data_becomes_a_dataclass_and_comes_back():
+def test_plain_data_is_converted_to_a_dataclass_and_back():
     outer = from_plain(Outer, PLAIN)
     assert outer.inner == Inner(3, 1.0)
     assert to_plain(outer) == PLAIN
 
 
-def test_what_has_a_default_may_be_absent():
+def test_a_key_with_a_default_is_optional():
     assert from_plain(Outer, {"name": "x", "kind": "a", "inner": {"size": 1}}) == Outer("x", "a", Inner(1))
 
 
@@ -58,29 +58,29 @@ def test_what_has_a_default_may_be_absent():
         ({"inner": {"sise": 1}}, "unknown key 'inner.sise' (did you mean 'size'?)"),
         ({"inner": {}}, "the key 'inner.size' is missing"),
         ({"inner": {"size": -1}}, "inner: size is negative"),
-        ({"inner": 3}, "inner is a whole number where a table of keys was due"),
-        ({"inner": {"size": True}}, "inner.size is true or false where a whole number was due"),
-        ({"inner": {"size": 1.0}}, "inner.size is a number where a whole number was due"),
-        ({"inner": {"size": "1"}}, "inner.size is text where a whole number was due"),
-        ({"inner": {"size": 1, "ratio": float("nan")}}, "inner.ratio is nan: numbers are finite"),
+        ({"inner": 3}, "inner is a whole number; expected a table of keys"),
+        ({"inner": {"size": True}}, "inner.size is true or false; expected a whole number"),
+        ({"inner": {"size": 1.0}}, "inner.size is a number; expected a whole number"),
+        ({"inner": {"size": "1"}}, "inner.size is text; expected a whole number"),
+        ({"inner": {"size": 1, "ratio": float("nan")}}, "inner.ratio is nan; expected a finite number"),
         ({"inner": {"size": 1, "ratio": 10**400}}, "inner.ratio is too large a number"),
         ({"a\nb": 1}, "unknown key ''a\\nb''"),
-        ({"name": None}, "name is nothing where text was due"),
-        ({"on": 1}, "on is a whole number where true or false was due"),
-        ({"kind": "c"}, "kind is 'c', none of 'a', 'b'"),
-        ({"kind": []}, "kind is [], none of 'a', 'b'"),
-        ({"many": {"size": 1}}, "many is a table where a list was due"),
-        ({"many": [{"size": 1}, 2]}, "many[1] is a whole number where a table of keys was due"),
-        ({"by_name": []}, "by_name is a list where a table of keys was due"),
+        ({"name": None}, "name is nothing; expected text"),
+        ({"on": 1}, "on is a whole number; expected true or false"),
+        ({"kind": "c"}, "kind is 'c'; expected one of 'a', 'b'"),
+        ({"kind": []}, "kind is []; expected one of 'a', 'b'"),
+        ({"many": {"size": 1}}, "many is a table; expected a list"),
+        ({"many": [{"size": 1}, 2]}, "many[1] is a whole number; expected a table of keys"),
+        ({"by_name": []}, "by_name is a list; expected a table of keys"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(change, text):
+def test_an_error_names_the_key_and_what_was_expected(change, text):
     with pytest.raises(ValueError, match=".") as refused:
         from_plain(Outer, {**PLAIN, **change})
     assert str(refused.value) == text
 
 
-def test_what_is_no_table_at_all_is_refused():
+def test_a_list_instead_of_a_table_is_refused():
     with pytest.raises(ValueError, match="Outer is a list"):
         from_plain(Outer, [])
 
@@ -89,10 +89,10 @@ def test_what_is_no_table_at_all_is_refused():
     "text",
     ["", "{", b"\xff", b"\xef\xbb\xbf{}", "[" * 100_000, '{"a": 1, "a": 2}', "NaN", "-Infinity", "1e999", "1" * 5000],
 )
-def test_what_is_no_json_is_refused(text):
+def test_invalid_json_is_refused(text):
     with pytest.raises(ValueError, match="."):
         parse_json(text)
 
 
-def test_json_is_read():
+def test_valid_json_is_parsed():
     assert parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}') == {"a": [1, 2.5, None, "é"]}

@@ -240,13 +240,13 @@ def test_a_device_asks_another_by_name_and_with_its_own_key(keyed, nmoe_edge, tm
     with Processes(keyed, "attic"):
         bare = nmoe_edge(*ask)
         assert (bare.exit_code, bare.error.count("\n")) == (1, 1)
-        assert "give --key, the key file of a device that you have" in bare.error
+        assert "give the key file of a device with --key" in bare.error
         shutil.copy(tmp_path / "fleet-keys" / "cellar.key", board)
         shown = nmoe_edge(*ask)
         assert (shown.exit_code, shown.error) == (0, "")
         assert "attic, expert 0 of 3" in shown.output
         write_key(board / "strange.key", make_pair())
-        assert "the key of no device" in nmoe_edge(*ask, "--key", board / "strange.key").error
+        assert "not the key of a device" in nmoe_edge(*ask, "--key", board / "strange.key").error
 
 
 def test_ctrl_c_ends_status_watch_without_an_error(fleet, tmp_path):
