@@ -11,9 +11,9 @@ from nmoe_edge.common.text import counted, one_line
 
 if TYPE_CHECKING:
     from nmoe_edge.bundle.fleet import Device, Fleet
-    from nmoe_edge.bundle.folder import Bundle, SelfTest
+    from nmoe_edge.bundle.folder import Bundle
+    from nmoe_edge.bundle.selftest import SelfTest, SelfTestResult
     from nmoe_edge.client import Answers
-    from nmoe_edge.models import SelfTestResult
     from nmoe_edge.protocol.messages import RowAnswer
     from nmoe_edge.status import ClassMixReport, StatusReport
 

@@ -94,7 +94,7 @@ EDGE = {
     ),
     "bench.cli": "bench.compare bench.measure bench.plan bench.record bench.tables bundle.fleet options",
     "options": "",
-    "display": "bundle.fleet bundle.folder client models protocol.messages status",
+    "display": "bundle.fleet bundle.folder bundle.selftest client protocol.messages status",
     "cli": (
         "bench.cli bundle.fleet bundle.folder bundle.image bundle.manifest client device.node device.process"
         " device.rules device.saved_mix display keys models options"
