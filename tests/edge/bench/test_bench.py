@@ -270,7 +270,7 @@ def test_a_device_that_cannot_be_served_says_why(fleet, quiet):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("nowhere",), "nowhere: no bundle"),
+        (("nowhere",), "nowhere: not a bundle"),
         (("FLEET",), "is a whole fleet; measure one of its devices"),
         (("FLEET/attic", "--provider", "tensorrt"), "pip install 'nmoe[edge-gpu]'"),
         (("FLEET/attic", "--json", "nowhere/a.json"), "choose another place"),
