@@ -275,7 +275,7 @@ def test_a_device_that_cannot_be_served_is_an_error_with_the_reason(fleet, quiet
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("nowhere",), "nowhere: no bundle"),
+        (("nowhere",), "nowhere: not a bundle"),
         (("FLEET",), "is a fleet folder; measure one of its devices"),
         (("FLEET/attic", "--provider", "tensorrt"), "pip install 'nmoe[edge-gpu]'"),
         (("FLEET/attic", "--json", "nowhere/a.json"), "choose another file"),
