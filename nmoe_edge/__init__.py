@@ -1,14 +1,36 @@
-"""What travels to a device: the runtime of a networked mixture of experts.
+"""The runtime of a networked mixture of experts on a device. It imports neither torch nor onnx nor its sister packages.
 
-Imports neither torch nor onnx nor its sisters nmoe_train and nmoe_export.
+API.md shows what applications may import from here; everything else is internal.
 """
 
 import os
+from typing import TYPE_CHECKING
 
+from nmoe_edge.common.public import lazy_names
+
+if TYPE_CHECKING:
+    from nmoe_edge.client import Answers, Client
+    from nmoe_edge.device.node import Node
+    from nmoe_edge.device.rules import Rules
+    from nmoe_edge.errors import CallError, EdgeError
+
+__all__ = ["Answers", "CallError", "Client", "EdgeError", "Node", "Rules"]
 __version__ = "0.2.0"
-"""As in pyproject.toml; importlib.metadata would bring a megabyte of e-mail along."""
+"""As in pyproject.toml. importlib.metadata would import the email package, a megabyte."""
 
-# onnxruntime's wheels for Linux write an id and an event to be sent home as soon as they are imported (1.29 to 1.31 at
-# least). A device has nothing to report; who thinks otherwise sets the variable to 0.
+# onnxruntime's Linux wheels (at least 1.29 to 1.31) write an id and an event to report as soon as they are imported. A
+# device has nothing to report. Set the variable to 0 to allow it.
 for _name in ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"):
     os.environ.setdefault(_name, "1")
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Answers": "client",
+        "CallError": "errors",
+        "Client": "client",
+        "EdgeError": "errors",
+        "Node": "device.node",
+        "Rules": "device.rules",
+    },
+)

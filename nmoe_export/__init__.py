@@ -1,3 +1,27 @@
-"""A training run -> one verified ONNX bundle a device."""
+"""From a training run, or torch modules, to one verified ONNX bundle per device.
 
-import nmoe_edge as _first  # noqa: F401  # before anything brings onnxruntime
+API.md shows what applications may import from here.
+"""
+
+from typing import TYPE_CHECKING
+
+from nmoe_edge.common.public import lazy_names  # importing nmoe_edge first disables onnxruntime's telemetry
+
+if TYPE_CHECKING:
+    from nmoe_export.errors import DropError, ExportError
+    from nmoe_export.export import Exported, Options, export_fleet
+    from nmoe_export.source import of_modules
+
+__all__ = ["DropError", "ExportError", "Exported", "Options", "export_fleet", "of_modules"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "DropError": "errors",
+        "ExportError": "errors",
+        "Exported": "export",
+        "Options": "export",
+        "export_fleet": "export",
+        "of_modules": "source",
+    },
+)
