@@ -219,7 +219,9 @@ def table_bar(value: float, largest: float) -> Markup:
     """A bar for a cell of a table; the number stands in the cell next to it."""
     length = max(1, round(BAR_LENGTH * value / largest)) if largest > 0 else 1
     bar = element("rect", width=length, height=10, fill=COLOURS[0])
-    return element("svg", bar, width=BAR_LENGTH, height=10, aria_hidden="true")
+    # The viewBox lets a narrow page shrink bars instead of clipping them.
+    view_box = f"0 0 {BAR_LENGTH} 10"
+    return element("svg", bar, viewBox=view_box, width=BAR_LENGTH, height=10, aria_hidden="true")
 
 
 def measured(value: Any) -> float | None:
