@@ -125,7 +125,8 @@ def test_a_folder_with_other_files_is_refused_and_kept(tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
     done = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == f"demo: {tmp_path} holds thesis.tex, which is not from a demo; choose another folder with --out\n"
+    why = f"{tmp_path} holds thesis.tex, which is not from a demo; choose another folder with --out"
+    assert done.stderr == f"demo: {why}\n"
     assert (tmp_path / "thesis.tex").read_text() == "..."
 
 

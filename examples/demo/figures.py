@@ -75,7 +75,7 @@ def routing(rows: list[Row], part: str) -> NDArray[np.float64]:
 
 
 def busiest(rows: list[Row], count: int) -> list[int]:
-    """The devices whose experts other devices asked most. Their loss has the largest effect."""
+    """The devices that their peers ask most. Their loss has the largest effect."""
     asked = np.sum([routing(rows, part) for part in PARTS], axis=0)
     np.fill_diagonal(asked, 0)
     most_first = np.argsort(-asked.sum(0), kind="stable")

@@ -34,7 +34,7 @@ WAYS = {
     "home": ("locally", "the device’s own expert answered"),
     "peers": ("with a peer", "an expert on another device answered"),
     "degraded": ("degraded", "answered without the expert that the gate chose"),
-    "neighbour": ("through another device", "the client’s own device was dead"),
+    "neighbour": ("redirected", "the client’s own device was dead, so it asked another"),
     "unanswered": ("unanswered", "no device replied"),
 }
 DEATH = {
@@ -118,7 +118,7 @@ def _routing_figures(measured: Mapping[str, Any]) -> list[Figure]:
     for part, name in PARTS.items():
         caption = (
             f"Percentage of each device’s images that each expert answered, {name}. Each row is a device, each column"
-            f" an expert. Images on the diagonal, {percent(measured['kept_local'][part])} of all, were answered locally."
+            f" an expert. The diagonal, {percent(measured['kept_local'][part])} of all images, was answered locally."
         )
         figures.append(figure(heat_map, measured["routing"][part], numbers, numbers, caption=caption))
     return figures
@@ -139,7 +139,8 @@ def _answers_figure(measured: Mapping[str, Any]) -> Figure:
         "seconds",
         f"requests in {wide:g} s",
         caption="How requests were answered, by the time at which they were scheduled. Shaded: from the kill until all"
-        " other devices use the dead ones again.",
+        " other devices use the dead ones again. Redirected: the client’s own device was dead, so the client asked"
+        " another one. Degraded: the expert that the gate chose was dead, and another expert answered instead.",
         # A bar stands in the middle of its stretch.
         bands={"dead": (moments["killed"] / wide - 0.5, moments["back"] / wide - 0.5)},
     )
@@ -174,8 +175,9 @@ def _second(time: float, wide: float) -> str:
 def _phases(phases: Mapping[str, Any]) -> Rows:
     """Duration, counts, accuracy and latency; a column for each phase."""
     columns = [phases[name] for name in PHASES]
+    times = [column["seconds"] for column in columns]
     rows: Rows = [
-        ["seconds", *(f"{end - start:.1f}" for start, end in (column["seconds"] for column in columns))],
+        ["seconds", *(f"{end - start:.1f}" for start, end in times)],
         ["requests", *(count(column["rows"]) for column in columns)],
     ]
     for way, name in WAYS.items():

@@ -218,7 +218,7 @@ class Row:
     """What happened to one row. Times are in seconds since the traffic began."""
 
     device: int
-    """The device whose client sent the row."""
+    """The device that the client belongs to."""
     part: str
     """The test set: own or iid."""
     scheduled_s: float
@@ -277,8 +277,8 @@ def ask_everything(fleet: list[Client], tests: Tests) -> list[Row]:
 class Traffic:
     """A client for each device that sends one row every 1/rate seconds, from the own and the balanced test in turn.
 
-    The schedule is fixed: a row that waits behind a slow one is late. A client whose device does not answer asks the
-    next device. It returns to its own device when that answers status requests again.
+    The schedule is fixed: a row that waits behind a slow one is late. When its device does not answer, a client asks
+    the next device. It returns to its own device when that answers status requests again.
     """
 
     def __init__(self, fleet: list[Client], tests: Tests, rate: float) -> None:

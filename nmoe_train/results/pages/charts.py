@@ -262,7 +262,7 @@ def _curve(plane: Plane, line: Points, series: int) -> Markup:
 
 
 def _ends(line: Points) -> str:
-    """The first and the last point in words."""
+    """The first and the last point as text: 4 at 1, 3 at 5."""
     first_and_last = [line[0], line[-1]] if len(line) > 1 else line
     return ", ".join(f"{y:.4g} at {x:g}" for x, y in first_and_last)
 

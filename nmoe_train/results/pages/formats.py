@@ -23,7 +23,7 @@ def percent(share: float | None) -> str:
 
 
 def percentage(share: float | None) -> str:
-    """0.1234 -> 12.3, for a table whose text names the unit"""
+    """0.1234 -> 12.3, for a table that names the unit elsewhere"""
     return MISSING if share is None else f"{100 * share:.1f}"
 
 

@@ -134,6 +134,6 @@ def _shade(level: int, scale: Sequence[Sequence[int]] = DAY) -> str:
 def _ink(cell: str) -> str:
     """Black or white: the one with more contrast on the colour `cell`, by the relative luminance of WCAG."""
     channels = [int(cell[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if (luminance + 0.05) ** 2 >= 1.05 * 0.05 else "#ffffff"

@@ -1,6 +1,6 @@
 """Jinja2 templates to HTML text. Every value is escaped, and a name that a template misspells is an error.
 
-A page's template lies beside the code that fills it and extends templates/base.html of this package.
+A page's template lies in the package that fills it and extends templates/base.html of this package.
 """
 
 from __future__ import annotations

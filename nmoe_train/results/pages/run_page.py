@@ -107,7 +107,10 @@ def _comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> Com
     methods = [method for method in METHODS if any(found[part].get(method) for part in parts)]
     if not methods:
         return None
-    shares = {method: [_share(found[part].get(method), measure) for part, measure in columns] for method in methods}
+    shares = {}
+    for method in methods:
+        figures = {part: found[part].get(method) or {} for part in parts}
+        shares[method] = [measured(figures[part].get(measure)) for part, measure in columns]
     best = [_best(column) for column in zip(*shares.values(), strict=True)]
     rows = []
     for method in methods:
@@ -115,10 +118,6 @@ def _comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> Com
         cells = [(text, text == top) for text, top in zip(texts, best, strict=True)]
         rows.append((*METHODS[method], cells))
     return Comparison([SETS[part] for part in parts], [MEASURES[measure] for _, measure in columns], rows)
-
-
-def _share(figures: Mapping[str, Any] | None, measure: str) -> float | None:
-    return measured((figures or {}).get(measure))
 
 
 def _best(column: Sequence[float | None]) -> str | None:
@@ -210,12 +209,13 @@ def _dropouts(history: Sequence[Mapping[str, Any]]) -> Dropouts | None:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Numbers of samples, over all clients where nothing else is said."""
+    """Numbers of samples over all clients, except smallest and largest."""
 
     train: int
     smallest: int
     """Training samples of the client with the fewest."""
     largest: int
+    """Training samples of the client with the most."""
     held_out: int
     test: int
     figure: Figure

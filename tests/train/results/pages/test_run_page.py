@@ -69,7 +69,11 @@ class Parsed(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.texts, self.headings, self.tables = [], [], [], [], []
+        self.open = []
+        self.tags = []
+        self.texts = []
+        self.headings = []
+        self.tables = []
         self.feed(text)
         self.close()
         assert self.open == []
