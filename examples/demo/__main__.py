@@ -64,7 +64,7 @@ Steps = dict[str, float]
     "--seconds", type=click.FloatRange(1, 3600), default=15.0, show_default=True, help="Shortest time of traffic."
 )
 @click.option(
-    "--rate", type=click.FloatRange(1, 1000), default=30.0, show_default=True, help="Requests per second and device."
+    "--rate", type=click.FloatRange(1, 1000), default=30.0, show_default=True, help="Requests/s to each device."
 )
 @click.option("--recipe", default="best", show_default=True, help="Recipe of the training: best or paper.")
 @click.option(
