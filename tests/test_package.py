@@ -43,7 +43,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
         str(path.relative_to(ROOT))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in {".py", ".md"} or path.name == "py.typed"
+        if path.suffix in {".py", ".md", ".html"} or path.name == "py.typed"
     }
     assert shipped == ours
 

@@ -1,4 +1,4 @@
-"""From what became of each row to the figures of measurements.json, of which the page is drawn."""
+"""From what happened to each row to the figures in measurements.json, which the page is drawn from."""
 
 from __future__ import annotations
 
@@ -14,47 +14,58 @@ from nmoe_edge.bench.samples import LEAST_SAMPLES
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.models import Models
 
+PARTS = ("own", "iid")
+"""Test sets: distributed like the device's own training samples, and balanced."""
 WAYS = ("home", "peers", "degraded", "neighbour", "unanswered")
-"""How a row comes to its answer, or does not."""
+"""How a row gets its answer. See `Row.way`."""
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 LATE_S = 0.1
-"""What waited for a dead device has waited longer."""
+"""A row that took longer than this has waited for a dead device."""
 
 
-def alone(fleet: Path, names: list[str], tests: Tests) -> dict[str, list[float]]:
-    """How often each device would be right with nothing but its own expert, through the device's own code."""
-    found: dict[str, list[float]] = {"own": [], "iid": []}
+def own_expert_accuracy(fleet: Path, names: list[str], tests: Tests) -> dict[str, list[float]]:
+    """Accuracy of each device with nothing but its own expert, computed with the device's code."""
+    found: dict[str, list[float]] = {part: [] for part in PARTS}
     for device, name in enumerate(names):
         models = Models(read_bundle(fleet / name))
-        for part, shares in found.items():
+        for part in PARTS:
             x, y = tests.of(part, device)
-            shares.append(float(np.mean(models.expert(models.extractor(x)).argmax(1) == y)))
+            answers = models.expert(models.extractor(x)).argmax(1)
+            found[part].append(float(np.mean(answers == y)))
     return found
 
 
-def worth(run: Path, rows: list[Row], own_expert: dict[str, list[float]]) -> dict[str, Any]:
-    """Accuracies of every method, of the fleet and of its experts alone, and who answered whom, on both test sets."""
+def comparison(run: Path, rows: list[Row], own_expert: dict[str, list[float]]) -> dict[str, Any]:
+    """Accuracy of every method and every device, and which expert answered which device, on both test sets."""
     metrics = json.loads((run / "metrics.json").read_bytes())
     baselines = json.loads((run / "baselines.json").read_bytes())
     found: dict[str, Any] = {"accuracy": {}, "devices": {}, "routing": {}, "kept_local": {}}
-    for part in ("own", "iid"):
-        mine = [
-            [row.right for row in rows if (row.part, row.device) == (part, d)] for d in range(len(own_expert[part]))
-        ]
-        fleet = [float(np.mean(right)) for right in mine]
+    for part in PARTS:
+        fleet = fleet_accuracy(rows, part, len(own_expert[part]))
         methods = {name: figures["accuracy"] for name, figures in metrics[part].items() if isinstance(figures, dict)}
         methods |= {name: figures[part]["accuracy"] for name, figures in baselines.items()}
-        found["accuracy"][part] = methods | {"alone": float(np.mean(own_expert[part])), "fleet": float(np.mean(fleet))}
+        methods["alone"] = float(np.mean(own_expert[part]))
+        methods["fleet"] = float(np.mean(fleet))
+        weights = routing(rows, part)
+        shares = weights / weights.sum(1, keepdims=True)
+        found["accuracy"][part] = methods
         found["devices"][part] = {"fleet": fleet, "alone": own_expert[part]}
-        shares = routing(rows, part)
-        shares /= shares.sum(1, keepdims=True)
         found["routing"][part] = shares.tolist()
         found["kept_local"][part] = float(np.diag(shares).mean())
     return found
 
 
+def fleet_accuracy(rows: list[Row], part: str, devices: int) -> list[float]:
+    """Share of right answers of each device on one test set, as the running fleet gave them."""
+    right: list[list[bool]] = [[] for _ in range(devices)]
+    for row in rows:
+        if row.part == part:
+            right[row.device].append(row.right)
+    return [float(np.mean(answers)) for answers in right]
+
+
 def routing(rows: list[Row], part: str) -> NDArray[np.float64]:
-    """How much of each device's rows each expert answered (device, expert)."""
+    """Total weight of each expert in the answers to each device: (device, expert)."""
     count = 1 + max(row.device for row in rows)
     found = np.zeros((count, count))
     for row in rows:
@@ -63,89 +74,130 @@ def routing(rows: list[Row], part: str) -> NDArray[np.float64]:
     return found
 
 
+def busiest(rows: list[Row], count: int) -> list[int]:
+    """The devices that their peers ask most. Their loss has the largest effect."""
+    asked = np.sum([routing(rows, part) for part in PARTS], axis=0)
+    np.fill_diagonal(asked, 0)
+    most_first = np.argsort(-asked.sum(0), kind="stable")
+    return [int(device) for device in most_first[:count]]
+
+
 def story(rows: list[Row], moments: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """What the traffic saw before, while and after some were dead."""
-    end = max(row.due_s for row in rows)
-    killed, back = moments["killed"], moments["back"]
-    seconds = {"before": (0.0, killed), "dead": (killed, back), "after": (back, end)}
-    of_phase: dict[str, list[Row]] = {name: [] for name in seconds}
-    for row in rows:  # one that was under way when the kill came has felt it
-        of_phase["before" if row.answered_s < killed else "dead" if row.due_s < back else "after"].append(row)
-    calm = of_phase["before"] + of_phase["after"]
-    took = {way: sorted(1000 * row.latency_s for row in calm if row.way == way) for way in ("home", "peers")}
+    """What the traffic saw before, while and after some devices were dead."""
+    killed = moments["killed"]
+    back = moments["back"]
+    end = max(row.scheduled_s for row in rows)
+
+    by_phase = phases(rows, killed, back)
+    seconds = {"before": [0.0, killed], "dead": [killed, back], "after": [back, end]}
+
+    undisturbed = by_phase["before"] + by_phase["after"]
+    latencies = {way: latencies_ms(undisturbed, way) for way in ("home", "peers")}
+
     return {
         "rows": len(rows),
-        "ways": {way: sum(row.way == way for row in rows) for way in WAYS},
-        "phases": {name: phase(part) | {"seconds": list(seconds[name])} for name, part in of_phase.items()},
-        "latency_ms": {way: percentiles(values) for way, values in took.items()},
-        "latency_curve": {
-            way: [[float(np.percentile(values, q)), q] for q in (*range(0, 99), 99)] if values else []
-            for way, values in took.items()
-        },
+        "ways": counts(rows),
+        "phases": {name: phase(part) | {"seconds": seconds[name]} for name, part in by_phase.items()},
+        "latency_ms": {way: percentiles(values) for way, values in latencies.items()},
+        "latency_curve": {way: latency_curve(values) for way, values in latencies.items()},
         "timeline": timeline(rows, end),
         "moments": moments,
         "deaths": {name: death(rows, moments, name, names.index(name)) for name in moments["noticed"]},
     }
 
 
+def phases(rows: list[Row], killed: float, back: float) -> dict[str, list[Row]]:
+    """The rows before, during and after the deaths. A row that was under way at the kill belongs to the deaths."""
+    found: dict[str, list[Row]] = {"before": [], "dead": [], "after": []}
+    for row in rows:
+        if row.answered_s < killed:
+            found["before"].append(row)
+        elif row.scheduled_s < back:
+            found["dead"].append(row)
+        else:
+            found["after"].append(row)
+    return found
+
+
 def phase(rows: list[Row]) -> dict[str, Any]:
     """Counts, accuracy and latency of some rows."""
-    right = {part: [row.right for row in rows if row.part == part] for part in ("own", "iid")}
+    right: dict[str, float | None] = {}
+    for part in PARTS:
+        answers = [row.right for row in rows if row.part == part]
+        right[part] = float(np.mean(answers)) if answers else None
     return {
         "rows": len(rows),
-        "ways": {way: sum(row.way == way for row in rows) for way in WAYS},
-        "right": {part: float(np.mean(found)) if found else None for part, found in right.items()},
-        "latency_ms": percentiles([1000 * row.latency_s for row in rows]),
+        "ways": counts(rows),
+        "right": right,
+        "latency_ms": percentiles(latencies_ms(rows)),
     }
+
+
+def counts(rows: list[Row]) -> dict[str, int]:
+    """Number of rows by the way to their answer."""
+    found = dict.fromkeys(WAYS, 0)
+    for row in rows:
+        found[row.way] += 1
+    return found
+
+
+def latencies_ms(rows: list[Row], way: str | None = None) -> list[float]:
+    """Latencies in ascending order, of the rows answered in one way or of all rows."""
+    return sorted(1000 * row.latency_s for row in rows if way in (None, row.way))
 
 
 def percentiles(values: list[float]) -> dict[str, float | int | None]:
-    """How many they are, and the slowest half, tenth, hundredth and one of them; None where they are too few to say."""
-    return {"rows": len(values)} | {
-        name: float(np.percentile(values, q)) if len(values) >= LEAST_SAMPLES.get(q / 100, 1) else None
-        for name, q in PERCENTILES.items()
-    }
+    """The number of values and their percentiles; None where there are too few values for a percentile."""
+    found: dict[str, float | int | None] = {"rows": len(values)}
+    for name, q in PERCENTILES.items():
+        enough = len(values) >= LEAST_SAMPLES.get(q / 100, 1)
+        found[name] = float(np.percentile(values, q)) if enough else None
+    return found
+
+
+def latency_curve(values: list[float]) -> list[list[float]]:
+    """[milliseconds, percent of rows that are answered by then], up to 99 percent."""
+    return [[float(np.percentile(values, q)), q] for q in range(100)] if values else []
 
 
 def timeline(rows: list[Row], end: float) -> dict[str, Any]:
-    """Counts, latency and accuracy, stretch by stretch of the time at which rows were due."""
+    """Counts and latency in equal stretches of the time at which rows were scheduled."""
     wide = max(0.1, round(end / 100, 1))
-    count = int(end / wide)  # the last one would be half a stretch
-    parts: list[list[Row]] = [[] for _ in range(count + 1)]
+    count = int(end / wide)  # leaves out the last stretch, which is not full
+    stretches: list[list[Row]] = [[] for _ in range(count + 1)]
     for row in rows:
-        parts[int(row.due_s / wide)].append(row)
-    parts = parts[:count]
-    took = [percentiles([1000 * row.latency_s for row in part]) for part in parts]
+        stretches[int(row.scheduled_s / wide)].append(row)
+    stretches = stretches[:count]
+    ways = [counts(stretch) for stretch in stretches]
+    latencies = [percentiles(latencies_ms(stretch)) for stretch in stretches]
     return {
         "wide_s": wide,
-        "ways": {way: [sum(row.way == way for row in part) for part in parts] for way in WAYS},
-        "p50_ms": [found["p50"] for found in took],
-        "max_ms": [found["max"] for found in took],
+        "ways": {way: [counted[way] for counted in ways] for way in WAYS},
+        "p50_ms": [latency["p50"] for latency in latencies],
+        "max_ms": [latency["max"] for latency in latencies],
     }
 
 
 def death(rows: list[Row], moments: dict[str, Any], name: str, device: int) -> dict[str, Any]:
-    """What one death cost, in seconds, and in rows of its own application."""
-    began = moments["restarted"]
-    moved = [r for r in rows if r.device == device and r.way == "neighbour" and r.answered_s > moments["killed"]]
+    """The effect of one death: times in seconds, and rows of the client that belongs to the device."""
+    killed = moments["killed"]
+    restarted = moments["restarted"]
+
+    own = [row for row in rows if row.device == device]
+    moved = [row for row in own if row.way == "neighbour" and row.answered_s > killed]
     late = [row.latency_s for row in moved if row.latency_s > LATE_S]
-    again = [row for row in rows if row.due_s > began and device in row.experts]
-    home = [row.answered_s - began for row in again if row.device == row.by == device]
-    away = [row.answered_s - began for row in again if row.device != device]
+
+    # The device's expert answers again: first its own client, then other devices.
+    by_its_expert = [row for row in rows if row.scheduled_s > restarted and device in row.experts]
+    for_its_client = [row.answered_s - restarted for row in by_its_expert if row.device == row.by == device]
+    for_others = [row.answered_s - restarted for row in by_its_expert if row.device != device]
     return {
-        "noticed_s": moments["noticed"][name] - moments["killed"],
+        "noticed_s": moments["noticed"][name] - killed,
         "late_rows": len(late),
         "longest_s": max(late, default=None),
         "neighbour_rows": len(moved),
-        "ready_s": moments["ready"][name] - began,
-        "known_s": moments["known"][name] - began,
-        "home_s": min(home, default=None),
-        "away_s": min(away, default=None),
+        "ready_s": moments["ready"][name] - restarted,
+        "known_s": moments["known"][name] - restarted,
+        "home_s": min(for_its_client, default=None),
+        "away_s": min(for_others, default=None),
     }
-
-
-def busiest(rows: list[Row], count: int) -> list[int]:
-    """The devices whose experts the others asked most: they will be missed most."""
-    asked = np.sum([routing(rows, part) for part in ("own", "iid")], axis=0)
-    np.fill_diagonal(asked, 0)
-    return [int(device) for device in np.argsort(-asked.sum(0), kind="stable")[:count]]

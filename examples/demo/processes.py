@@ -1,6 +1,6 @@
-"""What the demo asks of a fleet: processes that are ended whatever happens, applications, and what became of each row.
+"""The running part of the demo: processes that always end, clients, and what happened to each row.
 
-Knows nothing of training and of pages; examples/demo is the flow.
+Knows nothing of training and pages; __main__.py is the sequence of steps.
 """
 
 from __future__ import annotations
@@ -28,96 +28,100 @@ from nmoe_edge.errors import CallError
 from nmoe_edge.keys import keys_to
 
 DEADLINE_S = 0.25
-"""Of a row; its application waits a little longer and then turns to a neighbour."""
-LAST_S = 2.0
-"""The same once nobody has answered in time: then it is the machine that is busy."""
+"""Deadline of a row. The client waits a little longer and then asks the next device."""
+LAST_DEADLINE_S = 2.0
+"""Deadline in a second round, once no device has answered in time: then the machine is busy."""
 LOOK_S = 0.2
-"""Between two looks whether a device that did not answer is back."""
+"""Interval between checks whether a device that did not answer is back."""
 PATIENCE_S = 30.0
-"""For what comes by itself, on a machine that does other work too."""
-TOGETHER = 32
-"""Rows in a message where latency is not looked at."""
+"""Longest wait for something that must happen, on a machine that does other work too."""
+BATCH = 32
+"""Rows in a message where latency is not measured."""
 END_S = 10.0
+"""Longest wait for a process to end after SIGTERM."""
 
 
 class DemoError(Exception):
-    """What the demo cannot go on from, or what did not hold: one line."""
+    """The demo cannot continue, or one of its checks failed. The message is one line."""
 
 
 class Processes:
-    """Everything that was started, by its own pid; ended when the block is left, also by Ctrl-C and SIGTERM."""
+    """All processes of the demo. They end when the block is left, also after Ctrl-C and SIGTERM."""
 
     def __init__(self, logs: Path) -> None:
-        """logs: a folder for what devices say"""
+        """logs: the folder for the log of each device"""
         self._logs = logs
         self._all: list[subprocess.Popen[str]] = []
         self._devices: dict[str, subprocess.Popen[str]] = {}
-        self._held, self._wanted = 0, 0
+        self._signals_held = 0
+        self._signal_received = 0
 
     def run(self, *command: str) -> None:
-        """Run a command of ours to its end, which must be well."""
+        """Run a command to its end. Raise DemoError where it fails."""
         process = self._start(command)
         if process.wait():
-            raise DemoError(f"{command[0]} {command[1]} ended with exit {process.returncode}; the line above says why")
+            name = f"{command[0]} {command[1]}"
+            raise DemoError(f"{name} ended with exit {process.returncode}; the line above says why")
 
     def serve(self, name: str, *command: str) -> None:
-        """Let a device of this name begin to serve."""
+        """Start a device; `ready` waits for it."""
         with (self._logs / f"{name}.log").open("a") as log:
             self._devices[name] = self._start(command, stdout=subprocess.PIPE, stderr=log)
 
     def ready(self, name: str) -> None:
-        """Wait until it says so."""
-        said = self._devices[name].stdout
-        if said is None or not said.readline().startswith("ready: "):
-            log = self._logs / f"{name}.log"
-            raise DemoError(f"{name} does not serve: {(log.read_text().splitlines() or ['it said nothing'])[-1]}")
+        """Wait until the device prints that it is ready."""
+        output = self._devices[name].stdout
+        if output is None or not output.readline().startswith("ready: "):
+            lines = (self._logs / f"{name}.log").read_text().splitlines()
+            raise DemoError(f"{name} does not serve: {lines[-1] if lines else 'its log is empty'}")
 
     def kill(self, name: str) -> None:
-        """Without a word."""
+        """End a device with SIGKILL, so that it cannot say goodbye to its peers."""
         self._devices[name].send_signal(signal.SIGKILL)
         self._devices[name].wait()
 
     def died(self) -> list[str]:
-        """The devices that do not serve."""
+        """The devices that do not run."""
         return [name for name, process in self._devices.items() if process.poll() is not None]
 
     def memory_mib(self) -> dict[str, dict[str, float]]:
-        """Of each that serves: what is resident, and its share of that when pages that many have are shared out."""
+        """Memory of each running device: all resident pages (rss), and with shared pages divided fairly (pss)."""
         found = {}
         for name, process in self._devices.items():
             if process.poll() is not None:
                 continue
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
-            kb = {line.split()[0]: int(line.split()[1]) for line in lines}
-            found[name] = {"rss": kb["Rss:"] / 1024, "pss": kb["Pss:"] / 1024}
+            kib = {line.split()[0]: int(line.split()[1]) for line in lines}
+            found[name] = {"rss": kib["Rss:"] / 1024, "pss": kib["Pss:"] / 1024}
         return found
 
-    def leave(self) -> list[str]:
-        """End the devices as one ends them; those that did not end well."""
+    def stop(self) -> list[str]:
+        """End all devices with SIGTERM. The names of those that failed to end cleanly."""
         for process in self._devices.values():
             process.terminate()
-        return [name for name, process in self._devices.items() if _ended(process) != 0]
+        return [name for name, process in self._devices.items() if _wait_or_kill(process) != 0]
 
     def __enter__(self) -> Processes:
-        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(which, self._stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._held += 1  # a second Ctrl-C leaves nothing behind either
-        if self._wanted:
-            print(f"stopped by {signal.Signals(self._wanted).name}; ending what was started", file=sys.stderr)
+        self._signals_held += 1  # a second Ctrl-C does not interrupt the clean-up
+        if self._signal_received:
+            name = signal.Signals(self._signal_received).name
+            print(f"stopped by {name}; ending all processes of the demo", file=sys.stderr)
         for process in self._all:
             process.terminate()
         for process in self._all:
-            _ended(process)
+            _wait_or_kill(process)
             if process.stdout is not None:
                 process.stdout.close()
 
     def _start(self, command: tuple[str, ...], **streams: object) -> subprocess.Popen[str]:
-        """A process that does not get the terminal's Ctrl-C: it is ended from here."""
+        """Start a process outside the terminal's process group, so that Ctrl-C reaches only the demo."""
         program = Path(sys.executable).with_name(command[0])
-        with self._postponed():
+        with self._hold_signals():
             process = subprocess.Popen(  # noqa: S603  # our own commands, no shell
                 [str(program), *command[1:]], text=True, start_new_session=True, **streams
             )
@@ -125,24 +129,24 @@ class Processes:
         return process
 
     @contextmanager
-    def _postponed(self) -> Iterator[None]:
-        """A signal that came between a start and its entry in the list would leave a process behind."""
-        self._held += 1
+    def _hold_signals(self) -> Iterator[None]:
+        """Delay signals: one between the start of a process and its entry in the list would leave it running."""
+        self._signals_held += 1
         try:
             yield
         finally:
-            self._held -= 1
-        if self._wanted:
-            self._stop(self._wanted, None)
+            self._signals_held -= 1
+        if self._signal_received:
+            self._on_signal(self._signal_received, None)
 
-    def _stop(self, which: int, _: object) -> None:
-        self._wanted = which
-        if not self._held:
-            raise SystemExit(128 + which)
+    def _on_signal(self, number: int, _: object) -> None:
+        self._signal_received = number
+        if not self._signals_held:
+            raise SystemExit(128 + number)
 
 
-def _ended(process: subprocess.Popen[str]) -> int:
-    """Its exit status, waited for, and hurried when it takes too long."""
+def _wait_or_kill(process: subprocess.Popen[str]) -> int:
+    """The exit status. A process that takes longer than END_S is killed."""
     try:
         return process.wait(END_S)
     except subprocess.TimeoutExpired:
@@ -151,40 +155,45 @@ def _ended(process: subprocess.Popen[str]) -> int:
 
 
 def on_free_ports(folder: Path) -> None:
-    """Give each device of a fleet a port that is free on this machine; one edits fleet.toml for that."""
+    """Give each device in fleet.toml a port that is free on this machine. On real devices you edit the file."""
     path = folder / FLEET_FILE
     fleet = read_fleet(path)
-    with ExitStack() as held:  # all at once, so that no two are the same
+    with ExitStack() as held:  # all ports stay open until the last is found, so no two are equal
         sockets = [held.enter_context(socket.socket()) for _ in fleet.device]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
-    devices = (replace(d, address=f"tcp://127.0.0.1:{p}") for d, p in zip(fleet.device, ports, strict=True))
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    devices = [
+        replace(device, address=f"tcp://127.0.0.1:{port}") for device, port in zip(fleet.device, ports, strict=True)
+    ]
     write_fleet(path, replace(fleet, device=tuple(devices)))
 
 
 @contextmanager
 def clients(folder: Path) -> Iterator[dict[str, Client]]:
-    """A client of each device, with that device's own key: an application beside it has that."""
+    """A client for each device. It uses the key of that device, as a program on the same machine would."""
     path = folder / FLEET_FILE
     with ExitStack() as stack:
         found = {}
         for device in read_fleet(path).device:
-            found[device.name] = stack.enter_context(Client(device.address, *keys_to(device.name, path, None)))
+            keys = keys_to(device.name, path, None)
+            found[device.name] = stack.enter_context(Client(device.address, *keys))
         yield found
 
 
-def wait_until_seen(asked: dict[str, Client], name: str, alive: bool) -> None:
-    """Wait until all that are asked see a peer alive, or all see it gone."""
+def wait_until_seen(observers: dict[str, Client], name: str, alive: bool) -> None:
+    """Wait until all observers report the device `name` as alive, or all report it as gone."""
     end = time.monotonic() + PATIENCE_S
-    for who, client in asked.items():
-        why = f"{name} is not seen {'alive' if alive else 'gone'} by {who} after {PATIENCE_S:.0f} s"
+    state = "alive" if alive else "gone"
+    for observer, client in observers.items():
+        why = f"{observer} does not report {name} as {state} after {PATIENCE_S:.0f} s"
         while True:
             try:
-                if {peer["name"]: peer["state"] == "alive" for peer in client.status()["peers"]}[name] == alive:
+                peers = {peer["name"]: peer["state"] for peer in client.status()["peers"]}
+                if (peers[name] == "alive") == alive:
                     break
             except CallError as error:
-                why = f"{who} does not say whether it sees {name}: {error}"
+                why = f"{observer} does not report the state of {name}: {error}"
             if time.monotonic() > end:
                 raise DemoError(why)
             time.sleep(0.02)
@@ -192,32 +201,31 @@ def wait_until_seen(asked: dict[str, Client], name: str, alive: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Tests:
-    """The rows that are asked."""
+    """The rows to ask, with their labels."""
 
     own: list[tuple[NDArray[np.uint8], NDArray[np.int64]]]
-    """For each device, rows and labels distributed as its client's."""
+    """For each device, rows with the class mix of its training samples."""
     balanced: tuple[NDArray[np.uint8], NDArray[np.int64]]
-    """The same for all."""
+    """Rows with all classes, the same for every device."""
 
     def of(self, part: str, device: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Rows and labels of a device: "own" or "iid"."""
+        """Rows and labels for a device; part: "own" or "iid"."""
         return self.own[device] if part == "own" else self.balanced
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of a row."""
+    """What happened to one row. Times are in seconds since the traffic began."""
 
     device: int
-    """Whose application asked."""
+    """The device that the client belongs to."""
     part: str
-    """own or iid: which test set it is of."""
-    due_s: float
-    """When it was due, from the beginning on."""
+    """The test set: own or iid."""
+    scheduled_s: float
     latency_s: float
-    """From then on: waiting behind others, for a device that is dead and for a second one is all in it."""
+    """From the scheduled time to the answer. Includes waiting for earlier rows, dead devices and second attempts."""
     by: int | None = None
-    """The device that gave the answer; None: nobody."""
+    """The device that replied to the client; None where none did."""
     experts: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     degraded: bool = False
@@ -225,12 +233,18 @@ class Row:
 
     @property
     def answered_s(self) -> float:
-        """When it was over, from the beginning on."""
-        return self.due_s + self.latency_s
+        return self.scheduled_s + self.latency_s
 
     @property
     def way(self) -> str:
-        """How it came to its answer, in a word."""
+        """How the row got its answer, as measurements.json names it.
+
+        home        by the device's own expert
+        peers       with the expert of a peer
+        degraded    without the expert that the gate chose
+        neighbour   through another device, because the client's own device did not reply
+        unanswered
+        """
         if self.by is None or not self.experts:
             return "unanswered"
         if self.degraded:
@@ -240,51 +254,58 @@ class Row:
         return "home" if self.experts == (self.device,) else "peers"
 
 
-def ask_everything(asked: list[Client], tests: Tests) -> list[Row]:
-    """Every test row, own and balanced, of its device, many in a message: what the fleet answers, and who does."""
+def ask_everything(fleet: list[Client], tests: Tests) -> list[Row]:
+    """Ask every device all its test rows, own and balanced, in large messages. For accuracy, not for latency."""
 
-    def application(device: int) -> list[Row]:
-        rows: list[Row] = []
+    def ask(device: int) -> list[Row]:
+        found: list[Row] = []
         for part in ("own", "iid"):
             x, y = tests.of(part, device)
-            for start in range(0, len(x), TOGETHER):
-                answers = asked[device].infer(x[start : start + TOGETHER], PATIENCE_S)
-                said = zip(answers.rows, answers.outputs.argmax(1) == y[start : start + TOGETHER], strict=True)
-                rows += [
-                    Row(device, part, 0.0, answers.elapsed_s, device, r.experts, r.weights, r.degraded, bool(right))
-                    for r, right in said
-                ]
-        return rows
+            for start in range(0, len(x), BATCH):
+                batch = slice(start, start + BATCH)
+                answers = fleet[device].infer(x[batch], PATIENCE_S)
+                right = answers.outputs.argmax(1) == y[batch]
+                for row, correct in zip(answers.rows, right, strict=True):
+                    facts = (row.experts, row.weights, row.degraded, bool(correct))
+                    found.append(Row(device, part, 0.0, answers.elapsed_s, device, *facts))
+        return found
 
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(itertools.chain(*pool.map(application, range(len(asked)))))
+    with ThreadPoolExecutor(len(fleet)) as pool:
+        return list(itertools.chain(*pool.map(ask, range(len(fleet)))))
 
 
 class Traffic:
-    """An application beside each device, that has a row every 1/rate seconds, own and balanced by turns.
+    """A client for each device that sends one row every 1/rate seconds, from the own and the balanced test in turn.
 
-    Rows are due when they are due: what waits behind a slow one is late. When its device does not answer, an
-    application asks the next one round the ring, and goes home when somebody has seen the device answer again.
+    The schedule is fixed: a row that waits behind a slow one is late. When its device does not answer, a client asks
+    the next device. It returns to its own device when that answers status requests again.
     """
 
-    def __init__(self, asked: list[Client], tests: Tests, rate: float) -> None:
-        """Goes on while the block is entered; rate: rows a second and device."""
+    def __init__(self, fleet: list[Client], tests: Tests, rate: float) -> None:
+        """Traffic flows while the block is entered.
+
+        fleet: a client for each device
+        rate: rows per second and device
+        """
         self.rows: list[Row] = []
         self.began = 0.0
-        self._asked, self._tests, self._rate = asked, tests, rate
-        self._away: set[int] = set()
+        self._fleet = fleet
+        self._tests = tests
+        self._rate = rate
+        self._silent: set[int] = set()
+        """Devices that did not answer."""
         self._end = math.inf
         self._over = threading.Event()
-        self._pool = ThreadPoolExecutor(len(asked) + 1)
+        self._pool = ThreadPoolExecutor(len(fleet) + 1)
         self._jobs: list[Future[None]] = []
 
     @property
     def now_s(self) -> float:
-        """Since it began."""
+        """Seconds since the traffic began."""
         return time.monotonic() - self.began
 
     def until(self, moment_s: float) -> None:
-        """Let it go on."""
+        """Let the traffic flow until `moment_s`. Raises what a client raised."""
         while (left := moment_s - self.now_s) > 0:
             time.sleep(min(left, 0.1))
             for job in self._jobs:
@@ -293,8 +314,8 @@ class Traffic:
 
     def __enter__(self) -> Traffic:
         self.began = time.monotonic()
-        self._jobs = [self._pool.submit(self._application, device) for device in range(len(self._asked))]
-        self._jobs.append(self._pool.submit(self._look))
+        self._jobs = [self._pool.submit(self._send_rows, device) for device in range(len(self._fleet))]
+        self._jobs.append(self._pool.submit(self._look_for_silent))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -305,37 +326,43 @@ class Traffic:
             for job in self._jobs:
                 job.result()
 
-    def _application(self, device: int) -> None:
+    def _send_rows(self, device: int) -> None:
+        """The client of one device."""
         for number in itertools.count():
-            due = self.began + (number + device / len(self._asked)) / self._rate
-            self._over.wait(max(0.0, due - time.monotonic()))
-            if due > self._end:  # what was due before is answered, however late it is
+            # Clients take turns, so that their rows are spread evenly.
+            scheduled = self.began + (number + device / len(self._fleet)) / self._rate
+            self._over.wait(max(0.0, scheduled - time.monotonic()))
+            if scheduled > self._end:  # earlier rows are still answered, however late
                 return
             part = ("own", "iid")[number % 2]
             x, y = self._tests.of(part, device)
-            at = (number // 2 + device * len(x) // len(self._asked)) % len(x)
-            self.rows.append(self._asked_for(device, part, due, x[at : at + 1], int(y[at])))
+            at = (number // 2 + device * len(x) // len(self._fleet)) % len(x)
+            self.rows.append(self._send(device, part, scheduled, x[at : at + 1], int(y[at])))
 
-    def _asked_for(self, device: int, part: str, due: float, x: NDArray[np.uint8], y: int) -> Row:
-        ring = [(device + step) % len(self._asked) for step in range(len(self._asked))]
-        near = [(place, DEADLINE_S) for place in ring if place not in self._away]
-        for place, deadline_s in [*near, *((place, LAST_S) for place in ring)]:
+    def _send(self, device: int, part: str, scheduled: float, x: NDArray[np.uint8], y: int) -> Row:
+        """Ask devices in turn until one answers, the client's own first and those known to be silent last."""
+        ring = [(device + step) % len(self._fleet) for step in range(len(self._fleet))]
+        first = [(place, DEADLINE_S) for place in ring if place not in self._silent]
+        second = [(place, LAST_DEADLINE_S) for place in ring]
+        scheduled_s = scheduled - self.began
+        for place, deadline_s in first + second:
             try:
-                answers = self._asked[place].infer(x, deadline_s)
+                answers = self._fleet[place].infer(x, deadline_s)
             except CallError:
-                self._away.add(place)
+                self._silent.add(place)
                 continue
-            took, (row,) = time.monotonic() - due, answers.rows
+            latency_s = time.monotonic() - scheduled
+            (row,) = answers.rows
             right = int(answers.outputs[0].argmax()) == y
-            return Row(device, part, due - self.began, took, place, row.experts, row.weights, row.degraded, right)
-        return Row(device, part, due - self.began, time.monotonic() - due)
+            return Row(device, part, scheduled_s, latency_s, place, row.experts, row.weights, row.degraded, right)
+        return Row(device, part, scheduled_s, time.monotonic() - scheduled)
 
-    def _look(self) -> None:
-        """Whether those that did not answer do."""
+    def _look_for_silent(self) -> None:
+        """Ask silent devices for their status until they answer."""
         while not self._over.wait(LOOK_S):
-            for place in list(self._away):
+            for place in list(self._silent):
                 try:
-                    self._asked[place].status(LOOK_S)
+                    self._fleet[place].status(LOOK_S)
                 except CallError:
                     continue
-                self._away.discard(place)
+                self._silent.discard(place)

@@ -23,8 +23,8 @@ from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.pipeline import retrained, train
 from nmoe_train.results.baselines import METHODS as BASELINES
 from nmoe_train.results.baselines import baselines
-from nmoe_train.results.pages.charts import curves, figure, heat_map
-from nmoe_train.results.pages.run_page import document, pictures
+from nmoe_train.results.pages.charts import Figure, curves, figure, heat_map
+from nmoe_train.results.pages.render import FIGURES, render
 from nmoe_train.run import RUN_FILE, Run, read_run
 from nmoe_train.stages.federation import Round
 from nmoe_train.trainer import Progress
@@ -232,13 +232,13 @@ def draw(out: Path, number: int, done: Mapping[str, Any]) -> Path:
     title = {3: "Who asks whom", 4: "How it learned"}[number]
     path = out / f"figure-{number}.html"
     try:
-        path.write_text(document(f"Figure {number}: {title}, {FIGURE_PARTITION}", pictures(charts)))
+        path.write_text(render(FIGURES, title=f"Figure {number}: {title}, {FIGURE_PARTITION}", figures=charts))
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 
-def _heat_maps(done: Mapping[str, Any]) -> Iterator[str]:
+def _heat_maps(done: Mapping[str, Any]) -> Iterator[Figure]:
     for row in ("fedce-fedgate", "fedsc-fedgate", "centralised"):
         (figures,) = figures_of(done, row, FIGURE_PARTITION, "own", 1)
         kept, theirs = figures["kept_local"], THEIR_SHARE_KEPT.get(row.partition("-")[0])
@@ -248,7 +248,7 @@ def _heat_maps(done: Mapping[str, Any]) -> Iterator[str]:
         yield figure(heat_map, figures["routing"], names, names, caption=caption)
 
 
-def _curves(done: Mapping[str, Any]) -> Iterator[str]:
+def _curves(done: Mapping[str, Any]) -> Iterator[Figure]:
     names = {"fedce": "FedCE", "fedsc": "FedSC"}
     history = {e: done[Unit(FIGURE_PARTITION, e, "fedgate", 0).name]["history"] for e in names}
 

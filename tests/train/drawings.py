@@ -1,4 +1,4 @@
-"""What stands in pictures, for tests of charts and of pages."""
+"""Read charts back: texts, tooltips, points and cells of an SVG, for tests of charts and pages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from xml.etree import ElementTree
 
 
 def pictures(text):
-    """Every <svg> by what it is said to show."""
+    """{caption: <svg>} of a page."""
     found = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
     return {svg.get("aria-label"): svg for svg in found}
 
 
 def hovers(svg):
+    """The tooltips."""
     return [title.text for title in svg.iter("title")]
 
 
@@ -21,14 +22,15 @@ def texts(svg):
 
 
 def points(line):
+    """[(x, y)] of a polyline."""
     return [tuple(map(float, point.split(","))) for point in line.get("points").split()]
 
 
 def cells(svg):
-    """{(row, column): what hovers over it} of a heat map."""
+    """{(row, column): value} of a heat map, from its tooltips."""
     return {tuple(re.findall(r"\w+ (\w+)[,:]", text)): text.split(": ")[1] for text in hovers(svg)}
 
 
 def drawn_cells(svg):
-    """[(the rectangle, the number in it or None)] of a heat map."""
+    """[(<rect>, <text> or None)] of a heat map: each cell and the number in it."""
     return [(cell.find("rect"), cell.find("text")) for cell in svg.iter("g") if cell.find("title") is not None]

@@ -9,7 +9,13 @@ from train.drawings import cells, drawn_cells, hovers, pictures, texts
 
 from nmoe_train.results.pages.run_page import page
 
-HEADINGS = ["What it is worth", "Who asks whom", "How it learned", "Who has which samples", "What it cost"]
+HEADINGS = [
+    "Accuracy",
+    "Which expert answers which device",
+    "Learning curves",
+    "How the samples are split",
+    "What the training cost",
+]
 MEASURES = ("accuracy", "macro_f1", "auc")
 LABELS = ["plane", "car", "bird", "cat"]
 CONFIG = {
@@ -59,11 +65,15 @@ def metrics_of(devices=3, classes=4, rounds=5):
 
 
 class Parsed(HTMLParser):
-    """A page as a reader gets it: its tags, which must close, its texts, its tables."""
+    """A page as a browser sees it: tags (each must be closed), texts, headings and tables."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.texts, self.headings, self.tables = [], [], [], [], []
+        self.open = []
+        self.tags = []
+        self.texts = []
+        self.headings = []
+        self.tables = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -96,7 +106,13 @@ class Parsed(HTMLParser):
             self.headings[-1] += text
 
 
+def sentences(*args):
+    """The text of a page, with a single space between words."""
+    return " ".join(page(*args).split())
+
+
 def without(metrics, *keys):
+    """A copy that lacks one nested key."""
     metrics = copy.deepcopy(metrics)
     *path, last = keys
     inner = metrics
@@ -109,21 +125,21 @@ def without(metrics, *keys):
 @pytest.mark.parametrize(
     ("devices", "classes", "rounds"), [(1, 1, 1), (3, 2, 1), (10, 10, 20), (40, 100, 3), (100, 2, 900)]
 )
-def test_a_page_of_any_size_is_sound(devices, classes, rounds):
+def test_pages_of_any_size_are_valid(devices, classes, rounds):
     text = page("a run", CONFIG, metrics_of(devices, classes, rounds), LABELS, {"own": {"local": None}})
     assert Parsed(text).headings == HEADINGS
     assert len(pictures(text)) == 13
     assert not re.search(r"\b(nan|inf|None)\b", " ".join(Parsed(text).texts))
 
 
-def test_a_page_fetches_nothing_and_runs_nothing():
+def test_a_page_loads_nothing_and_runs_no_script():
     text = page("a run", CONFIG, metrics_of(), LABELS)
     assert not re.search(r"https?:|//|url\(|@import", text)
     assert not {"script", "link", "img", "iframe", "object", "use"} & {tag for tag, _ in Parsed(text).tags}
     assert not {"src", "href"} & {name for _, attributes in Parsed(text).tags for name in attributes}
 
 
-def test_names_that_are_markup_stay_names():
+def test_markup_in_names_is_escaped():
     evil = "</title></svg><script>alert('1')</script>\"onload=x&\x00\ud800"
     metrics = metrics_of()
     metrics["history"] = [{"stage": evil, "round": i, "loss": 1 / i, "lost": [evil]} for i in (1, 2)]
@@ -135,7 +151,7 @@ def test_names_that_are_markup_stay_names():
     assert "script" not in {tag for tag, _ in parsed.tags}
     assert all(name != "onload" for _, attributes in parsed.tags for name in attributes)
     shown = evil.replace("\x00\ud800", "  ")
-    # the tab, the heading, the note, the head's name, the stage of the table, key and value and name of the settings
+    # title, heading, note, fact, stage in the table of costs; in the settings a key, its value and data.name
     assert sum(shown in piece for piece in parsed.texts) >= 8
     assert text.encode()
 
@@ -160,20 +176,22 @@ def test_the_table_holds_the_figures_and_marks_the_best():
     for j, (part, measure) in enumerate(columns, start=1):
         known = {key: found[part].get(key, {}).get(measure) for key in names}
         best = max(value for value in known.values() if value is not None)
-        due = ["–" if value is None else "★ " * (value == best) + f"{100 * value:.1f}" for value in known.values()]
-        assert [row[j] for row in rows] == due
-    assert rows[0][2] == rows[3][2] == "★ 81.2"  # two are best
+        stars = ["★ " if value == best else "" for value in known.values()]
+        figures = ["–" if value is None else f"{100 * value:.1f}" for value in known.values()]
+        assert [row[j] for row in rows] == [star + text for star, text in zip(stars, figures, strict=True)]
+    assert rows[0][2] == rows[3][2] == "★ 81.2"  # a tie for the best
 
 
-def test_a_method_without_a_rival_is_not_called_the_best():
+def test_the_only_method_is_not_marked_as_the_best():
     metrics = {"own": {"networked": measured([0.5], 0.5, 0.5)}}
     assert Parsed(page("a run", {}, metrics, [])).tables[0][2] == ["Networked", "50.0", "50.0", "50.0"]
 
 
-def test_what_stayed_at_home_is_said():
-    text = page("a run", {}, metrics_of(), [])
-    assert "75.0 % (own distribution) and 40.0 % (balanced) stayed at home" in text
-    assert "Of a device’s samples 75.0 % (own distribution) stayed" in page("", {}, without(metrics_of(), "iid"), [])
+def test_the_page_states_the_share_of_samples_answered_locally():
+    text = sentences("a run", {}, metrics_of(), [])
+    assert "75.0 % (own distribution) and 40.0 % (balanced) of their samples locally" in text
+    text = sentences("", {}, without(metrics_of(), "iid"), [])
+    assert "Devices answered 75.0 % (own distribution) of their samples locally" in text
 
 
 def test_the_routing_is_drawn_cell_by_cell():
@@ -186,7 +204,7 @@ def test_the_routing_is_drawn_cell_by_cell():
     assert [text.text for _, text in drawn_cells(svg)] == ["50", "25", "25", "0", "100", "0", "12", "88", "0"]
 
 
-def test_both_pictures_of_devices_have_one_scale():
+def test_both_figures_of_devices_have_one_scale():
     metrics = metrics_of()
     metrics["iid"]["own_expert"]["devices"] = [0.2, 0.3, 0.4]
     svgs = [svg for caption, svg in pictures(page("", {}, metrics, [])).items() if "of each device" in caption]
@@ -194,64 +212,62 @@ def test_both_pictures_of_devices_have_one_scale():
     assert percents[0] == percents[1] == ["20", "40", "60", "80"]
 
 
-def test_a_stage_has_the_curves_that_it_told():
-    captions = [
-        caption for caption in pictures(page("", {}, metrics_of(), [])) if "round by round" in caption or "ε" in caption
-    ]
-    kinds = {
-        stage: [c.split()[0] for c in captions if f" {stage} stage" in c] for stage in ("extractor", "experts", "gate")
-    }
+def test_each_stage_has_a_curve_for_every_measured_figure():
+    drawn = pictures(page("", {}, metrics_of(), []))
+    captions = [caption for caption in drawn if "in each round" in caption or "ε" in caption]
+    kinds = {}
+    for stage in ("extractor", "experts", "gate"):
+        kinds[stage] = [caption.split()[0] for caption in captions if f" {stage} stage" in caption]
     assert kinds == {"extractor": ["Loss", "Accuracy", "Privacy"], "experts": ["Loss"], "gate": ["Loss", "Accuracy"]}
-    (gate,) = [
-        s for caption, s in pictures(page("", {}, metrics_of(), [])).items() if "Accuracy in the gate" in caption
-    ]
+    (gate,) = [svg for caption, svg in drawn.items() if "Accuracy of the gate" in caption]
     assert hovers(gate) == ["gate: 50 at 1, 90 at 5"]
 
 
-def test_who_dropped_out_is_said_in_one_sentence():
+def test_dropouts_are_summed_up_in_one_sentence():
     metrics = metrics_of()
     assert "dropped out" not in page("", {}, metrics, [])
     metrics["history"][1]["lost"] = [0, 2]
     metrics["history"][3]["lost"] = [2]
-    text = page("", {}, metrics, [])
+    text = sentences("", {}, metrics, [])
     assert "Clients dropped out 3 times, in 2 of 15 rounds, most often client 2 (2 times)" in text
 
 
 def test_the_split_is_drawn_cell_by_cell():
     metrics = metrics_of(devices=3, classes=5)
-    text = page("", {}, metrics, LABELS)  # of the fifth class nobody told the name
+    text = page("", {}, metrics, LABELS)  # the fifth class has no label
     svg = next(svg for caption, svg in pictures(text).items() if caption.startswith("Training samples"))
     names = [*LABELS, "4"]
     counts = enumerate(metrics["split"]["train"])
     assert cells(svg) == {(str(i), names[k]): str(count) for i, row in counts for k, count in enumerate(row)}
     assert set(names) <= set(texts(svg))
-    assert "180 training samples, 10 to 110 a client, 15 held out" in text
-    assert "30 for the devices’ own tests" in text
+    text = sentences("", {}, metrics, LABELS)
+    assert "180 training samples, 10 to 110 per client, 15 held out" in text
+    assert "30 to test each device on its own distribution" in text
 
 
-def test_the_cost_is_in_units_that_people_read():
+def test_costs_are_shown_in_readable_units():
     table = next(table for table in Parsed(page("", {}, metrics_of(), [])).tables if table[0][0] == "stage")
     assert table[1:] == [
         ["extractor", "35.2 MB", "1.5 kB", "6.4 s"],
         ["gate", "800.0 kB", "999 B", "1 min 12 s"],
         ["evaluate", "–", "–", "0.8 s"],
-        ["in all", "36.0 MB", "2.5 kB", "1 h 1 min"],
+        ["total", "36.0 MB", "2.5 kB", "1 h 1 min"],
     ]
     metrics = without(without(metrics_of(), "bytes"), "seconds", "all")
     table = next(table for table in Parsed(page("", {}, metrics, [])).tables if table[0][0] == "stage")
-    assert table[-1] == ["in all", "–", "–", "1 min 19 s"]
+    assert table[-1] == ["total", "–", "–", "1 min 19 s"]
 
 
-def test_privacy_is_claimed_with_its_figures_and_not_for_weights():
-    text = page("", {}, metrics_of(), [])
-    assert "200 releases with noise of up to σ = 0.0192" in text
+def test_privacy_is_stated_with_its_figures_and_not_for_weights():
+    text = sentences("", {}, metrics_of(), [])
+    assert "released matrices 200 times, with noise of up to σ = 0.0192" in text
     assert "ε = 7.5 at δ = 1e-05" in text
-    assert "Weights that were sent are not covered" in text
+    assert "The weights that clients sent are not covered" in text
     assert "Privacy:" not in page("", {}, without(metrics_of(), "privacy"), [])
     assert "ε = –" in page("", {}, {"privacy": {"epsilon": None, "delta": 1e-5}}, [])
 
 
-def test_every_setting_stands_in_the_last_table():
+def test_the_last_table_lists_every_setting():
     text = page("", {**CONFIG, "extractor": {"arguments": {}}}, {}, [])
     assert Parsed(text).tables[-1] == [
         ["seed", "7"],
@@ -278,14 +294,14 @@ def test_every_setting_stands_in_the_last_table():
         (("own", "iid", "history", "split", "bytes", "seconds", "privacy"), []),
     ],
 )
-def test_what_was_not_measured_is_left_out(gone, left):
+def test_sections_without_measurements_are_left_out(gone, left):
     text = page("", {}, {key: value for key, value in metrics_of().items() if key not in gone}, LABELS)
     assert Parsed(text).headings == left
     assert ("Nothing was measured" in text) == (left == [])
 
 
 @pytest.mark.parametrize("part", ["own", "iid"])
-def test_any_figure_of_a_test_may_be_missing(part):
+def test_any_single_measurement_may_be_missing(part):
     for key in metrics_of()[part]:
         assert Parsed(page("", {}, without(metrics_of(), part, key), [])).headings == HEADINGS
         assert Parsed(page("", {}, {part: {key: metrics_of()[part][key]}}, [])).headings
@@ -298,12 +314,12 @@ def test_any_figure_of_a_test_may_be_missing(part):
 def test_an_untrained_run_has_a_page():
     parsed = Parsed(page("a run", CONFIG, {"note": "untrained"}, []))
     assert parsed.headings == []
-    assert {"a run", "untrained", "Nothing was measured.", "Every setting"} <= set(parsed.texts)
+    assert {"a run", "untrained", "Nothing was measured.", "All settings"} <= set(parsed.texts)
 
 
-def test_a_round_in_which_everybody_dropped_out_has_no_loss():
+def test_a_round_in_which_all_clients_dropped_out_has_no_loss():
     metrics = {"history": [{"stage": "gate", "round": 1, "lost": [0]}, {"stage": "gate", "round": 2, "loss": 1.5}]}
-    text = page("", {}, metrics, [])
+    text = sentences("", {}, metrics, [])
     (svg,) = pictures(text).values()
     assert hovers(svg) == ["gate: 1.5 at 2"]
     assert "Clients dropped out once, in 1 of 2 rounds" in text
