@@ -152,10 +152,10 @@ def serve(out: Path, name: str) -> tuple[str, ...]:
 
 def tests_of(run: Path) -> Tests:
     """The test sets as the training dealt them out."""
-    from nmoe_train.pipeline import fleet_of
+    from nmoe_train.pipeline import trainer_of
     from nmoe_train.run import read_run
 
-    clients_ = fleet_of(read_run(run))[0].clients
+    clients_ = trainer_of(read_run(run))[0].clients
     own = [(x.numpy(), y.numpy()) for x, y in clients_.own_test]
     return Tests(own, (clients_.test[0].numpy(), clients_.test[1].numpy()))
 
