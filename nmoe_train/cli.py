@@ -44,12 +44,13 @@ def cli() -> None:
 
 
 @cli.command(
+    short_help="Train extractor, experts and gate, and write a run.",
     epilog="""\b
 Examples: nmoe-train run
           nmoe-train run --partition noniid:0.5 --gate rollgate --out runs/ring
           nmoe-train run --extractor fedsc --dp-epsilon 8
           nmoe-train run --data npz:cifar10.npz --rounds 100 --set extractor.batch=50
-          nmoe-train run --out runs/ring --resume"""
+          nmoe-train run --out runs/ring --resume""",
 )
 @options.TRAINING
 @click.option("--out", type=options.PATH, help="The run's folder.  [default: the first free of runs/DATA-N]")
@@ -64,7 +65,7 @@ def run(
     as_json: bool,
     **given: object,
 ) -> None:
-    """Train extractor, experts and gate, evaluate the fleet, and write a run.
+    """Train extractor, experts and gate, evaluate them, and write a run: the folder that nmoe-export reads.
 
     Without options, this trains ten clients on scikit-learn's digits in seconds; nothing is downloaded.
 
@@ -83,11 +84,16 @@ def run(
     _train(config, out, resume, as_json, name=config.data.name.partition(":")[0])
 
 
-def _stage_command(stage: str, purpose: str, example: str, *own: Callable[..., Any]) -> click.Command:
+def _stage_command(
+    stage: str, short_help: str, kept: str, example: str, *own_options: Callable[..., Any]
+) -> click.Command:
     """A command that trains a run again from `stage` on."""
+    full_help = f"{short_help}\n\nRUN is the folder of a finished run, which is not changed. {kept}"
 
-    @click.command(name=stage, help=purpose, epilog=f"Example: nmoe-train {stage} runs/digits-1{example}")
-    @options.combined(options.RUN, *own, options.DEVICE, options.SET)
+    @click.command(
+        name=stage, help=full_help, short_help=short_help, epilog=f"Example: nmoe-train {stage} runs/digits-1{example}"
+    )
+    @options.combined(options.RUN, *own_options, options.DEVICE, options.SET)
     @click.option("--out", type=options.PATH, help=f"The new run's folder.  [default: the first free of RUN-{stage}-N]")
     @options.RESUME
     @options.JSON
@@ -108,36 +114,41 @@ def _stage_command(stage: str, purpose: str, example: str, *own: Callable[..., A
     return command
 
 
+_AS_IN_RUN = "as in RUN"
 cli.add_command(
     _stage_command(
         "extractor",
-        "Train a new extractor, experts and gate on the data and split of RUN, and write a new run.",
+        "Train a new extractor, experts and gate from RUN.",
+        "The new run has its data and split, and its settings unless options change them.",
         " --rounds 40",
-        options.extractor("as in RUN", "as in RUN", "as in RUN"),
+        options.extractor(_AS_IN_RUN, _AS_IN_RUN, _AS_IN_RUN, _AS_IN_RUN),
     )
 )
 cli.add_command(
     _stage_command(
         "experts",
-        "Train new experts and a gate on the extractor of RUN, and write a new run.",
+        "Train new experts and a gate for the extractor of RUN.",
+        "The new run has its extractor, and its settings unless options change them.",
         " --set experts.epochs=10",
     )
 )
 cli.add_command(
     _stage_command(
         "gate",
-        "Train a new gate for the extractor and experts of RUN, and write a new run.",
+        "Train a new gate for the extractor and experts of RUN.",
+        "The new run has its extractor and experts, and its settings unless options change them.",
         " --gate rollgate",
-        options.gate("as in RUN"),
-        options.top_k("as in RUN"),
+        options.gate(_AS_IN_RUN),
+        options.top_k(_AS_IN_RUN),
     )
 )
 cli.add_command(
     _stage_command(
         "evaluate",
-        "Evaluate RUN under other inference settings, and write a new run with the same networks.",
+        "Evaluate RUN under other inference settings.",
+        "The new run has the same networks; only inference settings and figures differ.",
         " --top-k 2",
-        options.top_k("as in RUN"),
+        options.top_k(_AS_IN_RUN),
     )
 )
 
@@ -198,15 +209,15 @@ def _free_folder(parent: Path, name: str) -> Path:
     raise AssertionError("unreachable: itertools.count does not end")
 
 
-@cli.command(epilog="Example: nmoe-train baselines runs/digits-1")
+@cli.command(short_help="Train baselines to compare RUN with.", epilog="Example: nmoe-train baselines runs/digits-1")
 @options.RUN
 @options.JSON
 def baselines(folder: Path, as_json: bool) -> None:
-    """Train what RUN is compared with, on the same data and split.
+    """Train baselines to compare RUN with, on the same data and split.
 
-    Baselines are a classifier of each client's own, one classifier averaged over all clients (FedAvg), and a mixture of
-    experts trained on all data in one place. The figures go to RUN/baselines.json and RUN/report.html. If it stops, run
-    the same command again to finish it.
+    Baselines are a separate classifier for each client, one classifier averaged over all clients (FedAvg), and a
+    mixture of experts trained on all data in one place. RUN is the folder of a finished run; the figures go to its
+    baselines.json and report.html. If the command stops, run it again to finish.
     """
     from nmoe_train.results.baselines import baselines
     from nmoe_train.run import read_run
@@ -224,10 +235,11 @@ def baselines(folder: Path, as_json: bool) -> None:
 
 
 @cli.command(
+    short_help="Print the paper's table 1 or 2 with figures trained here.",
     epilog="""\b
 Examples: nmoe-train table 1
           nmoe-train table 2 --seeds 3
-          nmoe-train table 1 --data cifar10 --backbone resnet18 --set extractor.dim=512 --device cuda --minutes 10"""
+          nmoe-train table 1 --data cifar10 --backbone resnet18 --set extractor.dim=512 --device cuda --minutes 10""",
 )
 @click.argument("number", type=click.IntRange(1, 2))
 @click.option(
@@ -239,7 +251,8 @@ Examples: nmoe-train table 1
 )
 @options.PAPER
 def table(number: int, seeds: int, minutes: float | None, **given: Any) -> None:
-    """Print the paper's table NUMBER, trained here: every extractor with every gate, and the baselines, on four splits.
+    """Print the paper's table 1 or 2 with figures trained here: every extractor with every gate, and the baselines, on
+    four splits.
 
     Table 1 is measured on each client's own distribution, table 2 on the balanced test set. A cell shows accuracy,
     macro F1 and AUC in percent. On digits this takes minutes. Both tables use the same trainings, which are kept in
@@ -253,13 +266,13 @@ def table(number: int, seeds: int, minutes: float | None, **given: Any) -> None:
         click.echo(unfinished)
 
 
-@cli.command(epilog="Example: nmoe-train figure 3")
+@cli.command(short_help="Draw the paper's figure 3 or 4 as an HTML page.", epilog="Example: nmoe-train figure 3")
 @click.argument("number", type=click.IntRange(3, 4))
 @options.PAPER
 def figure(number: int, minutes: float | None, **given: Any) -> None:
-    """Draw the paper's figure NUMBER as an HTML page: which device asks which expert (3), or learning curves (4).
+    """Draw the paper's figure 3 or 4 as an HTML page: which device asks which expert (3), or learning curves (4).
 
-    It shows the split noniid:0.5, and uses the same trainings as the tables.
+    The page is written to --out. It shows the split noniid:0.5, and uses the same trainings as the tables.
     """
     from nmoe_train.results.paper import FIGURE_PARTITION, draw, units
 
@@ -290,12 +303,15 @@ def _do_units(wanted: list[Unit], minutes: float | None, given: Mapping[str, Any
     return done, f"{count} of {len(wanted)} parts are done and saved in {out / FILE}; {again}"
 
 
-@cli.command(epilog="Example: nmoe-train settings --recipe paper --data cifar10 > mine.toml")
+@cli.command(
+    short_help="Print every setting as TOML.",
+    epilog="Example: nmoe-train settings --recipe paper --data cifar10 > mine.toml",
+)
 @options.TRAINING
 def settings(file: Path | None, recipe: str | None, settings: tuple[str, ...], **given: object) -> None:
-    """Print every setting, with its meaning, as `run` with the same options would use it.
+    """Print every setting and what it means, with the value that `nmoe-train run` with the same options would use.
 
-    The output is a TOML file: edit it and pass it to `nmoe-train run --config`.
+    The output is TOML: edit it, and pass it to `nmoe-train run --config`.
     """
     from nmoe_train.config import configure
     from nmoe_train.settings import as_toml
@@ -303,14 +319,14 @@ def settings(file: Path | None, recipe: str | None, settings: tuple[str, ...], *
     click.echo(as_toml(configure(recipe or "best", file, options.settings_of(given, settings))), nl=False)
 
 
-@cli.command(epilog="Example: nmoe-train inspect runs/digits-1")
+@cli.command(short_help="Verify RUN and print what it contains.", epilog="Example: nmoe-train inspect runs/digits-1")
 @options.RUN
 @click.option("--json", "as_json", is_flag=True, help="Print run.json and metrics.json as one JSON object.")
 def inspect(folder: Path, as_json: bool) -> None:
-    """Verify RUN, rebuild its networks, and print what it contains.
+    """Verify every file of RUN, rebuild its networks, and print what it contains.
 
-    A run can name any importable Python factory for its networks, and this command calls it: inspect a run only if you
-    trust where it comes from.
+    RUN is the folder of a finished run. It can name any importable Python function to build its networks, and this
+    command calls that function: inspect only runs that you trust.
     """
     from nmoe_edge.common.schema import to_plain
     from nmoe_train.run import read_run

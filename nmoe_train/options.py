@@ -56,7 +56,7 @@ def top_k(default: str) -> Callable[..., Any]:
     return click.option("--top-k", type=int, help=f"Experts that the gate sends a row to.  [default: {default}]")
 
 
-def extractor(method: str, backbone: str, rounds: str) -> Callable[..., Any]:
+def extractor(method: str, backbone: str, rounds: str, epsilon: str) -> Callable[..., Any]:
     return combined(
         click.option(
             "--extractor",
@@ -71,8 +71,8 @@ def extractor(method: str, backbone: str, rounds: str) -> Callable[..., Any]:
         click.option(
             "--dp-epsilon",
             type=float,
-            help="With fedsc: add noise to the matrices that clients share, for this privacy budget ε.  [default: no"
-            " noise]",
+            help="With fedsc: privacy budget ε of the matrices that clients share; it sets their noise, and a smaller"
+            f" budget protects better.  [default: {epsilon}]",
         ),
     )
 
@@ -106,7 +106,7 @@ TRAINING = combined(
         help="Which classes a client has: iid (all alike), noniid:TAU (a share of 1/(1+TAU) from its own class),"
         " dirichlet:A or classes:C.  [default: noniid:0.2]",
     ),
-    extractor("fedce", "small", "20"),
+    extractor("fedce", "small", "20 on digits with fedce", "no noise"),
     gate("fedgate"),
     top_k("1"),
     click.option("--seed", type=int, help="Seed of all randomness; the same seed gives the same run.  [default: 0]"),

@@ -170,6 +170,8 @@ def _is_written(out: Path) -> bool:
 
 def _begin_or_resume(config: Config, out: Path, path: Path, resume: bool, command: str) -> Checkpoint:
     """An empty checkpoint, or the one at `path`; RunError when `out` cannot be used or the checkpoint does not fit."""
+    if resume and (out / RUN_FILE).exists():
+        raise RunError(f"{out}: holds a finished run; there is nothing to resume")
     _check_out(out)
     plain = to_plain(config)
     if not resume:
@@ -186,7 +188,8 @@ def _begin_or_resume(config: Config, out: Path, path: Path, resume: bool, comman
     differs = difference(checkpoint.config, plain)
     if differs:
         raise RunError(
-            f"{path}: cannot be resumed with other settings: {differs}; leave the settings out, or choose another --out"
+            f"{path}: cannot be resumed with other settings: {differs};"
+            " use the settings that it was started with, or choose another --out"
         )
     return checkpoint
 

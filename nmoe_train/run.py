@@ -283,10 +283,10 @@ def read_run(folder: Path | str) -> Run:
         print(run.record.experts, "devices, seed", run.record.seed)
     """
     folder = Path(folder)
+    if folder.name.endswith(".partial") and os.path.isdir(folder):
+        raise RunError(f"{folder}: this training has not finished; finish it with --resume")
     if not os.path.isdir(folder):
         raise RunError(f"{folder}: no such run; expected a folder that nmoe-train wrote")
-    if folder.name.endswith(".partial"):
-        raise RunError(f"{folder}: this training has not finished; finish it with --resume")
     path = folder / RUN_FILE
     try:
         record = _parse_record(parse_json(_read_bytes(path)))
