@@ -1,6 +1,7 @@
-"""Every setting of a training, each default in one place.
+"""Every setting of a training with its default, and how defaults, recipe, file and flags combine.
 
-A TOML file overrides a recipe, a recipe the defaults, and flags override all. Unknown keys are refused by name.
+Flags override a TOML file, the file overrides the recipe, and the recipe overrides the defaults. Unknown keys are
+refused by name. `nmoe-train settings` prints the docstrings of the fields as comments (settings.py).
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
 _COUNT = (1, 10**6)
 _POSITIVE = (1e-12, 1e30)
 _SHARE = (1e-9, 1)
 
 
 def _check(section: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse a setting that is out of its range; null is for what has a default of its own."""
+    """Refuse a setting that is out of its range; None passes, because it stands for "not set"."""
     for name, (low, high) in ranges.items():
         value = getattr(section, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} is {value}, not in {_plain(low)}..{_plain(high)}")
+            raise ValueError(f"{name} is {value}; it must be in {_plain(low)}..{_plain(high)}")
 
 
 def _plain(bound: float) -> str:
@@ -41,94 +41,100 @@ def _plain(bound: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """What is trained on, and who has what."""
+    """The data set, and how it is distributed among the clients."""
 
     name: str = "digits"
+    """One of "digits", "cifar10", "fashion-mnist", "npz:FILE" or "folder:DIR"; RUN.md describes files and folders."""
     clients: int = 10
+    """Number of clients, and so of experts (m = n in the paper): 1 to 1024."""
     partition: str = "noniid:0.2"
-    """See partition.py."""
+    """Classes of each client. "iid": all alike; "noniid:TAU": its own class has the share 1/(1+TAU), the paper's τ;
+    "noniid-text:TAU": the share 1-TAU; "dirichlet:A": drawn from Dirichlet(A); "classes:C": C classes per client."""
     test_partition: str | None = None
-    """Of each client's own test samples; null: like its training samples."""
+    """The partition of each client's own test samples. Not set: the same as `partition`."""
     train_size: int | None = None
-    """Samples a client; null: as many as the split allows, for CIFAR-10 at most the paper's 2500."""
+    """Samples per client, held-out ones included. Not set: the most possible; CIFAR-10: up to 2500, as in the paper."""
     test_size: int | None = None
-    """The same for its own test set; for CIFAR-10 at most the paper's 1000."""
+    """Samples in each client's own test set. Not set: the most possible; CIFAR-10: up to 1000, as in the paper."""
     held_out: float = 0.125
-    """Share of a client's training samples that no stage trains on: thresholds are chosen and int8 calibrated there."""
+    """Share of a client's samples, 0 to 1, kept out of training: for the local_first threshold and int8 calibration."""
 
     def __post_init__(self) -> None:
         _check(self, {"clients": (1, 1024), "train_size": (2, 10**9), "test_size": (1, 10**9)})
         if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}, not between 0 and 1")
+            raise ValueError(f"held_out is {self.held_out}; it must be over 0 and under 1")
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractorConfig:
-    """Stage 1: a shared extractor, supervised or self-supervised."""
+    """Stage 1: the shared feature extractor F, trained by federated SGD."""
 
     method: Literal["fedce", "fedsc"] = "fedce"
+    """FedCE trains a classifier and needs labels; FedSC is self-supervised and needs none (see [fedsc])."""
     backbone: str = "small"
-    """A name of nets.REGISTRY, or package.module:factory."""
+    """The network: "small", "resnet18", or "package.module:factory" for one of your own."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the factory gets beside the shape of the images."""
+    """Keyword arguments of the backbone: all for one of your own, else added to those that nmoe-train passes."""
     dim: int = 64
-    """Numbers in a latent."""
+    """Numbers in a latent, d."""
     head: Literal["expert", "linear"] = "expert"
-    """FedCE: whether the head that is taken off has an expert's layers, or is one linear layer."""
+    """FedCE's head H, the predictor on top of F. "expert": the layers of an expert; "linear": one linear layer."""
     heads: Literal["shared", "local"] = "shared"
-    """FedCE: whether the head is averaged too, or stays with its client."""
+    """FedCE. "shared": the head is averaged like the extractor; "local": each client keeps its own (paper, eq. 2)."""
     views: Literal["none", "shift", "light", "crop", "strong"] = "none"
-    """FedCE: how images are varied while training; see augment.py."""
+    """FedCE: random changes of training images. "shift": moved by up to 1/8; "light": moved, mirrored; "crop": a part,
+    1/2 to all of the area; "strong": a part, 1/5 to all of the area, mirrored and recoloured."""
     rounds: int = 20
+    """Federated rounds."""
     local_epochs: int = 2
+    """Passes of a client over its samples in one round."""
     batch: int = 20
+    """Samples per gradient step."""
     rate: float = 0.05
+    """Learning rate at its peak; it falls to 0 along a cosine."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip: float = 3.0
-    """Longest gradient."""
+    """Longer gradients are scaled down to this length."""
     warm_rounds: int = 2
-    """Rounds in which the rate rises, before the cosine takes it down."""
+    """Rounds in which the learning rate rises to its peak."""
     share: float = 1.0
-    """Of the clients, that train in a round."""
+    """Share of clients that train in a round, over 0 and up to 1."""
     drop: float = 0.0
-    """The probability that one of them drops out of a round, and is left out of its average."""
+    """Probability, 0 to 0.999, that a client drops out of a round; its update is then missing from the average."""
     step_limit: int | None = None
-    """Batches after which a client sends what it has, so that nobody waits for who has most; null: no limit."""
+    """Most batches of a client per round, so that a large client does not delay the round. Not set: no limit."""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            {"dim": _COUNT, "rounds": _COUNT, "local_epochs": (0, 10**6), "batch": _COUNT, "warm_rounds": (0, 10**6)},
-        )
+        _check(self, {"dim": _COUNT, "rounds": _COUNT, "batch": _COUNT, "step_limit": _COUNT})
+        _check(self, {"local_epochs": (0, 10**6), "warm_rounds": (0, 10**6), "share": _SHARE, "drop": (0, 0.999)})
         _check(self, {"rate": _POSITIVE, "momentum": (0, 1), "weight_decay": (0, 1e9), "clip": _POSITIVE})
-        _check(self, {"share": _SHARE, "drop": (0, 0.999), "step_limit": _COUNT})
         try:
             json.dumps(self.arguments, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"arguments are kept as JSON, and this is none: {error}") from error
+            raise ValueError(f"arguments must be JSON values, because a run stores them as JSON: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class FedSCConfig:
-    """What FedSC has beside stage 1's own settings."""
+    """Stage 1 with extractor.method = "fedsc": settings of FedSC alone."""
 
     radius: float = 4.0
-    """μ: projections are cut to length √μ."""
+    """μ: projections longer than √μ are cut to that length."""
     alpha: float = 0.2
-    """Weight of a client's own correlations in the last round; it falls from 1 in a straight line."""
+    """α, weight of a client's own correlations, in the last round; it falls linearly from 1. In the paper it is q_i."""
     views: Literal["shift", "light", "crop", "strong"] = "strong"
-    """How two views of an image are made; see augment.py."""
+    """Random changes that make two views of an image, as in extractor.views; "strong" is FedSC's own."""
     projector: int = 128
-    """Width of the projector's hidden layer; it ends with as many numbers as a latent has."""
+    """Width of the projector's hidden layer; its output has extractor.dim numbers."""
     matrix_views: int = 5
-    """Views of each sample that a client's correlation matrix is the mean of."""
+    """Views of each sample over which a client averages its correlation matrix R."""
     sigma: float | None = None
-    """Standard deviation of the noise on every number of a matrix; null: none, or what epsilon asks for."""
+    """σ, standard deviation of the noise on each entry of R. Not set: chosen to meet `epsilon`; no noise without it."""
     epsilon: float | None = None
-    """Budget of all releases: it chooses sigma, or ends the stage when the given sigma has spent it."""
+    """ε, privacy budget of all rounds together. With `sigma`, stage 1 ends before it exceeds ε. Not set: no budget."""
     delta: float = 1e-5
-    """ε and δ hide whether one sample of a client was another one."""
+    """δ: (ε, δ)-differential privacy protects the replacement of one sample of a client."""
 
     def __post_init__(self) -> None:
         _check(self, {"radius": _POSITIVE, "alpha": (0, 1), "projector": _COUNT, "matrix_views": _COUNT})
@@ -137,92 +143,114 @@ class FedSCConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsConfig:
-    """Stage 2: a personal expert on the frozen extractor's latents."""
+    """Stage 2: one personal expert per client, trained on the frozen extractor's latents."""
 
     widths: tuple[int, ...] = (64, 32, 32)
-    """Hidden layers: with three, the paper's four-layer MLP."""
+    """Widths of the hidden layers; three of them make the paper's four-layer MLP."""
     loss: Literal["plain", "adjusted"] = "adjusted"
-    """Cross-entropy as it is, or of logits plus the log of the client's own class mix (logit adjustment)."""
+    """Cross-entropy: "plain" as in the paper; "adjusted" adds the log of the client's class mix to the logits."""
     start: Literal["head", "fresh"] = "head"
-    """From stage 1's head, or from new weights."""
+    """Initial weights: FedCE's head, or fresh ones."""
     epochs: int = 30
+    """Passes over the samples of the largest client; smaller clients repeat theirs."""
     batch: int = 20
+    """Samples per gradient step."""
     rate: float = 2e-4
-    """Ten times that for experts that start fresh: a faster one forgets the head that it starts from."""
+    """Initial learning rate of AdamW. Fresh experts need 2e-3, at which experts that start from the head forget it."""
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
         _check(self, {"epochs": _COUNT, "batch": _COUNT, "rate": _POSITIVE, "weight_decay": (0, 1e9)})
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths are {list(self.widths)}, not numbers from 1 on")
+        if not self.widths:
+            raise ValueError("widths is empty; an expert needs at least one hidden layer, for example [64]")
+        _check_widths(self.widths)
+
+
+def _check_widths(widths: tuple[int, ...]) -> None:
+    if widths and min(widths) < 1:
+        raise ValueError(f"widths are {list(widths)}; each must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
 class GateConfig:
-    """Stage 3: who is asked."""
+    """Stage 3: the gate G, which picks the experts for a latent."""
 
     method: Literal["rangate", "rollgate", "fedgate"] = "fedgate"
+    """RanGate draws at random; RollGate learns which client a latent comes from; FedGate learns by FedAvg."""
     widths: tuple[int, ...] = ()
-    """Hidden layers; none: the paper's linear gate."""
+    """Widths of hidden layers; none makes the paper's linear gate."""
     own: Literal["nothing", "bias", "weights"] = "bias"
-    """FedGate: what a device adds to the shared scores and keeps to itself (partial synchronisation)."""
+    """FedGate: the part of the gate that a device adds to the shared scores and never sends."""
     loss: Literal["outputs", "probabilities"] = "probabilities"
-    """Whether the experts' outputs are mixed (the paper) or their probabilities; also at inference."""
+    """What is combined, in training and on devices: the experts' outputs (the paper) or their probabilities."""
     rounds: int = 100
+    """FedGate: federated rounds."""
     local_steps: int = 1
+    """FedGate: gradient steps of a client in one round."""
     batch: int = 64
+    """Samples per gradient step."""
     rate: float = 0.05
+    """Learning rate at its peak; it falls to 0 along a cosine. With step = "unit" it is the length of a step."""
     step: Literal["unit", "clipped"] = "unit"
-    """Gradients of length one, or at most one."""
+    """Gradient normalisation. "unit": every gradient is scaled to length 1; "clipped": only longer ones."""
     noise: float = 0.1
-    """Standard deviation of what is added to the scores while training."""
+    """FedGate: standard deviation of the noise added to the scores in training, the paper's ε."""
     load_loss: float = 0.0
-    """Weight of the Switch loss that spreads rows over experts."""
+    """FedGate: weight of the load balance loss L_load, which spreads rows over the experts."""
     share: float = 0.7
-    """Of the clients, that train in a round."""
+    """FedGate: share of clients that train in a round, over 0 and up to 1; 0.7 in the paper."""
     drop: float = 0.0
-    """The probability that one of them drops out of a round."""
+    """FedGate: probability, 0 to 0.999, that a client drops out of a round."""
     shares: tuple[float, ...] | None = None
-    """RanGate: how often each expert is chosen; null: all alike."""
+    """RanGate: probability of each expert, one number per client, in total 1. Not set: all equal."""
     roll_own: float = 0.7
-    """RollGate: the probability that a sample is labelled with its own client."""
+    """RollGate: probability that a sample is labelled with its own client, the paper's p."""
     order: Literal["ring", "shuffled"] = "ring"
-    """RollGate: whom the gate visits next."""
+    """RollGate: order of the clients in a lap. "ring": by number; "shuffled": a new random order in every lap."""
     laps: int = 10
-    """RollGate: how often it visits everybody."""
+    """RollGate: how often the gate visits every client."""
 
     def __post_init__(self) -> None:
         _check(self, {"rounds": _COUNT, "local_steps": _COUNT, "batch": _COUNT, "laps": _COUNT, "rate": _POSITIVE})
         _check(self, {"noise": (0, 1e9), "load_loss": (0, 1e9), "share": _SHARE, "drop": (0, 0.999)})
         _check(self, {"roll_own": (0, 1)})
-        if self.widths and min(self.widths) < 1:
-            raise ValueError(f"widths are {list(self.widths)}, not numbers from 1 on")
+        _check_widths(self.widths)
         if self.widths and self.own == "weights":
-            raise ValueError("own = 'weights' needs a linear gate: widths = []")
+            raise ValueError("own = 'weights' needs a linear gate; set widths = []")
         if self.shares is not None and not (min(self.shares, default=0) > 0 and abs(sum(self.shares) - 1) < 1e-6):
-            raise ValueError(f"shares are {list(self.shares)}, not numbers over 0 that sum to 1")
+            raise ValueError(f"shares are {list(self.shares)}; each must be over 0, and they must sum to 1")
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceConfig:
-    """What a device does with it."""
+    """How a device answers a row; also how the run is evaluated."""
 
     top_k: int = 1
+    """Experts that a row is sent to: 1 to data.clients, the paper's k."""
     local_first: bool = True
-    """Whether a row stays at home when its own expert is sure enough: how sure, held-out training samples say."""
+    """Whether the device answers a row alone if its own expert is confident; held-out samples choose the threshold."""
     adapt: bool = True
-    """Whether the device estimates its own class mix from its traffic; needs adjusted experts."""
+    """Whether a device multiplies in its own class mix, estimated from its requests; needs experts.loss "adjusted"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A whole training."""
+    """All settings of one training. A wrong or contradictory setting raises ValueError.
+
+        from nmoe_train import Config
+        from nmoe_train.config import DataConfig
+
+        Config(seed=1, data=DataConfig(clients=5))  # five clients on scikit-learn's digits, all else by default
+
+    `configure` builds a Config from a recipe, a file and flags, and raises ConfigError instead.
+    """
 
     seed: int = 0
+    """Seed of everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What trains stage 1; auto: cuda where there is one."""
+    """Where stage 1 trains; "auto" takes the GPU if there is one. Stages 2 and 3 train on the CPU."""
     threads: int = 1
-    """Of the CPU. Sums in another order differ in the last bits, so this belongs to the numbers."""
+    """CPU threads, 1 to 256. Another number sums in another order, which changes the last bits of results."""
     data: DataConfig = field(default_factory=DataConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
     fedsc: FedSCConfig = field(default_factory=FedSCConfig)
@@ -232,43 +260,44 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self, {"seed": (0, 2**31), "threads": (1, 256)})
+        clients = self.data.clients
+        has_expert_head = self.extractor.method == "fedce" and self.extractor.head == "expert"
+        asks_for_privacy = self.fedsc.epsilon is not None or self.fedsc.sigma is not None
         if self.inference.adapt and self.experts.loss == "plain":
-            raise ValueError("inference.adapt needs experts.loss = 'adjusted': to have plain ones, set it false")
-        if not 1 <= self.inference.top_k <= self.data.clients:
-            raise ValueError(f"inference.top_k is {self.inference.top_k}, not in 1..{self.data.clients}, the experts")
-        if self.experts.start == "head" and not (self.extractor.method == "fedce" and self.extractor.head == "expert"):
+            raise ValueError("inference.adapt needs experts.loss = 'adjusted'; for plain experts set it to false")
+        if not 1 <= self.inference.top_k <= clients:
+            raise ValueError(f"inference.top_k is {self.inference.top_k}; it must be in 1..{clients}, data.clients")
+        if self.experts.start == "head" and not has_expert_head:
             raise ValueError("experts.start = 'head' needs extractor.method = 'fedce' and extractor.head = 'expert'")
-        if self.extractor.method != "fedsc" and (self.fedsc.epsilon, self.fedsc.sigma) != (None, None):
-            raise ValueError("fedsc.epsilon and fedsc.sigma protect FedSC's matrices: add extractor.method = 'fedsc'")
-        if self.gate.shares is not None and len(self.gate.shares) != self.data.clients:
-            raise ValueError(f"gate.shares are {len(self.gate.shares)} for {self.data.clients} experts")
-        if self.gate.method == "rollgate" and self.data.clients < 2:
-            raise ValueError(
-                "gate.method = 'rollgate' needs two clients: with one there is nobody to label samples with"
-            )
+        if self.extractor.method != "fedsc" and asks_for_privacy:
+            raise ValueError("fedsc.epsilon and fedsc.sigma protect FedSC's matrices; set extractor.method = 'fedsc'")
+        if self.gate.shares is not None and len(self.gate.shares) != clients:
+            raise ValueError(f"gate.shares has {len(self.gate.shares)} numbers for {clients} experts; give one each")
+        if self.gate.method == "rollgate" and clients < 2:
+            raise ValueError("gate.method = 'rollgate' needs two clients, to label samples with the other one")
 
     def expert_net(self, classes: int) -> NetSpec:
-        """An expert."""
+        """The network of an expert, Hᵢ."""
         return NetSpec("mlp", {"dim": self.extractor.dim, "outputs": classes, "widths": list(self.experts.widths)})
 
     def head_net(self, classes: int) -> NetSpec:
-        """What stage 1 trains on top of the extractor: an expert, so that experts can start from it, or less, or P."""
+        """What stage 1 trains on top of the extractor: FedSC's projector, or FedCE's head (an expert or one layer)."""
         dim = self.extractor.dim
         if self.extractor.method == "fedsc":
             return NetSpec("mlp", {"dim": dim, "outputs": dim, "widths": [self.fedsc.projector]})
-        return self.expert_net(classes) if self.extractor.head == "expert" else _linear(dim, classes)
+        if self.extractor.head == "expert":
+            return self.expert_net(classes)
+        return NetSpec("linear", {"dim": dim, "outputs": classes})
 
     def gate_net(self) -> NetSpec:
-        """The shared part of the gate."""
-        dim, n = self.extractor.dim, self.data.clients
+        """The shared part of the gate, G."""
+        n = self.data.clients
+        sizes = {"dim": self.extractor.dim, "outputs": n}
         if self.gate.method == "rangate":
-            return NetSpec("random", {"dim": dim, "outputs": n, "shares": list(self.gate.shares or [1 / n] * n)})
-        widths = list(self.gate.widths)
-        return NetSpec("mlp", {"dim": dim, "outputs": n, "widths": widths}) if widths else _linear(dim, n)
-
-
-def _linear(dim: int, outputs: int) -> NetSpec:
-    return NetSpec("linear", {"dim": dim, "outputs": outputs})
+            return NetSpec("random", {**sizes, "shares": list(self.gate.shares or [1 / n] * n)})
+        if self.gate.widths:
+            return NetSpec("mlp", {**sizes, "widths": list(self.gate.widths)})
+        return NetSpec("linear", sizes)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -280,7 +309,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "inference": {"local_first": False, "adapt": False},
     },
 }
-"""What a named recipe changes of the defaults: `best` is what they are."""
+"""What each recipe changes; "best" is the defaults."""
 
 METHODS: dict[tuple[str, str], dict[str, Any]] = {
     ("fedsc", ""): {
@@ -292,7 +321,7 @@ METHODS: dict[tuple[str, str], dict[str, Any]] = {
         "fedsc": {"views": "crop", "radius": 20.0},
     },
 }
-"""What a method of stage 1 changes of them: always, and for some data."""
+"""Defaults of a stage-1 method, for every data set ("") and for some."""
 
 DATA: dict[str, dict[str, Any]] = {
     "cifar10": {
@@ -301,26 +330,25 @@ DATA: dict[str, dict[str, Any]] = {
         "fedsc": {"projector": 256},
     },
 }
-"""What data changes of them, which the defaults are too small for."""
+"""Defaults for larger data sets."""
 DATA["fashion-mnist"] = DATA["cifar10"]
-
-
 SECTIONS = ("data", "extractor", "fedsc", "experts", "gate", "inference")
 
 
 def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
-    """The defaults, changed by data, recipe and method, then by a file and flags (nested like the file), in this order.
+    """The defaults, changed in this order by data set, recipe, stage-1 method, file and flags. ConfigError if invalid.
 
-    file: TOML, or a run.json, whose every setting is taken
+    file: TOML, or a run.json with every setting; flags: nested like the file, for example {"gate": {"rounds": 50}}
     """
     if recipe not in RECIPES:
-        raise ConfigError(f"no recipe is called {recipe!r}; there are {', '.join(RECIPES)}")
+        raise ConfigError(f"unknown recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
     try:
         given = _merged(_settings(file) if file is not None else {}, flags or {})
         plain = to_plain(Config())
-        name, method = (_chosen(given, plain, *place) for place in (("data", "name"), ("extractor", "method")))
-        methods = (METHODS.get((method, ""), {}), METHODS.get((method, name), {}))
-        for changes in (DATA.get(name, {}), RECIPES[recipe], *methods, given):
+        name = _chosen(given, plain, "data", "name")
+        method = _chosen(given, plain, "extractor", "method")
+        of_method = [METHODS.get((method, data), {}) for data in ("", name)]
+        for changes in (DATA.get(name, {}), RECIPES[recipe], *of_method, given):
             plain = _merged(plain, changes)
         return from_plain(Config, plain)
     except OSError as error:
@@ -330,7 +358,7 @@ def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str
 
 
 def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
-    """A configuration with some settings changed; another method of stage 1 brings its own defaults."""
+    """`config` with some settings changed; if the stage-1 method changes, the new method's defaults apply first."""
     plain = to_plain(config)
     try:
         method = _chosen(flags, plain, "extractor", "method")
@@ -338,9 +366,8 @@ def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
             usual = to_plain(configure(flags={"data": {"name": config.data.name}, "extractor": {"method": method}}))
             kept = {key: plain["extractor"][key] for key in ("backbone", "arguments", "dim")}
             start = {"start": "fresh", "rate": 2e-3} if method == "fedsc" else {}
-            plain = _merged(
-                plain, {"extractor": {**usual["extractor"], **kept}, "fedsc": usual["fedsc"], "experts": start}
-            )
+            changes = {"extractor": {**usual["extractor"], **kept}, "fedsc": usual["fedsc"], "experts": start}
+            plain = _merged(plain, changes)
         return from_plain(Config, _merged(plain, flags))
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -351,17 +378,20 @@ def _settings(file: Path) -> Mapping[str, Any]:
         return tomllib.loads(file.read_text())
     plain = parse_json(file.read_bytes())
     if not (isinstance(plain, dict) and isinstance(plain.get("config"), dict)):
-        raise ValueError("not a run.json: it holds no config")
+        raise ValueError("this is not a run.json: the key config is missing")
     return plain["config"]
 
 
 def _chosen(given: Mapping[str, Any], usual: Mapping[str, Any], section: str, name: str) -> str:
-    """A setting that others' defaults depend on; what is no text is refused later."""
+    """A setting that other defaults depend on, as text; `from_plain` refuses other types later."""
     table = given.get(section)
-    return str((table if isinstance(table, Mapping) else {}).get(name, usual[section][name]))
+    if isinstance(table, Mapping) and name in table:
+        return str(table[name])
+    return str(usual[section][name])
 
 
 def _merged(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`plain` with `changes` applied, table by table."""
     merged = dict(plain)
     for key, value in changes.items():
         both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

@@ -1,7 +1,8 @@
-"""The networks, and how one is built from a name and arguments: a run holds those, never a pickled object.
+"""The networks, and how one is built from a factory's name and its arguments.
 
-A specification is a name of REGISTRY, or `package.module:factory` for anybody's own. Extractors take images as they
-come (uint8 or float, 0 to 255, NCHW): normalisation is theirs, so that what is exported takes raw images.
+A run stores name and arguments, never a pickled object. The name is a key of REGISTRY or, for a network of your own,
+`package.module:factory`. Extractors take raw images, uint8 or float (B, C, H, W) with pixels 0 to 255, and normalise
+them themselves, so that an exported extractor takes raw images too.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ class NetSpec:
     """How to build one network."""
 
     factory: str
-    """A name of REGISTRY, or `package.module:factory`."""
+    """A key of REGISTRY, or `package.module:factory`"""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the factory is called with: JSON, nothing else."""
+    """Keyword arguments of the factory; JSON values only"""
 
 
-def he_(net: nn.Module) -> None:
-    """He's initialisation: without it four layers of ReLU stay near chance for twenty rounds."""
+def _initialise(net: nn.Module) -> None:
+    """He initialisation. With PyTorch's default, four layers of ReLU stay near chance for twenty rounds."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -40,7 +41,11 @@ def he_(net: nn.Module) -> None:
 
 
 class Small(nn.Module):
-    """A convolutional extractor without BatchNorm, whose averages would not survive averaging over unlike clients."""
+    """A small convolutional extractor for images of `channels` × `size` × `size`.
+
+    It has no BatchNorm, because FedAvg over clients with different data ruins BatchNorm's running statistics. The
+    latent is normalised to mean 0 and variance 1.
+    """
 
     def __init__(
         self,
@@ -51,20 +56,18 @@ class Small(nn.Module):
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
     ) -> None:
-        """For images of `channels` × `size` × `size`; `mean` and `std` are those of the pixels scaled to 0..1."""
+        """mean, std: of each channel of the training images, with pixels scaled to 0..1"""
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
         strides = (1, *[2] * (len(widths) - 1))
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride, padding=1)
-            for (a, b), stride in zip(pairwise((channels, *widths)), strides, strict=True)
-        )
-        for stride in strides:
+        self.convolutions = nn.ModuleList()
+        for (inputs, outputs), stride in zip(pairwise((channels, *widths)), strides, strict=True):
+            self.convolutions.append(nn.Conv2d(inputs, outputs, 3, stride, padding=1))
             size = (size - 1) // stride + 1
         self.project = nn.Linear(widths[-1] * size * size, dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        he_(self)
+        _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, dim)
         x = (x.float() / 255 - self.mean) / self.std
@@ -74,7 +77,11 @@ class Small(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """torchvision's ResNet18 as an extractor, without its pooled classifier."""
+    """torchvision's ResNet18 without its classifier, for images of `channels` × `size` × `size`.
+
+    Up to 64 pixels the first layers do not reduce the size (the usual change for CIFAR). GroupNorm is the default,
+    because FedAvg over clients with different data ruins BatchNorm's running statistics.
+    """
 
     def __init__(
         self,
@@ -85,10 +92,7 @@ class ResNet18(nn.Module):
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
     ) -> None:
-        """For images of `channels` × `size` × `size`; up to 64 pixels the first layers keep the size (the CIFAR stem).
-
-        GroupNorm by default: BatchNorm's averages do not survive averaging over unlike clients.
-        """
+        """mean, std: of each channel of the training images, with pixels scaled to 0..1"""
         from nmoe_train.data.vision import models
 
         super().__init__()
@@ -98,14 +102,14 @@ class ResNet18(nn.Module):
             "none": lambda _width: nn.Identity(),
         }
         if norm not in norms:
-            raise ValueError(f"norm is {norm!r}, none of {', '.join(norms)}")
+            raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(norms)}")
         net = models.resnet18(norm_layer=norms[norm])
-        net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False) if size <= 64 else net.conv1
         if size <= 64:
+            net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
             net.maxpool = nn.Identity()
-        he_(net)
+        _initialise(net)
         for block in net.modules():
-            # Residual branches that start as zero: with GroupNorm it sat at chance for 250 steps without.
+            # Every residual branch starts as zero. Without this, training with GroupNorm stays at chance for 250 steps.
             last = getattr(block, "bn2", None)
             if isinstance(last, (nn.GroupNorm, nn.BatchNorm2d)):
                 nn.init.zeros_(last.weight)
@@ -122,43 +126,47 @@ class ResNet18(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLU between them: an expert, or a gate that is not linear."""
+    """Linear layers with ReLU between them: an expert, or a gate with hidden layers. (B, dim) -> (B, outputs)"""
 
     def __init__(self, dim: int, outputs: int, widths: Sequence[int] = (64, 32, 32)) -> None:
-        """(B, dim) -> (B, outputs); with three `widths`, the four layers of the paper's experts."""
+        """widths: of the hidden layers; three of them make the paper's four-layer expert"""
+        sizes = (dim, *widths)
         layers: list[nn.Module] = []
-        for a, b in pairwise((dim, *widths)):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-        super().__init__(*layers, nn.Linear((dim, *widths)[-1], outputs))
-        he_(self)
+        for before, after in pairwise(sizes):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(sizes[-1], outputs))
+        _initialise(self)
 
 
 def linear(dim: int, outputs: int) -> nn.Module:
-    """(B, dim) -> (B, outputs): the gate of the paper."""
+    """The paper's gate, one linear layer. (B, dim) -> (B, outputs)"""
     return nn.Linear(dim, outputs)
 
 
 class Random(nn.Module):
-    """RanGate: whom a latent goes to is drawn with given probabilities, and the same for the same latent everywhere.
+    """RanGate: draws one of N experts at random, expert j with probability pⱼ. (B, dim) -> (B, N)
 
-    A number uⱼ, as good as uniform, is made of the latent for each expert: the phase of a random projection, of which
-    like latents are turns apart. The largest of uⱼ^(1/pⱼ) is expert j's with probability pⱼ.
+    The draw is a function of the latent, so that every device sends the same latent to the same expert and the gate can
+    be exported like any other network. For each expert the latent gives a number uⱼ that is close to uniform in 0..1:
+    the phase of a random projection, scaled so that even similar latents are several turns apart. The score of expert j
+    is uⱼ^(1/pⱼ), up to a common power; for independent uniform uⱼ it is the highest with probability pⱼ.
     """
 
     TURNS = 4.0
-    """Standard deviation of the phase over normalised latents: enough to forget where it came from."""
+    """Standard deviation of the phase over normalised latents, in turns; enough that the phase looks uniform"""
 
     def __init__(self, dim: int, outputs: int, shares: Sequence[float]) -> None:
-        """(B, dim) -> (B, outputs)"""
+        """shares: pⱼ of each of the `outputs` experts"""
         super().__init__()
         if len(shares) != outputs:
-            raise ValueError(f"{len(shares)} shares for {outputs} outputs")
+            raise ValueError(f"there are {len(shares)} shares for {outputs} outputs; give one each")
         self.register_buffer("weight", torch.randn(outputs, dim) * self.TURNS / dim**0.5)
         self.register_buffer("power", 1 / (outputs * torch.tensor(list(shares))))
 
     def forward(self, h: Tensor) -> Tensor:
-        phase = h @ self.weight.T
-        u = 2 * (phase - phase.floor() - 0.5).abs()  # a triangle wave has no jumps that rounding could cross
+        phase = h @ self.weight.T  # (B, N), in turns
+        # A triangle wave: unlike the phase itself it has no jumps, so rounding errors cannot change the draw much.
+        u = 2 * (phase - phase.floor() - 0.5).abs()
         return u.clamp(min=0.05) ** self.power
 
 
@@ -172,60 +180,84 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(spec: NetSpec) -> nn.Module:
-    """The network of a specification, with fresh weights, in eval mode."""
+    """Build a network with fresh weights, in eval mode. NetError if that fails."""
     factory = _imported(spec.factory) if ":" in spec.factory else _registered(spec.factory)
     try:
         net = factory(**spec.arguments)
-    except Exception as error:  # whatever somebody's factory does
+    except Exception as error:  # a user's factory may raise anything
         raise NetError(f"{spec.factory} cannot be built with {dict(spec.arguments)}: {_line(error)}") from error
     if not isinstance(net, nn.Module):
-        raise NetError(f"{spec.factory} returned {type(net).__name__}, not a torch.nn.Module")
+        raise NetError(f"{spec.factory} returned {type(net).__name__}, not a torch.nn.Module; return a module")
     return net.eval()
 
 
 def _registered(name: str) -> Callable[..., nn.Module]:
     if name not in REGISTRY:
         close = difflib.get_close_matches(name, REGISTRY, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(REGISTRY)}, or package.module:factory"
-        raise NetError(f"no network is called {name!r}; {hint}")
+        known = f"expected one of {', '.join(REGISTRY)}, or package.module:factory"
+        hint = f"did you mean {close[0]!r}?" if close else known
+        raise NetError(f"unknown network {name!r}; {hint}")
     return REGISTRY[name]
 
 
 def _imported(path: str) -> Callable[..., nn.Module]:
     try:
         return import_path(path)
-    except Exception as error:  # whatever somebody's module does when it is imported
+    except Exception as error:  # a user's module may raise anything when it is imported
         raise NetError(f"{path} cannot be imported: {_line(error)}") from error
 
 
 def probe(extractor: nn.Module, shape: Sequence[int], dim: int) -> None:
-    """Try an extractor with two images, there and back: NetError says what is wrong with it."""
+    """Run an extractor forward and backward on two images before anything is trained. NetError says what to change.
+
+    shape: (C, H, W) of an image; dim: numbers of a latent
+    """
     name = type(extractor).__name__
     x = torch.arange(2 * math.prod(shape)).remainder(251).to(torch.uint8).reshape(2, *shape)
     try:
         extractor.train()
         h = extractor(x)
-        if not isinstance(h, Tensor):
-            raise NetError(f"{name} returns {type(h).__name__}, not one tensor of latents")
-        if h.shape != (2, dim):
-            raise NetError(f"{name} makes latents of {list(h.shape)} of two images, not [2, {dim}]; see extractor.dim")
-        if h.dtype != torch.float32:
-            raise NetError(f"{name} makes latents of {h.dtype}, not torch.float32")
+        _check_latents(name, h, dim)
         if h.requires_grad:
             h.sum().backward()
     except NetError:
         raise
-    except Exception as error:  # whatever somebody's forward() does
-        raise NetError(f"{name} fails on two uint8 images of {list(shape)}: {_line(error)}") from error
+    except Exception as error:  # a user's forward() may raise anything
+        raise NetError(
+            f"the extractor {name} fails on two uint8 images of {list(shape)}: {_line(error)}."
+            " It gets raw pixels; convert them first, for example x.float() / 255"
+        ) from error
     finally:
         extractor.zero_grad(set_to_none=True)
         extractor.eval()
-    if len(extractor.state_dict()) > len(
-        {value.data_ptr() for value in extractor.state_dict().values() if value.numel()}
-    ):
-        raise NetError(f"{name} has two names for one weight; federated averages and safetensors need one for each")
+    weights = extractor.state_dict()
+    addresses = {value.data_ptr() for value in weights.values() if value.numel()}
+    if len(weights) > len(addresses):
+        raise NetError(
+            f"the extractor {name} has two names for one weight, but FedAvg and safetensors need one name each;"
+            " give each layer its own weight"
+        )
+
+
+def _check_latents(name: str, h: object, dim: int) -> None:
+    """h: the extractor's result for two images; it must be float32 (2, dim)"""
+    if not isinstance(h, Tensor):
+        raise NetError(f"the extractor {name} returned {type(h).__name__}, not one tensor; return the latents alone")
+    shape = tuple(h.shape)
+    expected = (2, dim)
+    if h.ndim != 2 or len(h) != 2:
+        advice = "Flatten it: end forward() with x.flatten(1)" if h.ndim > 2 else "Return one row per image"
+        raise NetError(f"the extractor {name} returned {shape} for 2 images; it must return {expected}. {advice}")
+    if shape != expected:
+        raise NetError(
+            f"the extractor {name} returned {shape} for 2 images; it must return {expected}."
+            f" Set extractor.dim = {shape[1]}, or change the network"
+        )
+    if h.dtype != torch.float32:
+        raise NetError(f"the extractor {name} returned {h.dtype}, not torch.float32; convert with .float()")
 
 
 def _line(error: Exception) -> str:
+    """An error's type and text in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

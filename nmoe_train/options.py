@@ -88,7 +88,7 @@ _SETTING_OF_OPTION = {
     "gate": "gate.method",
     "top_k": "inference.top_k",
 }
-"""The setting of each option whose name differs from it."""
+"""Options that are named differently from their setting."""
 
 TRAINING = combined(
     click.option(

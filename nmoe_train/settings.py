@@ -1,4 +1,7 @@
-"""Settings as people write and read them: section.name=value, and a TOML file that says what each one means."""
+"""Settings as text: `section.name=value` on a command line, and a TOML file with a comment for every setting.
+
+config.py defines the settings; the comments are the docstrings of its fields.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,40 @@ from nmoe_edge.common.schema import to_plain
 from nmoe_train.config import SECTIONS, Config, tomllib
 from nmoe_train.errors import ConfigError
 
+_WIDTH = 110
+"""Longest line of a comment"""
+
 
 def parsed(text: str) -> tuple[str, Any]:
-    """A setting's place and value from `section.name=value`; a value is TOML, or else plain text."""
-    place, equals, value = text.partition("=")
-    if not equals or not all(part.isidentifier() for part in place.split(".")):
-        raise ConfigError(f"--set {text}: not of the form section.name=value, such as gate.rate=0.1")
-    names = [field.name for field in fields(Config)]
-    if "." not in place and place not in names:
-        homes = [f"{name}.{place}" for name in SECTIONS if place in {f.name for f in fields(_section(name))}]
-        hint = f"did you mean {' or '.join(homes)}?" if homes else f"there are {', '.join(names)}"
-        raise ConfigError(f"--set {text}: no setting is called {place}; {hint}")
-    if place in SECTIONS:
-        raise ConfigError(f"--set {text}: {place} is a section; set one of its settings, as {place}.name=value")
+    """Split `section.name=value` into name and value. A value that is not TOML is plain text."""
+    name, equals, value = text.partition("=")
+    if not equals or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"--set {text}: expected section.name=value, for example gate.rate=0.1")
+    if name in SECTIONS:
+        raise ConfigError(f"--set {text}: {name} is a section; set one of its settings as {name}.name=value")
+    known = [field.name for field in fields(Config)]
+    if "." not in name and name not in known:
+        raise ConfigError(f"--set {text}: unknown setting {name!r}; {_hint(name)}")
     try:
-        return place, tomllib.loads(f"value = {value}")["value"]
+        return name, tomllib.loads(f"value = {value}")["value"]
     except ValueError:
-        return place, value
+        return name, value
+
+
+def _hint(name: str) -> str:
+    """For a setting without its section: the sections that have one of this name."""
+    full_names = [f"{section}.{name}" for section in SECTIONS if name in _section_settings(section)]
+    if full_names:
+        return f"did you mean {' or '.join(full_names)}?"
+    return f"expected one of {', '.join(field.name for field in fields(Config))}"
+
+
+def _section_settings(section: str) -> set[str]:
+    return {field.name for field in fields(type(getattr(Config(), section)))}
 
 
 def as_toml(config: Config) -> str:
-    """Every setting, each with what it means, as a file that `configure` takes; what is null is commented out."""
+    """Every setting with its meaning, as a TOML file for `configure`. A setting that is not set is commented out."""
     lines = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -48,33 +64,33 @@ def as_toml(config: Config) -> str:
 
 
 def _lines(kind: type, table: Mapping[str, Any]) -> list[str]:
-    notes, hints = _notes(kind), get_type_hints(kind)
+    """The lines of some settings of the dataclass `kind`: comments and `name = value`."""
+    docstrings = _field_docstrings(kind)
+    hints = get_type_hints(kind)
     lines = []
     for key, value in table.items():
-        choices = [repr(choice) for choice in get_args(hints[key])] if get_origin(hints[key]) is Literal else []
-        about = [notes.get(key, ""), f"One of {', '.join(choices)}." if choices else ""]
-        lines += [f"# {line}" for line in about if line]
+        lines += [f"# {line}" for line in textwrap.wrap(docstrings.get(key, ""), _WIDTH, break_on_hyphens=False)]
+        if get_origin(hints[key]) is Literal:
+            lines.append(f"# One of {', '.join(json.dumps(choice) for choice in get_args(hints[key]))}.")
         lines.append(f"# {key} =" if value is None else f"{key} = {_inline(value)}")
     return lines
 
 
-def _notes(kind: type) -> dict[str, str]:
-    """What stands under each field of a dataclass."""
+def _field_docstrings(kind: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, in one line."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    notes = {}
+    docstrings = {}
     for field, note in pairwise(getattr(body, "body", [])):
         if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
-            notes[getattr(field.target, "id", "")] = " ".join(str(note.value.value).split())
-    return notes
-
-
-def _section(name: str) -> type:
-    return type(getattr(Config(), name))
+            docstrings[getattr(field.target, "id", "")] = " ".join(str(note.value.value).split())
+    return docstrings
 
 
 def _inline(value: Any) -> str:
+    """A value as TOML."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_inline(item)}" for key, item in value.items()) + "}"
+        items = [f"{json.dumps(key)} = {_inline(item)}" for key, item in value.items()]
+        return "{" + ", ".join(items) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_inline, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,7 @@
-"""A data set dealt out: who trains, holds out and is tested on what."""
+"""A data set distributed among clients: each client's training, held-out and test samples.
+
+partition.py decides which samples a client gets; this module cuts the held-out part off and computes the fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -11,61 +14,77 @@ from torch import Tensor
 
 from nmoe_train.config import DataConfig
 from nmoe_train.data.datasets import Dataset
-from nmoe_train.errors import DataError
 from nmoe_train.data.partition import sized, split
+from nmoe_train.errors import DataError
 
 PAPER_SIZES = {"cifar10": (2500, 1000)}
-"""The most training and test samples a client gets when nobody says how many."""
+"""Upper limits of training and test samples per client if data.train_size and data.test_size are not set."""
 
 Part = tuple[Tensor, Tensor]
-"""Images or latents (n, …), and labels (n,)."""
+"""Images or latents (n, …) and labels (n,)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clients:
-    """Who has what. No training or held-out sample is another's too, and none of them is in a test set."""
+    """Every client's samples.
+
+    Training and held-out samples are disjoint: no sample appears twice, and none of them is in a test set.
+    """
 
     train: list[Part]
     held_out: list[Part]
     own_test: list[Part]
-    """For each client, distributed like its training samples, or as data.test_partition says."""
+    """Each client's test samples, distributed like its training samples or as data.test_partition says"""
     test: Part
-    """Everybody's: the whole test set."""
+    """The whole test set of the data set"""
     fingerprint: str
-    """sha256 of the samples and of who has which."""
+    """SHA-256 of the data set and of every client's training and held-out samples"""
 
     def split(self, classes: int) -> dict[str, list[list[int]]]:
-        """How many samples of each class each client has: to train, held out, to be tested on."""
-        named = {"train": self.train, "held_out": self.held_out, "test": self.own_test}
-        return {
-            name: [torch.bincount(y, minlength=classes).tolist() for _, y in parts] for name, parts in named.items()
-        }
+        """Sample counts as lists [client][class], for "train", "held_out" and "test"."""
+        parts = {"train": self.train, "held_out": self.held_out, "test": self.own_test}
+        return {name: [_class_counts(y, classes) for _, y in clients] for name, clients in parts.items()}
+
+
+def _class_counts(y: Tensor, classes: int) -> list[int]:
+    counts: list[int] = torch.bincount(y, minlength=classes).tolist()
+    return counts
 
 
 def deal(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
-    """Split a data set among the clients."""
-    classes, usual = len(dataset.labels), PAPER_SIZES.get(config.name, (None, None))
+    """Distribute a data set among the clients.
+
+    DataError: there are too few samples for this partition, or for held-out samples.
+    """
+    classes = len(dataset.labels)
+    max_train, max_test = PAPER_SIZES.get(config.name, (None, None))
 
     def parts(
-        x: np.ndarray, y: np.ndarray, partition: str, wanted: int | None, most: int | None, shuffle: int
+        x: np.ndarray, y: np.ndarray, partition: str, wanted: int | None, maximum: int | None, shuffle_seed: int
     ) -> list[Part]:
-        counts = sized(y, partition, config.clients, classes, wanted, most, seed)
-        return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in split(y, counts, shuffle)]
+        counts = sized(y, partition, config.clients, classes, wanted, maximum, seed)
+        return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in split(y, counts, shuffle_seed)]
 
-    x, y = dataset.x_train, dataset.y_train
-    train = parts(x, y, config.partition, config.train_size, usual[0], seed)
-    x, y = dataset.x_test, dataset.y_test
-    own_test = parts(x, y, config.test_partition or config.partition, config.test_size, usual[1], seed + 1)
-    cut = [max(1, round(len(y) * config.held_out)) for _, y in train]
-    if min(len(y) - n for (_, y), n in zip(train, cut, strict=True)) < 1:
-        raise DataError(
-            "a client has too few samples to hold one out and train on another: lower data.clients or data.held_out"
-        )
-    dealt = [(x[n:], y[n:]) for (x, y), n in zip(train, cut, strict=True)]
-    held_out = [(x[:n], y[:n]) for (x, y), n in zip(train, cut, strict=True)]
+    test_partition = config.test_partition or config.partition
+    available = parts(dataset.x_train, dataset.y_train, config.partition, config.train_size, max_train, seed)
+    own_test = parts(dataset.x_test, dataset.y_test, test_partition, config.test_size, max_test, seed + 1)
+    train, held_out = [], []
+    for x, y in available:
+        n = max(1, round(len(y) * config.held_out))
+        if n >= len(y):
+            raise DataError(
+                f"a client has {len(y)} training samples and must hold out {n} of them, which leaves none to train on; "
+                "lower data.clients or data.held_out"
+            )
+        held_out.append((x[:n], y[:n]))
+        train.append((x[n:], y[n:]))
+    test = (torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test))
+    return Clients(train, held_out, own_test, test, _fingerprint(dataset, [*train, *held_out]))
+
+
+def _fingerprint(dataset: Dataset, parts: list[Part]) -> str:
     digest = hashlib.sha256(dataset.fingerprint().encode())
-    for x, y in dealt + held_out:
+    for x, y in parts:
         digest.update(x.numpy().tobytes())
         digest.update(y.numpy().tobytes())
-    test = (torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test))
-    return Clients(dealt, held_out, own_test, test, digest.hexdigest())
+    return digest.hexdigest()

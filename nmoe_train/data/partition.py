@@ -1,12 +1,16 @@
-"""Who has which samples: the split of a data set among the clients.
+"""Partitions: how the classes of a data set are distributed among the clients (setting data.partition).
 
-    iid              every client draws alike
-    noniid:TAU       client c has a dominant class, c mod classes, with the share 1/(1+τ), and the others evenly
-    noniid-text:TAU  the same with the share 1−τ, as the paper's text has it; its tables have the other
-    dirichlet:A      each client's class mix is a draw from Dirichlet(A)
-    classes:C        each client has C classes, evenly
+    iid              every client has every class equally often
+    noniid:TAU       client c's dominant class, c mod K, has the share 1/(1+τ); its other classes share the rest equally
+    noniid-text:TAU  the same with the share 1-τ
+    dirichlet:A      each client's class mix is drawn from the Dirichlet distribution with all parameters A
+    classes:C        each client has C of the K classes, equally often
 
-Every client gets as many samples as any other. Train and test are split alike. Nobody shares a sample with anybody.
+The paper's text defines its non-IID setup by 1-τ, but its tables come from 1/(1+τ): a local classifier that always
+answers the dominant class reaches 66.66 % for τ = 0.5. That is why noniid is the default and noniid-text the variant.
+
+All clients get the same number of samples, and no sample goes to two clients. This module works on labels alone;
+clients.py applies the result to images.
 """
 
 from __future__ import annotations
@@ -22,44 +26,54 @@ from nmoe_train.errors import DataError
 
 Indices = NDArray[np.int64]
 Shares = NDArray[np.float64]
-"""(clients, classes): how much of each class a client has, each row a class mix that sums to 1."""
+"""Class mixes (clients, K): each row is one client's share of every class and sums to 1."""
+_MAX_QUOTED = 80
+"""Characters of a wrong partition that an error message quotes."""
 
 
 def class_counts(partition: str, clients: int, classes: int, size: int, seed: int) -> NDArray[np.int64]:
-    """How many samples of each class each client is due: (clients, classes), every row summing to `size`."""
+    """The number of samples of each class for each client (clients, K); every row sums to `size`."""
     return _apportion(_class_mixes(partition, clients, classes, seed), size)
 
 
 def split(y: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> list[Indices]:
-    """Deal the samples out as `counts` says, nobody's twice; each client's indices in random order."""
+    """Each client's samples as shuffled indices into `y`, with as many of each class as `counts` (clients, K) says."""
     _check_supply(y, counts)
     draw = np.random.default_rng([seed, 2])
     decks = [draw.permutation(np.flatnonzero(y == label)) for label in range(counts.shape[1])]
     ends = counts.cumsum(0)
-    parts = [
-        np.concatenate([deck[end - n : end] for deck, end, n in zip(decks, ends[c], counts[c], strict=True)])
-        for c in range(len(counts))
-    ]
+    starts = ends - counts
+    parts = []
+    for client in range(len(counts)):
+        cuts = zip(decks, starts[client], ends[client], strict=True)
+        parts.append(np.concatenate([deck[start:end] for deck, start, end in cuts]))
     return [draw.permutation(part) for part in parts]
 
 
 def largest_size(
     y: NDArray[np.int64], partition: str, clients: int, classes: int, seed: int, most: int | None = None
 ) -> int:
-    """The most samples a client can have in this split, and not over `most`."""
+    """The largest number of samples per client, at most `most`, for which the labels `y` suffice.
+
+    DataError: not even 2 samples per client are possible.
+    """
     shares = _class_mixes(partition, clients, classes, seed)
     available = np.bincount(y, minlength=classes)
-    low, high = 0, len(y) // clients if most is None else min(most, len(y) // clients)
-    size = high  # which is tried first: rounding lets a size fit where a smaller one does not
+    low = 0
+    high = len(y) // clients if most is None else min(most, len(y) // clients)
+    size = high  # try the maximum first: because of rounding a size may fit even where a smaller one does not
     while low < high:
         fits = (_apportion(shares, size).sum(0) <= available).all()
-        low, high = (size, high) if fits else (low, size - 1)
+        if fits:
+            low = size
+        else:
+            high = size - 1
         size = (low + high + 1) // 2
     if low < 2:
-        label = (_apportion(shares, 2).sum(0) - available).argmax()
+        scarcest = (_apportion(shares, 2).sum(0) - available).argmax()
         raise DataError(
-            f"{partition} among {clients} clients leaves each {low} of {len(y)} samples, fewer than 2 "
-            f"(class {label} has {available[label]}): take fewer data.clients, or a split that is less skewed"
+            f"{partition} among {clients} clients leaves {low} of {len(y)} samples per client; at least 2 are needed "
+            f"(class {scarcest} has {available[scarcest]}). Lower data.clients, or choose a less skewed data.partition"
         )
     return low
 
@@ -73,7 +87,7 @@ def sized(
     usual: int | None,
     seed: int,
 ) -> NDArray[np.int64]:
-    """class_counts() with `wanted` samples a client; without that as many as there can be, but not over `usual`."""
+    """class_counts() for `wanted` samples per client; if that is None, for the largest possible size up to `usual`."""
     size = largest_size(y, partition, clients, classes, seed, usual) if wanted is None else wanted
     counts = class_counts(partition, clients, classes, size, seed)
     _check_supply(y, counts)
@@ -81,41 +95,50 @@ def sized(
 
 
 def _check_supply(y: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-    available, due = np.bincount(y, minlength=counts.shape[1]), counts.sum(0)
-    if (due > available).any():
-        label = (due - available).argmax()
+    available = np.bincount(y, minlength=counts.shape[1])
+    needed = counts.sum(0)
+    if (needed > available).any():
+        label = (needed - available).argmax()
         raise DataError(
-            f"the split needs {due[label]} samples of class {label}, but there are {available[label]}: "
-            "take a smaller data.train_size or data.test_size, or fewer data.clients"
+            f"the partition needs {needed[label]} samples of class {label}, but there are {available[label]}; "
+            "lower data.train_size, data.test_size or data.clients"
         )
 
 
 def _class_mixes(partition: str, clients: int, classes: int, seed: int) -> Shares:
     kind, _, text = partition.partition(":")
-    if kind not in _SHARES or bool(text) == (kind == "iid"):
-        example = [e for e in EXAMPLES if e.partition(":")[0] in (kind, *get_close_matches(kind, _SHARES, 1))]
-        hint = f"did you mean {example[0]}?" if example else f"there are {', '.join(EXAMPLES)}"
-        raise DataError(f"no split is called {partition[:80]!r}; {hint}")
+    takes_number = kind != "iid"
+    if kind not in _SHARES or bool(text) != takes_number:
+        likely = (kind, *get_close_matches(kind, _SHARES, 1))
+        matching = [example for example in EXAMPLES if example.partition(":")[0] in likely]
+        hint = f"did you mean {matching[0]}?" if matching else f"expected one of {', '.join(EXAMPLES)}"
+        raise DataError(f"unknown partition {partition[:_MAX_QUOTED]!r}; {hint}")
     try:
         value = float(text or 0)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{partition[:80]!r} ends in no finite number; there are {', '.join(EXAMPLES)}")
+        raise DataError(
+            f"partition {partition[:_MAX_QUOTED]!r} does not end in a finite number; "
+            f"expected one of {', '.join(EXAMPLES)}"
+        )
     return _SHARES[kind](value, clients, classes, np.random.default_rng([seed, 1]))
 
 
 def _apportion(shares: Shares, size: int) -> NDArray[np.int64]:
-    """Whole numbers nearest to `shares` of `size`; what rounding leaves goes round from a client's own class on."""
+    """Whole numbers close to shares · size, every row summing to `size`. (clients, K) -> (clients, K)
+
+    All entries are rounded down first. The samples still missing go to the classes that lost most by rounding; ties
+    are broken in an order that starts at another class for each client, so that no class gets all the remainders.
+    """
     clients, classes = shares.shape
     exact = shares * size
     counts = np.floor(exact + 1e-9).astype(np.int64)
-    # So that the clients' remainders fall on different classes: client c prefers class c+1, then c+2, …
-    order = (np.arange(classes) + np.arange(1, clients + 1)[:, None]) % classes
+    order = (np.arange(classes) + np.arange(1, clients + 1)[:, None]) % classes  # client c: c+1, c+2, …
     lost = np.take_along_axis(np.round(exact - counts, 9), order, 1)
     order = np.take_along_axis(order, np.argsort(-lost, axis=1, kind="stable"), 1)
-    left = np.arange(classes) < (size - counts.sum(1))[:, None]
-    counts[np.nonzero(left)[0], order[left]] += 1
+    gets_one_more = np.arange(classes) < (size - counts.sum(1))[:, None]
+    counts[np.nonzero(gets_one_more)[0], order[gets_one_more]] += 1
     return counts
 
 
@@ -125,7 +148,7 @@ def _iid(_value: float, clients: int, classes: int, _draw: np.random.Generator) 
 
 def _dominated(share: float, clients: int, classes: int) -> Shares:
     if not 0 < share <= 1:
-        raise DataError(f"a dominant share of {share:.3g} is not in 0..1")
+        raise DataError(f"the dominant class would have the share {share:.3g}; it must be over 0 and at most 1")
     shares = np.full((clients, classes), (1 - share) / (classes - 1))
     shares[np.arange(clients), np.arange(clients) % classes] = share
     return shares
@@ -133,7 +156,7 @@ def _dominated(share: float, clients: int, classes: int) -> Shares:
 
 def _noniid(tau: float, clients: int, classes: int, _draw: np.random.Generator) -> Shares:
     if tau < 0:
-        raise DataError(f"τ is {tau:.3g}, less than 0")
+        raise DataError(f"noniid:{tau:.3g}: τ must not be negative")
     return _dominated(1 / (1 + tau), clients, classes)
 
 
@@ -142,11 +165,11 @@ def _noniid_text(tau: float, clients: int, classes: int, _draw: np.random.Genera
 
 
 def _dirichlet(alpha: float, clients: int, classes: int, draw: np.random.Generator) -> Shares:
-    """Gamma variables over their sum, kept as logarithms: with a small α all of a row would be 0 otherwise."""
+    """Normalised gamma variables, computed as logarithms: for a small α a whole row would underflow to zero."""
     if not 1e-6 <= alpha <= 1e6:
-        raise DataError(f"a Dirichlet split needs a number over 0, from 1e-6 to 1e6, not {alpha:.3g}")
+        raise DataError(f"dirichlet:{alpha:.3g}: the number must lie in 1e-6..1e6")
     size = (clients, classes)
-    # Γ(α) is Γ(α+1) · U^(1/α) (Marsaglia and Tsang 2000, section 6).
+    # Γ(α) is distributed as Γ(α+1) · U^(1/α) (Marsaglia and Tsang 2000, section 6).
     logs = np.log(draw.standard_gamma(alpha + 1, size)) + np.log1p(-draw.random(size)) / alpha
     shares = np.exp(logs - logs.max(1, keepdims=True))
     return shares / shares.sum(1, keepdims=True)
@@ -154,7 +177,7 @@ def _dirichlet(alpha: float, clients: int, classes: int, draw: np.random.Generat
 
 def _classes(count: float, clients: int, classes: int, _draw: np.random.Generator) -> Shares:
     if count != int(count) or not 1 <= count <= classes:
-        raise DataError(f"a client has 1 to {classes} classes, not {count:.3g}")
+        raise DataError(f"classes:{count:.3g}: the number of classes per client must be a whole number in 1..{classes}")
     shares = np.zeros((clients, classes))
     for client in range(clients):
         shares[client, (client + np.arange(int(count))) % classes] = 1 / count

@@ -1,10 +1,15 @@
-"""Stage 2: a personal expert for every client, on the frozen extractor's latents.
+"""Stage 2: one personal expert Hᵢ per client, trained on the frozen extractor's latents h = F(x).
 
-    plain:     min over θᵢ of  CE(Hᵢ(h), y)
-    adjusted:  min over θᵢ of  CE(Hᵢ(h) + log πᵢ, y)        πᵢ: the client's own class mix
+    loss "plain":     min over Hᵢ   CE(Hᵢ(h), y)                the paper's equation (5)
+    loss "adjusted":  min over Hᵢ   CE(Hᵢ(h) + log πᵢ, y)       πᵢ: the client's own class mix (logit adjustment)
 
-The adjusted loss takes the client's habit out of its expert: what is left in Hᵢ is how likely the latent is under each
-class, which is what another device wants to know. All clients are trained at once, with stacked weights.
+The plain loss is the paper's. The adjusted loss, our default, removes the client's class mix from its expert: Hᵢ then
+says how well a latent fits each class, which holds for another device's rows too. A device multiplies its own class mix
+back in when it answers (inference.adapt).
+
+As in the paper, experts start from FedCE's head (experts.start = "head") or from fresh weights. Nothing is sent between
+clients: each sees its own data only. All clients are trained at once with stacked weights, which is faster and gives
+each client the numbers it would get alone.
 """
 
 from __future__ import annotations
@@ -17,14 +22,14 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import ExpertsConfig
-from nmoe_train.stages.federation import Round, State, Update, check, generator, report
+from nmoe_train.stages.federation import Round, State, Update, check, generator, report, stacked
 
 SMOOTHING = 0.5
-"""Added to every class count: a class that a client never saw has a small prior, not none."""
+"""Added to every class count, so that a class a client has never seen keeps a small prior instead of zero."""
 
 
 def class_prior(y: Tensor, classes: int) -> Tensor:
-    """π: the smoothed class mix of these labels. (n,) -> (K,)"""
+    """π, the smoothed class mix of these labels. (n,) -> (K,)"""
     counts = torch.bincount(y, minlength=classes) + SMOOTHING
     return counts / counts.sum()
 
@@ -38,47 +43,59 @@ def train_experts(
     config: ExpertsConfig,
     progress: Callable[[Round], None] = lambda _: None,
 ) -> tuple[list[State], Round]:
-    """Every client's expert, and the last epoch. data: each client's latents (n, d) and labels (n,)
+    """Train every client's expert; returns their weights and the record of the last epoch.
 
-    progress: told of every epoch but the last
+    net: an expert's network, used for its structure only
+    starts: each client's initial weights
+    data: each client's latents (n, d) and labels (n,)
+    progress: called after every epoch but the last
     """
     clients = len(data)
-    theta = {key: torch.stack([start[key] for start in starts]).requires_grad_() for key in starts[0]}
+    theta = {key: value.requires_grad_() for key, value in stacked(starts).items()}
     log_prior = torch.stack([class_prior(y, classes).log() for _, y in data])  # (clients, K)
     if config.loss == "plain":
         log_prior = torch.zeros_like(log_prior)
     optimiser = torch.optim.AdamW(theta.values(), config.rate, weight_decay=config.weight_decay)
     forward = vmap(lambda state, h: functional_call(net, state, (h,)))
-    steps = max(-(-len(y) // config.batch) for _, y in data)
+    steps = max(-(-len(y) // config.batch) for _, y in data)  # every client takes as many as the largest one needs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * steps)
     for epoch in range(config.epochs):
-        rows = [
-            _order(len(y), steps * config.batch, generator(seed, "experts", epoch, i)) for i, (_, y) in enumerate(data)
-        ]
-        h = torch.stack([h[order] for (h, _), order in zip(data, rows, strict=True)])  # (clients, steps·B, d)
-        y = torch.stack([y[order] for (_, y), order in zip(data, rows, strict=True)])  # (clients, steps·B)
-        losses, hits = torch.zeros(clients), torch.zeros(clients)
+        h, y = _epoch_rows(data, steps * config.batch, seed, epoch)
+        losses = torch.zeros(clients)
+        accuracies = torch.zeros(clients)
         for step in range(steps):
             batch = slice(step * config.batch, (step + 1) * config.batch)
             logits = forward(theta, h[:, batch]) + log_prior[:, None]  # (clients, B, K)
             loss = cross_entropy(logits.flatten(0, 1), y[:, batch].flatten(), reduction="none").view(clients, -1)
             optimiser.zero_grad()
-            loss.mean(1).sum().backward()  # summed over clients: each one's gradient is that of its own mean loss
+            loss.mean(1).sum().backward()  # summed over clients, so each gets the gradient of its own mean loss
             optimiser.step()
             schedule.step()
             losses += loss.detach().mean(1) / steps
-            hits += (logits.detach().argmax(2) == y[:, batch]).float().mean(1) / steps
-        states = [{key: value[i].detach() for key, value in theta.items()} for i in range(clients)]
-        updates = [
-            Update(i, state, len(data[i][1]), losses[i].item(), hits[i].item()) for i, state in enumerate(states)
-        ]
+            accuracies += (logits.detach().argmax(2) == y[:, batch]).float().mean(1) / steps
+        updates = []
+        for i in range(clients):
+            state = {key: value[i].detach() for key, value in theta.items()}
+            updates.append(Update(i, state, len(data[i][1]), losses[i].item(), accuracies[i].item()))
         check("experts", epoch, updates)
-        told = report("experts", epoch, config.epochs, updates)
+        summary = report("experts", epoch, config.epochs, updates)
         if epoch + 1 < config.epochs:
-            progress(told)
-    return [{key: value.clone() for key, value in state.items()} for state in states], told
+            progress(summary)
+    trained = [{key: value.clone() for key, value in update.state.items()} for update in updates]
+    return trained, summary
 
 
-def _order(samples: int, due: int, g: torch.Generator) -> Tensor:
-    """`due` indices: whole permutations one after another, so that clients of unequal size take equal steps."""
-    return torch.cat([torch.randperm(samples, generator=g) for _ in range(-(-due // samples))])[:due]
+def _epoch_rows(data: Sequence[tuple[Tensor, Tensor]], rows: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Every client's rows of one epoch, shuffled and stacked: latents (clients, rows, d), labels (clients, rows)."""
+    latents, labels = [], []
+    for i, (h, y) in enumerate(data):
+        order = _repeated_order(len(y), rows, generator(seed, "experts", epoch, i))
+        latents.append(h[order])
+        labels.append(y[order])
+    return torch.stack(latents), torch.stack(labels)
+
+
+def _repeated_order(samples: int, count: int, g: torch.Generator) -> Tensor:
+    """`count` indices: shuffled passes, one after another, so that clients of unequal size take equally many steps."""
+    passes = -(-count // samples)
+    return torch.cat([torch.randperm(samples, generator=g) for _ in range(passes)])[:count]

@@ -1,13 +1,29 @@
-"""Stage 1: the shared feature extractor F, supervised (FedCE) or self-supervised (FedSC).
+"""Stage 1: the shared feature extractor F, trained with labels (FedCE) or without (FedSC).
 
-    FedCE   min over F, H of  Σᵢ qᵢ · CE(H(F(x)), y)
-    FedSC   min over F, P of  Σᵢ qᵢ · ( -2 tr(Rᵢ⁺) + α tr(Rᵢ²) + 2 (1-α) tr(Rᵢ Cᵢ) ),   R = E[z zᵀ], z = P(F(x))
+FedCE (federated cross-entropy) trains a whole classifier H∘F by FedAvg; afterwards its shallow layers F are the
+extractor and its head H is the predictor:
 
-Every client takes a few epochs of SGD on its own samples; the server averages by client size, qᵢ = nᵢ/n. FedCE trains
-a whole classifier and takes its head H off afterwards (or leaves it with its client all the while). FedSC needs no
-label: two views of an image shall agree, and correlate as little as can be with all others', those of other clients
-too, which it knows only by Cᵢ, the mean of their correlation matrices. Those are what may be protected by noise; the
-weights that are averaged are not. Its projector P is thrown away.
+    min over F, H   Σᵢ qᵢ · CE(H(F(x)), y)          qᵢ = nᵢ / Σⱼ nⱼ, client i's share of all samples
+
+FedSC (federated spectral contrastive learning) needs no labels. It pulls two views x, x⁺ of one image together and
+pushes different images apart, those of other clients too:
+
+    min over F, P   Σᵢ qᵢ · ( -2 tr(Rᵢ⁺) + α tr(Rᵢ²) + 2 (1-α) tr(Rᵢ R̄₋ᵢ) )
+
+    z = P(F(x)), cut to length √μ       P: a projector, discarded after this stage
+    Rᵢ⁺ = E[z z⁺ᵀ],  Rᵢ = E[z zᵀ]        client i's correlation matrices
+    R̄₋ᵢ                                 the mean of Rⱼ over the other clients, which the server computes
+
+In every round each client takes some epochs of SGD on its own samples, and the server averages the weights by qᵢ.
+
+Where this deviates from the paper:
+
+- FedCE averages the head as well unless extractor.heads = "local". The paper's equation (2) keeps a head per client;
+  its text also trains the entire classifier by FedAvg, and a shared head is what experts start from.
+- FedSC's loss is twice equation (4), and α is not qᵢ: it falls from 1 in the first round to fedsc.alpha in the last.
+  While α is 1 the other clients' matrices, and the noise on them, count for nothing.
+- FedSC uses a projector and cuts z to length √μ. The cut bounds what one sample adds to a released matrix, as
+  differential privacy requires. Only the matrices are protected; the averaged weights are not.
 """
 
 from __future__ import annotations
@@ -27,7 +43,7 @@ from nmoe_train.stages.federation import (
     Round,
     State,
     Update,
-    attending,
+    active_clients,
     average,
     check,
     cosine,
@@ -35,23 +51,23 @@ from nmoe_train.stages.federation import (
     report,
     size,
 )
-from nmoe_train.stages.losses import correlation, of_the_others, shortened, spectral_loss
-from nmoe_train.stages.privacy import noise_for, spent
+from nmoe_train.stages.losses import correlation, means_of_others, shortened, spectral_loss
+from nmoe_train.stages.privacy import epsilon_spent, noise_for
 
 Data = Sequence[tuple[Tensor, Tensor]]
-"""Of each client x (n, C, H, W) uint8 and y (n,)."""
+"""Each client's images (n, C, H, W) uint8 and labels (n,)."""
 BatchLoss = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor | None]]
-"""(the network, the batch's indices) -> its mean loss, and how many it got right where that is a question."""
+"""(network, indices of the batch) -> (mean loss, number of rows classified correctly; None without labels)."""
 ENCODE_BATCH = 512
 
 
 class Headed(nn.Module):
-    """H∘F: on the extractor a classifier's head, or FedSC's projector."""
+    """An extractor with a head on top, H∘F: FedCE's classifier or FedSC's projector."""
 
     def __init__(self, extractor: nn.Module, head: nn.Module) -> None:
-        """F and H."""
         super().__init__()
-        self.extractor, self.head = extractor, head
+        self.extractor = extractor
+        self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K)"""
@@ -68,29 +84,33 @@ def local_sgd(
     config: ExtractorConfig,
     g: torch.Generator,
 ) -> Update:
-    """A client's local epochs from `state`; one that has more than step_limit batches sends what it has by then."""
-    _learning(net)
+    """One client's local epochs of SGD, starting from `state`; at most extractor.step_limit batches."""
+    _train_mode(net)
     theta = {key: value.clone() for key, value in state.items()}
-    learned = [theta[key].requires_grad_() for key, p in net.named_parameters() if p.requires_grad]
-    device = learned[0].device
-    optimiser = torch.optim.SGD(learned, rate, momentum=config.momentum, weight_decay=config.weight_decay)
-    losses, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    labelled = False
-    with torch.random.fork_rng():  # for Dropout, which knows no generator of its own
+    trained = [theta[key].requires_grad_() for key, p in net.named_parameters() if p.requires_grad]
+    device = trained[0].device
+    optimiser = torch.optim.SGD(trained, rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    loss_sum = torch.zeros((), device=device)
+    correct_sum = torch.zeros((), device=device)
+    rows = 0
+    has_labels = False
+    with torch.random.fork_rng():  # Dropout takes no generator, so it gets the global one, seeded for this client
         torch.manual_seed(int(torch.randint(2**62, (), generator=g)))
         for batch in islice(_batches(samples, config, g), config.step_limit):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                value, right = loss(lambda x: functional_call(net, theta, (x,)), batch.to(device))
+                value, correct = loss(lambda x: functional_call(net, theta, (x,)), batch.to(device))
             optimiser.zero_grad()
             value.backward()
-            nn.utils.clip_grad_norm_(learned, config.clip)
+            nn.utils.clip_grad_norm_(trained, config.clip)
             optimiser.step()
-            losses, seen = losses + value.detach() * len(batch), seen + len(batch)
-            if right is not None:
-                hits, labelled = hits + right, True
-    accuracy = hits.item() / seen if labelled else None
+            loss_sum = loss_sum + value.detach() * len(batch)
+            rows += len(batch)
+            if correct is not None:
+                correct_sum = correct_sum + correct
+                has_labels = True
+    accuracy = correct_sum.item() / rows if has_labels else None
     after = {key: value.detach() for key, value in theta.items()}
-    return Update(client, after, samples, losses.item() / max(1, seen), accuracy)
+    return Update(client, after, samples, loss_sum.item() / max(1, rows), accuracy)
 
 
 def fedce_update(
@@ -103,12 +123,13 @@ def fedce_update(
     config: ExtractorConfig,
     g: torch.Generator,
 ) -> Update:
-    """A client's epochs of cross-entropy."""
-    view = VIEWS.get(config.views, lambda x, _g: x)
+    """FedCE on one client: epochs of cross-entropy on its own labelled images."""
+    view = VIEWS.get(config.views, lambda images, _g: images)
 
-    def loss(f: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, Tensor]:
-        logits = f(view(x[batch], g))
-        return cross_entropy(logits, y[batch]), (logits.detach().argmax(1) == y[batch]).sum()
+    def loss(network: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, Tensor]:
+        logits = network(view(x[batch], g))  # (B, K)
+        correct = (logits.detach().argmax(1) == y[batch]).sum()
+        return cross_entropy(logits, y[batch]), correct
 
     return local_sgd(net, state, client, len(x), loss, rate, config, g)
 
@@ -116,26 +137,32 @@ def fedce_update(
 def fedce_round(
     net: nn.Module, states: Sequence[State], data: Data, round_: int, seed: int, config: ExtractorConfig
 ) -> tuple[list[State], Round]:
-    """One round: every client's classifier before -> after."""
+    """One round of FedCE: every client's classifier before -> after."""
     rate = config.rate * cosine(round_, config.rounds, config.warm_rounds)
-    here, lost = attending(len(data), config.share, config.drop, seed, "extractor", round_)
+    active, dropped = active_clients(len(data), config.share, config.drop, seed, "extractor", round_)
     updates = [
-        fedce_update(net, states[i], i, *data[i], rate, config, generator(seed, "extractor", round_, i)) for i in here
+        fedce_update(net, states[i], i, *data[i], rate, config, generator(seed, "extractor", round_, i)) for i in active
     ]
     check("extractor", round_, updates)
-    local = config.heads == "local"
-    sent = size({key: value for key, value in states[0].items() if not (local and key.startswith("head."))})
-    told = report("extractor", round_, config.rounds, updates, lost, sent)
+    heads_stay = config.heads == "local"
+    sent = {key: value for key, value in states[0].items() if not (heads_stay and _in_head(key))}
+    summary = report("extractor", round_, config.rounds, updates, dropped, size(sent))
     if not updates:
-        return list(states), told
+        return list(states), summary
     shared = average(updates)
-    if not local:
-        return [shared] * len(data), told
-    heads = {update.client: update.state for update in updates}
-    return [
-        {key: heads.get(i, states[i])[key] if key.startswith("head.") else value for key, value in shared.items()}
-        for i in range(len(data))
-    ], told
+    if not heads_stay:
+        return [shared] * len(data), summary
+    latest = dict(enumerate(states)) | {update.client: update.state for update in updates}
+    return [_with_own_head(shared, latest[i]) for i in range(len(data))], summary
+
+
+def _in_head(key: str) -> bool:
+    return key.startswith("head.")
+
+
+def _with_own_head(shared: State, own: State) -> State:
+    """The shared extractor with a client's own head."""
+    return {key: own[key] if _in_head(key) else value for key, value in shared.items()}
 
 
 def fedsc_update(
@@ -150,12 +177,13 @@ def fedsc_update(
     fedsc: FedSCConfig,
     g: torch.Generator,
 ) -> Update:
-    """A client's epochs of the spectral loss, both views in one pass."""
+    """FedSC on one client: epochs of the spectral loss on its own images, both views in one forward pass."""
     view = VIEWS[fedsc.views]
 
-    def loss(f: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, None]:
+    def loss(network: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, None]:
         images = x[batch]
-        z = shortened(f(torch.cat([view(images, g), view(images, g)])).float(), fedsc.radius)
+        both = torch.cat([view(images, g), view(images, g)])  # (2B, C, H, W)
+        z = shortened(network(both).float(), fedsc.radius)  # (2B, d)
         return spectral_loss(*z.chunk(2), alpha, others), None
 
     return local_sgd(net, state, client, len(x), loss, rate, config, g)
@@ -170,57 +198,62 @@ def fedsc_round(
     config: ExtractorConfig,
     fedsc: FedSCConfig,
 ) -> tuple[list[State], Round]:
-    """One round: correlation matrices of the shared network, then every client's update."""
+    """One round of FedSC: clients publish the correlation matrices of the shared network, then train on their own."""
     rate = config.rate * cosine(round_, config.rounds, config.warm_rounds)
     alpha = 1 - (1 - fedsc.alpha) * round_ / max(1, config.rounds - 1)
-    here, lost = attending(len(data), config.share, config.drop, seed, "extractor", round_)
-    sizes, shield = [len(x) for x, _ in data], Shield([len(x) for x, _ in data], config, fedsc)
-    matrices = [
-        shield.released(
-            i,
-            matrix(net, states[i], data[i][0], fedsc, generator(seed, "matrix", round_, i)),
-            generator(seed, "noise", round_, i),
-        )
-        for i in here
-    ]
-    others = of_the_others(matrices, [sizes[i] for i in here])
-    updates = [
-        fedsc_update(
-            net, states[i], i, data[i][0], c, alpha, rate, config, fedsc, generator(seed, "extractor", round_, i)
-        )
-        for i, c in zip(here, others, strict=True)
-    ]
+    active, dropped = active_clients(len(data), config.share, config.drop, seed, "extractor", round_)
+    sizes = [len(x) for x, _ in data]
+    shield = Shield(sizes, config, fedsc)
+    matrices = []
+    for i in active:
+        r = matrix(net, states[i], data[i][0], fedsc, generator(seed, "matrix", round_, i))
+        matrices.append(shield.released(i, r, generator(seed, "noise", round_, i)))
+    others = means_of_others(matrices, [sizes[i] for i in active])
+    updates = []
+    for i, mean in zip(active, others, strict=True):
+        g = generator(seed, "extractor", round_, i)
+        updates.append(fedsc_update(net, states[i], i, data[i][0], mean, alpha, rate, config, fedsc, g))
     check("extractor", round_, updates)
-    sent = size(states[0]) + (size({"C": others[0]}) if others else 0)
-    told = report(
-        "extractor", round_, min(config.rounds, shield.rounds), updates, lost, sent, epsilon=shield.spent(round_ + 1)
+    matrix_bytes = size({"R": others[0]}) if others else 0
+    summary = report(
+        "extractor",
+        round_,
+        min(config.rounds, shield.rounds),
+        updates,
+        dropped,
+        size(states[0]) + matrix_bytes,
+        epsilon=shield.spent(round_ + 1),
     )
-    return [average(updates)] * len(data) if updates else list(states), told
+    after = [average(updates)] * len(data) if updates else list(states)
+    return after, summary
 
 
 def matrix(net: nn.Module, state: State, x: Tensor, fedsc: FedSCConfig, g: torch.Generator) -> Tensor:
-    """A client's R: the mean of z zᵀ over several views of each of its samples. (n, C, H, W) -> (d, d)"""
+    """A client's R: the mean of z zᵀ over its samples, fedsc.matrix_views views of each. (n, C, H, W) -> (d, d)"""
     net.eval()
+    view = VIEWS[fedsc.views]
     total: Tensor | float = 0.0
     with torch.no_grad():
         for _ in range(fedsc.matrix_views):
-            for part in x.split(ENCODE_BATCH):
-                z = functional_call(net, dict(state), (VIEWS[fedsc.views](part, g),)).float()
-                total = total + correlation(shortened(z, fedsc.radius)) * (len(part) / len(x))
+            for images in x.split(ENCODE_BATCH):
+                z = functional_call(net, dict(state), (view(images, g),)).float()  # (B, d)
+                total = total + correlation(shortened(z, fedsc.radius)) * (len(images) / len(x))
     return total / fedsc.matrix_views
 
 
 class Shield:
-    """Gaussian noise for the matrices, and what their releases cost the client whom they cost most.
+    """Differential privacy for the matrices: adds Gaussian noise to them and accounts for ε.
 
-    A sample that is replaced by another moves R by at most √2 μ/n in Frobenius norm, since zzᵀ and z'z'ᵀ are no longer
-    than μ and at right angles at most. Every client is counted as releasing in every round, also when it was not there.
-    The noise comes of the run's seed, so that a simulation can be repeated: clients of flesh and blood draw their own.
+    Replacing one sample moves R by at most √2 μ/n in Frobenius norm: zzᵀ and z'z'ᵀ have norm at most μ, and the angle
+    between them is at most 90°. The budget counts a release for every client in every round, even if the client did not
+    take part, and ε is that of the client that spends most. The noise comes from the run's seed so that a simulation
+    can be repeated; real clients must draw their own.
     """
 
     def __init__(self, sizes: Sequence[int], config: ExtractorConfig, fedsc: FedSCConfig) -> None:
-        """sizes: samples of each client"""
-        self._sensitivities, self._delta = [math.sqrt(2) * fedsc.radius / n for n in sizes], fedsc.delta
+        """sizes: training samples of each client"""
+        self._sensitivities = [math.sqrt(2) * fedsc.radius / n for n in sizes]
+        self._delta = fedsc.delta
         if fedsc.sigma is not None:
             self.sigmas = [fedsc.sigma] * len(sizes)
         elif fedsc.epsilon is not None:
@@ -228,36 +261,38 @@ class Shield:
         else:
             self.sigmas = [0.0] * len(sizes)
         self.rounds = config.rounds
-        """How many the budget allows."""
-        if fedsc.sigma and fedsc.epsilon is not None:
-            single = max(noise_for(fedsc.epsilon, s, 1, fedsc.delta) for s in self._sensitivities)
-            self.rounds = min(config.rounds, int((fedsc.sigma / single) ** 2 * (1 + 1e-9)))
+        """Number of rounds that the budget allows"""
+        if fedsc.sigma is not None and fedsc.epsilon is not None:
+            # ε depends on √T · Δ/σ alone: σ allows (σ/σ₁)² releases, where σ₁ is the noise that allows one.
+            sigma_for_one = max(noise_for(fedsc.epsilon, s, 1, fedsc.delta) for s in self._sensitivities)
+            allowed = int((fedsc.sigma / sigma_for_one) ** 2 * (1 + 1e-9))
+            self.rounds = min(config.rounds, allowed)
 
     def spent(self, releases: int) -> float | None:
-        """ε of so many releases; None without noise, which is no protection."""
+        """ε after this many releases; None without noise, which protects nothing."""
         if not any(self.sigmas):
             return None
-        return max(
-            spent(s, sigma, releases, self._delta) for s, sigma in zip(self._sensitivities, self.sigmas, strict=True)
-        )
+        clients = zip(self._sensitivities, self.sigmas, strict=True)
+        return max(epsilon_spent(sensitivity, sigma, releases, self._delta) for sensitivity, sigma in clients)
 
     def released(self, client: int, r: Tensor, g: torch.Generator) -> Tensor:
-        """A matrix as the others get it: with noise, and symmetric."""
+        """The matrix that a client publishes: R plus symmetric noise. (d, d) -> (d, d)"""
         noise = torch.randn(r.shape, generator=g).to(r.device) * self.sigmas[client]
         return r + (noise + noise.T) / 2
 
 
 def _batches(samples: int, config: ExtractorConfig, g: torch.Generator) -> Iterator[Tensor]:
-    """Indices of every local epoch's batches; a single row that is left over joins the batch before it."""
+    """Indices of each batch of every local epoch. A last batch of one row joins the batch before it."""
     for _ in range(config.local_epochs):
-        parts = list(torch.randperm(samples, generator=g).split(config.batch))
-        if len(parts) > 1 and len(parts[-1]) == 1:  # BatchNorm has no statistics of one row
-            parts[-2:] = [torch.cat(parts[-2:])]
-        yield from parts
+        batches = list(torch.randperm(samples, generator=g).split(config.batch))
+        if len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm cannot compute statistics of one row
+            single = batches.pop()
+            batches[-1] = torch.cat([batches[-1], single])
+        yield from batches
 
 
-def _learning(net: nn.Module) -> None:
-    """Train mode, apart from layers that are frozen: their statistics stand too."""
+def _train_mode(net: nn.Module) -> None:
+    """Training mode, except for frozen layers: the statistics of a frozen BatchNorm stay fixed too."""
     net.train()
     for layer in net.modules():
         own = list(layer.parameters(recurse=False))

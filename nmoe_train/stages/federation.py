@@ -1,7 +1,8 @@
-"""What every federated round is made of. Knows no stage, no network and no machine.
+"""One federated round: choose clients, collect their updates, average them (FedAvg), report.
 
-A client's update is a function of (state, its data, a generator); a server's step is a function of the updates. One
-seeded generator for each (stage, round, client) makes the result the same in whatever order, and wherever, they run.
+A stage computes the updates; this module knows no stage, no network and no machine. A client's update is a pure
+function of the state it receives, its own data and its own seeded generator. That is why the result does not depend on
+the order in which clients run, nor on where they run.
 """
 
 from __future__ import annotations
@@ -17,86 +18,106 @@ from torch import Tensor
 from nmoe_train.errors import DivergedError
 
 State = Mapping[str, Tensor]
+"""A network's weights by name, as `state_dict()` returns them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """What a client sends back."""
+    """What a client sends to the server at the end of a round."""
 
     client: int
     state: State
     samples: int
+    """nᵢ, the client's weight in the average"""
     loss: float
-    """Mean over what it trained on."""
+    """Mean over the batches of this round"""
     accuracy: float | None = None
-    """Likewise, on its own samples while it trained; None where there are no labels."""
+    """Share of training samples classified correctly while training; None for a stage without labels"""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What is told of a round when it is over."""
+    """The record of one finished round (stage 2: of one epoch).
+
+    The `progress` callbacks of training receive it, and metrics.json keeps it as an entry of `history`.
+    """
 
     stage: str
+    """Name of the stage, for example "extractor"; a baseline uses a name of its own"""
     round: int
-    """From 1 on."""
+    """Number of this round, counted from 1"""
     rounds: int
-    """In all."""
+    """Number of rounds in the stage"""
     loss: float | None
-    """None where everybody dropped out."""
+    """Mean training loss, weighted by client size; None if every client dropped out"""
     accuracy: float | None = None
+    """Mean training accuracy, weighted by client size; None for a stage without labels"""
     lost: tuple[int, ...] = ()
-    """Clients that were to take part and dropped out."""
+    """Clients that were selected for the round and dropped out"""
     up: int = 0
-    """Bytes from all clients."""
+    """Bytes sent by all clients together"""
     down: int = 0
-    """Bytes to all clients."""
+    """Bytes sent to all clients together"""
     epsilon: float | None = None
-    """What all releases so far cost, where they are protected."""
+    """Privacy budget ε spent by this round and all earlier ones; None without noise on the matrices"""
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
-    """The source of randomness of one stage, round and client."""
+    """A random generator that depends on nothing but the seed and `key`, for example ("gate", round, client)."""
     text = repr((seed, *key)).encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1)
 
 
-def participants(clients: int, share: float, seed: int, *key: object) -> list[int]:
-    """Who is to train in this round: round(share · clients), at least one, in the order of their numbers."""
+def scheduled_clients(clients: int, share: float, seed: int, *key: object) -> list[int]:
+    """Client scheduling: round(share · clients) clients at random, at least one, in ascending order."""
     count = max(1, round(share * clients))
     chosen: list[int] = torch.randperm(clients, generator=generator(seed, *key, "participants"))[:count].tolist()
     return sorted(chosen)
 
 
-def attending(clients: int, share: float, drop: float, seed: int, *key: object) -> tuple[list[int], tuple[int, ...]]:
-    """Of the participants those who stay, and those who drop out, each with probability `drop`."""
-    chosen = participants(clients, share, seed, *key)
-    luck = torch.rand(clients, generator=generator(seed, *key, "drop"))
-    return [i for i in chosen if luck[i] >= drop], tuple(i for i in chosen if luck[i] < drop)
+def active_clients(
+    clients: int, share: float, drop: float, seed: int, *key: object
+) -> tuple[list[int], tuple[int, ...]]:
+    """The scheduled clients that finish the round, and those that drop out, each with probability `drop`."""
+    scheduled = scheduled_clients(clients, share, seed, *key)
+    draws = torch.rand(clients, generator=generator(seed, *key, "drop"))
+    active = [i for i in scheduled if draws[i] >= drop]
+    dropped = tuple(i for i in scheduled if draws[i] < drop)
+    return active, dropped
 
 
 def average(updates: Sequence[Update]) -> dict[str, Tensor]:
-    """FedAvg: Σ nᵢ θᵢ / Σ nᵢ, summed in the order of the clients' numbers; of counters, the first client's."""
-    updates = sorted(updates, key=lambda update: update.client)
+    """FedAvg: Σ nᵢ θᵢ / Σ nᵢ.
+
+    The sum runs in the order of client numbers, so that its last bits do not depend on who answered first. Integer
+    tensors, such as BatchNorm's counters, are copied from the lowest-numbered client.
+    """
+    first, *others = sorted(updates, key=lambda update: update.client)
     total = sum(update.samples for update in updates)
-    shared = dict(updates[0].state)
-    for key, first in shared.items():
-        if first.is_floating_point():
-            shared[key] = sum(
-                (u.state[key] * (u.samples / total) for u in updates[1:]), first * (updates[0].samples / total)
-            )
+    shared = dict(first.state)
+    for key, value in first.state.items():
+        if value.is_floating_point():
+            weighted = value * (first.samples / total)
+            shared[key] = sum((u.state[key] * (u.samples / total) for u in others), weighted)
     return shared
 
 
+def stacked(states: Sequence[State]) -> dict[str, Tensor]:
+    """The states of several clients as one, each weight (clients, …), in the order of their names."""
+    return {key: torch.stack([state[key] for state in states]) for key in sorted(states[0])}
+
+
 def check(stage: str, round_: int, updates: Sequence[Update]) -> None:
-    """Refuse an update with a loss or a weight that is no number: DivergedError names its client."""
+    """Raise DivergedError, naming the client, if a loss or a weight is NaN or infinite."""
     for update in updates:
         finite = all(value.isfinite().all() for value in update.state.values() if value.is_floating_point())
-        if not (finite and math.isfinite(update.loss)):
-            what = f"the loss is {update.loss}" if finite else "a weight is no number"
-            raise DivergedError(
-                f"{stage}, round {round_ + 1}, client {update.client}: {what}; what was saved before is kept;"
-                f" begin anew with a lower {stage}.rate"
-            )
+        if finite and math.isfinite(update.loss):
+            continue
+        problem = f"the loss is {update.loss}" if finite else "a weight is NaN or infinite"
+        raise DivergedError(
+            f"{stage}, round {round_ + 1}, client {update.client}: {problem}. Lower {stage}.rate and train again;"
+            " checkpoints saved before this round are intact"
+        )
 
 
 def report(
@@ -105,27 +126,40 @@ def report(
     rounds: int,
     updates: Sequence[Update],
     lost: tuple[int, ...] = (),
-    sent: int = 0,
+    payload_bytes: int = 0,
     epsilon: float | None = None,
 ) -> Round:
-    """A round's mean loss and accuracy, by client size; `sent` bytes went to each client, and came back from most."""
+    """The record of a round: means weighted by client size, and bytes in both directions.
+
+    payload_bytes: bytes sent to each scheduled client; each client that finishes sends the same number back
+    """
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [(value, u.samples) for value, u in zip(values, updates, strict=True) if value is not None]
-        return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+        if not known:
+            return None
+        return sum(value * n for value, n in known) / sum(n for _, n in known)
 
-    loss, accuracy = mean([u.loss for u in updates]), mean([u.accuracy for u in updates])
-    up, down = sent * len(updates), sent * (len(updates) + len(lost))
-    return Round(stage, round_ + 1, rounds, loss, accuracy, lost, up, down, epsilon)
+    return Round(
+        stage,
+        round_ + 1,
+        rounds,
+        loss=mean([u.loss for u in updates]),
+        accuracy=mean([u.accuracy for u in updates]),
+        lost=lost,
+        up=payload_bytes * len(updates),
+        down=payload_bytes * (len(updates) + len(lost)),
+        epsilon=epsilon,
+    )
 
 
 def size(state: State) -> int:
-    """Bytes of a state on its way."""
+    """Bytes of a state when it is sent."""
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
 def cosine(round_: int, rounds: int, warm_rounds: int = 0) -> float:
-    """What the rate is multiplied with: it rises through the warm rounds, then falls like a half cosine."""
+    """Factor of the learning rate: rises linearly during the warm-up rounds, then falls along half a cosine."""
     if round_ < warm_rounds:
         return (round_ + 1) / (warm_rounds + 1)
     return 0.5 * (1 + math.cos(math.pi * (round_ - warm_rounds) / max(1, rounds - warm_rounds)))

@@ -1,18 +1,31 @@
-"""Stage 3: the gate, which knows whom to ask.
+"""Stage 3: the gate G, which scores every expert for a latent h; a row goes to the k experts with the highest scores.
 
-    RanGate    a draw that knows nothing, with given shares; the latent decides, so that it is the same everywhere
-    RollGate   passed round the ring; each client labels its samples with itself (p = 0.7) or another, and trains it
-    FedGate    min over G of  -log Σⱼ gⱼ(h) pⱼ(y|h),   g = softmax(G(h) + ε),   federally
+    RanGate    draws an expert at random with given shares; nothing is trained (the network is `Random` in nets.py)
+    RollGate   is a classifier "which client is this latent from?" that travels from client to client; each client
+               labels a share p = 0.7 of its latents with its own number, the rest with other clients at random
+    FedGate    trains the gate with the frozen experts as a mixture, and averages it by FedAvg:
 
-Experts are frozen, so what they say to a client's latents is computed once. The dense mixture is trained, because the
-softmax over one kept score is constant; the top-k is taken at inference. With partial synchronisation the scores are
-shared(h) + own(h), and only the shared part is averaged: the own part lets a device lean to itself. All clients of a
-round are trained at once, with stacked weights.
+        min over G   -log Σⱼ gⱼ(h) pⱼ(y|h)       g = softmax(G(h) + ε),  pⱼ = softmax(Hⱼ(h)),  ε: Gaussian noise
+
+As in the paper, FedGate normalises gradients and trains 70 % of the clients in a round. Where this deviates from it:
+
+- The paper's gate is softmax(top-k(G(h) + ε)). Training uses the softmax over all experts, because the softmax over one
+  kept score is 1 and has no gradient; top-k applies at inference only.
+- The paper mixes the experts' outputs, equation (1): gate.loss = "outputs". Our default mixes their probabilities, as
+  the formula above does (losses.mixture_loss has both).
+- A client may keep a part of the gate to itself (partial synchronisation): scores are shared(h) + own(h), and only the
+  shared part is sent and averaged. The own part lets a device prefer, for example, its own expert.
+- RollGate makes a fixed number of laps instead of training until it converges.
+
+The experts are frozen, so their outputs for a client's latents are computed once, before the first round. All clients
+of a round are trained at once with stacked weights, which gives each client the numbers it would get alone.
+
+Shapes: n rows, B rows of a batch, d numbers of a latent, N experts (one per client), K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +38,14 @@ from nmoe_train.stages.federation import (
     Round,
     State,
     Update,
-    attending,
+    active_clients,
     average,
     check,
     cosine,
     generator,
     report,
     size,
+    stacked,
 )
 from nmoe_train.stages.losses import load_loss, mixture_loss
 
@@ -48,40 +62,46 @@ class GateSamples:
     """True classes (n,)"""
 
 
-def gate_samples(h: Tensor, outputs: Tensor, y: Tensor, kind: str) -> GateSamples:
-    """What a mixture's loss needs of every expert's outputs (n, N, K)."""
+def gate_samples(latents: Tensor, outputs: Tensor, y: Tensor, kind: str) -> GateSamples:
+    """What the loss `kind` needs of every expert's outputs (n, N, K)."""
     if kind == "probabilities":
-        outputs = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (n, N)
-    return GateSamples(h, outputs, y)
+        log_p = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (n, N)
+        return GateSamples(latents, log_p, y)
+    return GateSamples(latents, outputs, y)
 
 
 class Gate(nn.Module):
-    """shared(h) + own(h), own(h) being nothing, a bias, or a linear layer."""
+    """Scores of all experts: shared(h) + own(h). own(h) is nothing, a bias, or a linear layer."""
 
     def __init__(self, shared: nn.Module, dim: int, experts: int, own: str) -> None:
-        """Prefers nobody: the last layer that learns starts as zero, and so does the own part."""
+        """A fresh gate scores every expert 0: the last linear layer and the own part start as zeros."""
         super().__init__()
-        last = [layer for layer in shared.modules() if isinstance(layer, nn.Linear)][-1:]
-        for parameter in (p for layer in last for p in layer.parameters()):
-            nn.init.zeros_(parameter)
+        linear_layers = [layer for layer in shared.modules() if isinstance(layer, nn.Linear)]
+        for layer in linear_layers[-1:]:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
         shapes = {
             "nothing": {},
             "bias": {"bias": (experts,)},
             "weights": {"bias": (experts,), "weight": (experts, dim)},
         }
-        self.shared, self.experts = shared, experts
+        self.shared = shared
+        self.experts = experts
         self.own = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes[own].items()})
 
     def forward(self, h: Tensor) -> Tensor:
-        """(n, d) -> (n, experts)"""
+        """(n, d) -> (n, N)"""
         scores = self.shared(h)
-        scores = scores + self.own["bias"] if "bias" in self.own else scores
-        return scores + h @ self.own["weight"].T if "weight" in self.own else scores
+        if "bias" in self.own:
+            scores = scores + self.own["bias"]
+        if "weight" in self.own:
+            scores = scores + h @ self.own["weight"].T
+        return scores
 
 
 def exported(gate: State) -> dict[str, Tensor]:
-    """The same gate as its shared part alone, which takes the own part in."""
-    state = {key.removeprefix("shared."): value for key, value in gate.items() if key.startswith("shared.")}
+    """One device's gate as a plain network: the shared part with the own part added to its last layer."""
+    state = {key.removeprefix("shared."): value for key, value in _shared_part(gate).items()}
     if "own.bias" in gate:
         last = max((key for key in state if key.endswith("bias")), key=lambda key: (len(key), key))
         state[last] = state[last] + gate["own.bias"]
@@ -91,83 +111,123 @@ def exported(gate: State) -> dict[str, Tensor]:
 
 
 def imported(state: State, own: State) -> dict[str, Tensor]:
-    """The gate that was exported so; own: an own part of zeros."""
+    """The inverse of `exported`, with the own part inside the shared one; own: an own part of zeros."""
     return {**{f"shared.{key}": value for key, value in state.items()}, **own}
+
+
+def _shared_part(gate: State) -> dict[str, Tensor]:
+    return {key: value for key, value in gate.items() if key.startswith("shared.")}
 
 
 def fedgate_round(
     net: Gate, gates: Sequence[State], data: Sequence[GateSamples], round_: int, seed: int, config: GateConfig
 ) -> tuple[list[State], Round]:
-    """One round: every client's gate before -> after."""
+    """One round of FedGate: every client's gate before -> after."""
     rate = config.rate * cosine(round_, config.rounds)
-    here, lost = attending(len(data), config.share, config.drop, seed, "gate", round_)
-    updates = _stacked_updates(net, gates, data, here, rate, round_, seed, config) if here else []
+    active, dropped = active_clients(len(data), config.share, config.drop, seed, "gate", round_)
+    updates = _stacked_updates(net, gates, data, active, rate, round_, seed, config) if active else []
     check("gate", round_, updates)
-    sent = size({key: value for key, value in gates[0].items() if key.startswith("shared.")})
-    told = report("gate", round_, config.rounds, updates, lost, sent)
+    summary = report("gate", round_, config.rounds, updates, dropped, size(_shared_part(gates[0])))
     if not updates:
-        return list(gates), told
-    shared = {key: value for key, value in average(updates).items() if key.startswith("shared.")}
+        return list(gates), summary
+    shared = _shared_part(average(updates))
     latest = dict(enumerate(gates)) | {update.client: update.state for update in updates}
-    return [{**latest[i], **shared} for i in range(len(gates))], told
+    return [{**latest[i], **shared} for i in range(len(gates))], summary
 
 
 def _stacked_updates(
     net: Gate,
     gates: Sequence[State],
     data: Sequence[GateSamples],
-    here: Sequence[int],
+    active: Sequence[int],
     rate: float,
     round_: int,
     seed: int,
     config: GateConfig,
 ) -> list[Update]:
-    """The local steps of FedGate of all clients that are here, at once: each one's numbers are those it has alone."""
-    forward = vmap(lambda state, h: functional_call(net, state, (h,)))
-    theta = {key: torch.stack([gates[i][key] for i in here]) for key in gates[here[0]]}
-    learned = sorted(theta)
-    sources = [generator(seed, "gate", round_, i) for i in here]
-    total = torch.zeros(len(here))
+    """The local steps of all active clients at once; each client's numbers are those it would get alone."""
+    theta = stacked([gates[i] for i in active])
+    samples = [data[i] for i in active]
+    generators = [generator(seed, "gate", round_, i) for i in active]
+    total = torch.zeros(len(active))
     for _ in range(config.local_steps):
-        drawn = [_drawn(len(data[i].y), config, net.experts, g) for i, g in zip(here, sources, strict=True)]
-        noise, present = torch.stack([d[1] for d in drawn]), torch.stack([d[2] for d in drawn])
-        h, said, y = (
-            torch.stack([getattr(data[i], name)[rows] for i, (rows, _, _) in zip(here, drawn, strict=True)])
-            for name in ("latents", "expert_answers", "y")
-        )
-        for key in learned:
-            theta[key].requires_grad_()
-        log_g = (forward(theta, h) + noise).log_softmax(2)  # (clients, B, N)
-        losses = (mixture_loss(log_g, said, y, config.loss) * present).sum(1) / present.sum(1)
-        if config.load_loss:
-            losses = losses + config.load_loss * load_loss(log_g.exp(), present)
-        gradients = torch.autograd.grad(losses.sum(), [theta[key] for key in learned])
-        scale = _step_sizes([gradient.flatten(1) for gradient in gradients], rate, config)
-        for key, gradient in zip(learned, gradients, strict=True):
-            theta[key] = theta[key].detach() - scale.view(-1, *[1] * (gradient.ndim - 1)) * gradient
+        batches = [_draw_batch(s, g, config, net.experts) for s, g in zip(samples, generators, strict=True)]
+        theta = {key: value.detach().requires_grad_() for key, value in theta.items()}
+        losses = _losses(net, theta, _stack(batches), config)  # (clients,)
+        # Summed over clients, so each gets the gradient of its own loss.
+        gradients = torch.autograd.grad(losses.sum(), list(theta.values()))
+        theta = _stepped(theta, gradients, rate, config)
         total += losses.detach()
-    return [
-        Update(
-            client,
-            {key: value[j] for key, value in theta.items()},
-            len(data[client].y),
-            total[j].item() / config.local_steps,
-        )
-        for j, client in enumerate(here)
-    ]
+    updates = []
+    for position, client in enumerate(active):
+        state = {key: value[position] for key, value in theta.items()}
+        mean_loss = total[position].item() / config.local_steps
+        updates.append(Update(client, state, len(data[client].y), mean_loss))
+    return updates
 
 
-def _drawn(samples: int, config: GateConfig, experts: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch's rows (B,), the noise on their scores (B, N), and a one for each that is no padding (B,)."""
-    rows = torch.randperm(samples, generator=g)[: config.batch]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """One batch of a client, or the batches of all active clients stacked: shapes then begin with (clients, …)."""
+
+    latents: Tensor
+    """(B, d)"""
+    expert_answers: Tensor
+    """(B, N, K) or (B, N), as in GateSamples"""
+    y: Tensor
+    """(B,)"""
+    noise: Tensor
+    """ε, added to the scores (B, N)"""
+    present: Tensor
+    """1 for a row, 0 for padding (B,)"""
+
+
+def _draw_batch(samples: GateSamples, g: torch.Generator, config: GateConfig, experts: int) -> _Batch:
+    """A random batch of one client. If the client has fewer than B samples, its first sample pads the batch."""
+    rows = torch.randperm(len(samples.y), generator=g)[: config.batch]
     noise = config.noise * torch.randn(config.batch, experts, generator=g)
     padding = config.batch - len(rows)
     present = torch.cat([torch.ones(len(rows)), torch.zeros(padding)])
-    return torch.cat([rows, torch.zeros(padding, dtype=torch.long)]), noise, present
+    rows = torch.cat([rows, torch.zeros(padding, dtype=torch.long)])
+    return _Batch(samples.latents[rows], samples.expert_answers[rows], samples.y[rows], noise, present)
+
+
+def _stack(batches: Sequence[_Batch]) -> _Batch:
+    return _Batch(
+        latents=torch.stack([batch.latents for batch in batches]),
+        expert_answers=torch.stack([batch.expert_answers for batch in batches]),
+        y=torch.stack([batch.y for batch in batches]),
+        noise=torch.stack([batch.noise for batch in batches]),
+        present=torch.stack([batch.present for batch in batches]),
+    )
+
+
+def _losses(net: Gate, theta: State, batch: _Batch, config: GateConfig) -> Tensor:
+    """Each client's mean loss over the rows of its batch, from stacked weights and a stacked batch. -> (clients,)"""
+    forward = vmap(lambda state, h: functional_call(net, state, (h,)))
+    log_g = (forward(theta, batch.latents) + batch.noise).log_softmax(2)  # (clients, B, N)
+    row_losses = mixture_loss(log_g, batch.expert_answers, batch.y, config.loss)  # (clients, B)
+    losses = (row_losses * batch.present).sum(1) / batch.present.sum(1)
+    if config.load_loss:
+        losses = losses + config.load_loss * load_loss(log_g.exp(), batch.present)
+    return losses
+
+
+def _stepped(theta: State, gradients: Sequence[Tensor], rate: float, config: GateConfig) -> Mapping[str, Tensor]:
+    """The stacked weights after one gradient step of every client; gradients in the order of theta."""
+    steps = _step_sizes([gradient.flatten(1) for gradient in gradients], rate, config)  # (clients,)
+    after = {}
+    for (key, value), gradient in zip(theta.items(), gradients, strict=True):
+        step = steps.view(-1, *[1] * (gradient.ndim - 1))  # (clients, 1, …)
+        after[key] = value.detach() - step * gradient
+    return after
 
 
 def _step_sizes(gradients: Sequence[Tensor], rate: float, config: GateConfig) -> Tensor:
-    """The rate over each gradient's length: always (unit), or only when it is over one (clipped). -> (clients,)"""
+    """Each client's step size under gradient normalisation, from the parts of its gradient (clients, …). -> (clients,)
+
+    gate.step "unit" makes every step as long as the rate; "clipped" only shortens gradients that are longer than 1.
+    """
     length = torch.cat(list(gradients), 1).norm(dim=1)
     return rate / (length + 1e-12) if config.step == "unit" else rate / length.clamp(min=1)
 
@@ -175,37 +235,44 @@ def _step_sizes(gradients: Sequence[Tensor], rate: float, config: GateConfig) ->
 def rollgate_stop(
     net: Gate, gates: Sequence[State], data: Sequence[GateSamples], stop: int, seed: int, config: GateConfig
 ) -> tuple[list[State], Round]:
-    """One stop of RollGate: the client whose turn it is trains the one gate for an epoch, then hands it on.
-
-    Its samples are labelled with itself with probability p, else with any other expert.
-    """
-    client, experts = visited(stop, len(data), seed, config), len(data)
+    """One stop of RollGate: one client trains the gate for an epoch on its own latents and passes it on."""
+    experts = len(data)
+    stops = config.laps * experts
+    client = client_at(stop, experts, seed, config)
     h = data[client].latents
     g = generator(seed, "rollgate", stop, client)
-    others = torch.randint(0, experts - 1, (len(h),), generator=g)
-    others = others + (others >= client)
-    label = torch.where(torch.rand(len(h), generator=g) < config.roll_own, client, others)
+    labels = _pseudo_labels(client, len(h), experts, config.roll_own, g)
     gate = dict(gates[0])
-    learned = sorted(key for key in gate if key.startswith("shared."))
-    rate, total, hits = config.rate * cosine(stop, config.laps * experts), 0.0, 0
+    trained = sorted(_shared_part(gate))
+    rate = config.rate * cosine(stop, stops)
+    loss_sum = 0.0
+    correct = 0
     for batch in torch.randperm(len(h), generator=g).split(config.batch):
-        theta = {key: gate[key].detach().requires_grad_(key in learned) for key in gate}
-        scores = functional_call(net, theta, (h[batch],))
-        loss = cross_entropy(scores, label[batch])
-        gradients = torch.autograd.grad(loss, [theta[key] for key in learned])
-        scale = _step_sizes([gradient.flatten()[None] for gradient in gradients], rate, config)
-        for key, gradient in zip(learned, gradients, strict=True):
-            gate[key] = gate[key] - scale * gradient
-        total, hits = total + loss.item() * len(batch), hits + int((scores.argmax(1) == label[batch]).sum())
-    update = Update(client, gate, len(h), total / len(h), hits / len(h))
+        theta = {key: value.detach().requires_grad_(key in trained) for key, value in gate.items()}
+        scores = functional_call(net, theta, (h[batch],))  # (B, N)
+        loss = cross_entropy(scores, labels[batch])
+        gradients = torch.autograd.grad(loss, [theta[key] for key in trained])
+        step = _step_sizes([gradient.flatten()[None] for gradient in gradients], rate, config)  # (1,)
+        for key, gradient in zip(trained, gradients, strict=True):
+            gate[key] = gate[key] - step * gradient
+        loss_sum += loss.item() * len(batch)
+        correct += int((scores.argmax(1) == labels[batch]).sum())
+    update = Update(client, gate, len(h), loss_sum / len(h), correct / len(h))
     check("gate", stop, [update])
-    sent = size({key: gate[key] for key in learned})
-    return [gate] * experts, report("gate", stop, config.laps * experts, [update], sent=sent)
+    summary = report("gate", stop, stops, [update], payload_bytes=size(_shared_part(gate)))
+    return [gate] * experts, summary
 
 
-def visited(stop: int, clients: int, seed: int, config: GateConfig) -> int:
-    """Whom RollGate visits: everybody once a lap, round the ring or in an order that each lap draws anew."""
-    lap, place = divmod(stop, clients)
+def _pseudo_labels(client: int, rows: int, experts: int, own_share: float, g: torch.Generator) -> Tensor:
+    """RollGate's labels: this client with probability `own_share`, else any other client with equal chances. (rows,)"""
+    others = torch.randint(0, experts - 1, (rows,), generator=g)
+    others = others + (others >= client)
+    return torch.where(torch.rand(rows, generator=g) < own_share, client, others)
+
+
+def client_at(stop: int, clients: int, seed: int, config: GateConfig) -> int:
+    """The client at a stop of RollGate: each once per lap, in ascending order ("ring") or in a new order per lap."""
+    lap, position = divmod(stop, clients)
     if config.order == "ring":
-        return place
-    return int(torch.randperm(clients, generator=generator(seed, "order", lap))[place])
+        return position
+    return int(torch.randperm(clients, generator=generator(seed, "order", lap))[position])

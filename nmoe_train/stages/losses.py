@@ -1,4 +1,8 @@
-"""The formulas of the paper, each a pure function of tensors."""
+"""The formulae of the paper, and of FedSC which it builds on, as pure functions of tensors.
+
+n: rows, d: numbers of a latent or projection, B: rows of a batch, N: experts, K: classes. "…" stands for leading
+dimensions, such as clients that are trained together.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 
 def shortened(z: Tensor, radius: float) -> Tensor:
-    """Every row cut to ‖z‖ ≤ √μ, which bounds what one sample adds to a correlation matrix. (n, d); radius: μ"""
-    return z * (radius**0.5 / z.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    """Every row scaled down to length √μ if it is longer; μ is `radius`. (n, d) -> (n, d)
+
+    This bounds how far one sample can move a correlation matrix, which differential privacy requires.
+    """
+    factor = radius**0.5 / z.norm(dim=1, keepdim=True).clamp(min=1e-12)  # (n, 1)
+    return z * factor.clamp(max=1)
 
 
 def correlation(z: Tensor) -> Tensor:
@@ -19,43 +27,52 @@ def correlation(z: Tensor) -> Tensor:
     return z.T @ z / len(z)
 
 
-def spectral_loss(one: Tensor, two: Tensor, alpha: float, others: Tensor) -> Tensor:
-    """FedSC: -2 tr(R⁺) + α tr(R²) + 2 (1-α) tr(R C).
+def spectral_loss(view: Tensor, positive: Tensor, alpha: float, others: Tensor) -> Tensor:
+    """FedSC's loss of one client: -2 tr(R⁺) + α tr(R²) + 2 (1-α) tr(R R̄₋ᵢ).
 
-    one, two: two views of the same samples (B, d); others: C, the mean correlation matrix of the other clients (d, d).
-    With α = qᵢ, the client's share of all samples, its gradient is that of the spectral loss over everybody's samples.
+    This is twice equation (4) of the paper, where α is qᵢ, the client's share of all samples. With α = qᵢ the gradients
+    add up to the gradient of the global loss, equation (3); extractor.py explains which α is used.
+
+    view, positive: projections of two views of the same samples (B, d)
+    others: R̄₋ᵢ, the mean correlation matrix of the other clients (d, d)
     """
-    alike = (one * two).sum(1).mean()  # tr(R⁺)
-    r = (correlation(one) + correlation(two)) / 2
-    return -2 * alike + alpha * r.square().sum() + 2 * (1 - alpha) * (r * others).sum()
+    agreement = (view * positive).sum(1).mean()  # tr(R⁺)
+    r = (correlation(view) + correlation(positive)) / 2  # (d, d)
+    return -2 * agreement + alpha * r.square().sum() + 2 * (1 - alpha) * (r * others).sum()
 
 
-def of_the_others(matrices: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
-    """C of each client: Σⱼ wⱼ Rⱼ / Σⱼ wⱼ over j ≠ i; zero for a client that is alone."""
-    total, whole = sum(weights), sum(w * r for w, r in zip(weights, matrices, strict=True))
-    return [
-        (whole - w * r) / (total - w) if len(matrices) > 1 else torch.zeros_like(r)
-        for w, r in zip(weights, matrices, strict=True)
-    ]
+def means_of_others(matrices: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """R̄₋ᵢ for every client i: Σⱼ wⱼ Rⱼ / Σⱼ wⱼ over all j ≠ i. A single client gets zeros."""
+    if len(matrices) == 1:
+        return [torch.zeros_like(matrices[0])]
+    total_weight = sum(weights)
+    total = sum(w * r for w, r in zip(weights, matrices, strict=True))
+    return [(total - w * r) / (total_weight - w) for w, r in zip(weights, matrices, strict=True)]
 
 
-def mixture_loss(log_g: Tensor, said: Tensor, y: Tensor, kind: str) -> Tensor:
-    """-log of the mixture's probability of the truth, for each row. log_g: (…, N), y: (…)
+def mixture_loss(log_g: Tensor, answers: Tensor, y: Tensor, kind: str) -> Tensor:
+    """-log p(y | h) of the mixture, one loss for each row. log_g: log of the gate's weights (…, N), y: (…) -> (…)
 
-    outputs:        said (…, N, K) are the experts' outputs, mixed and then made a probability, as in the paper
-    probabilities:  said (…, N) are the experts' log-probabilities of the truth
+    kind "outputs":        p = softmax(Σⱼ gⱼ Hⱼ(h)), the paper's equation (1). answers: Hⱼ(h) for every class (…, N, K)
+    kind "probabilities":  p = Σⱼ gⱼ softmax(Hⱼ(h)). answers: each expert's log-probability of the true class (…, N)
     """
     if kind == "probabilities":
-        return -(log_g + said).logsumexp(-1)
-    mixed = (log_g.exp()[..., None] * said).sum(-2)  # (…, K)
+        return -(log_g + answers).logsumexp(-1)
+    mixed = (log_g.exp()[..., None] * answers).sum(-2)  # (…, K)
     return cross_entropy(mixed.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
 
 
 def load_loss(g: Tensor, present: Tensor) -> Tensor:
-    """Switch: N · Σ f̄ⱼ P̄ⱼ, f̄ the share of rows whose favourite is j, P̄ the mean of gⱼ; 1 when balanced.
+    """The load balance loss of the Switch Transformer, L_load = N · Σⱼ fⱼ Pⱼ: 1 if balanced, N if one expert gets all.
 
-    g: (…, B, N); present: (…, B), one for a row, zero for padding
+    N is the number of experts, fⱼ the share of rows for which gⱼ is the largest, and Pⱼ the mean of gⱼ. The paper's
+    text calls N the number of samples and writes sums for fⱼ and Pⱼ; this is the definition of the work that it cites.
+
+    g: the gate's weights (…, B, N); present: 1 for a row, 0 for padding (…, B) -> (…)
     """
-    share = present / present.sum(-1, keepdim=True)
-    favourite = torch.nn.functional.one_hot(g.argmax(-1), g.shape[-1]).to(g)
-    return g.shape[-1] * ((favourite * share[..., None]).sum(-2) * (g * share[..., None]).sum(-2)).sum(-1)
+    experts = g.shape[-1]
+    row_weights = (present / present.sum(-1, keepdim=True))[..., None]  # (…, B, 1)
+    best = one_hot(g.argmax(-1), experts).to(g)  # (…, B, N)
+    f = (best * row_weights).sum(-2)  # (…, N)
+    mean_g = (g * row_weights).sum(-2)  # (…, N)
+    return experts * (f * mean_g).sum(-1)

@@ -16,7 +16,7 @@ def copied(net: nn.Module) -> dict[str, Tensor]:
 
 
 def selected(state: State, prefix: str) -> dict[str, Tensor]:
-    """The entries whose names start with `prefix`, named without it."""
+    """The entries named `prefix`…, with the prefix removed from their names."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 

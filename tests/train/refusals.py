@@ -1,4 +1,4 @@
-"""A DataError that is one line, and files that are damaged at random, for tests of what is read."""
+"""For tests of loading: a DataError of one line, and files with random damage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nmoe_train.errors import DataError
 
 
 def refused(text):
-    """A DataError that is one line."""
+    """Expect a DataError of one line that contains `text`."""
     return pytest.raises(DataError, match=rf"\A(?!.*\n).*{text}")
 
 
 def assert_survives_damage(whole, path, read, times):
-    """Cut, overwrite, insert: `read` does its work or raises DataError."""
+    """Truncate, overwrite and insert bytes at random: `read` must succeed or raise DataError."""
     draw = np.random.default_rng(0)
     for _ in range(times):
         damaged = bytearray(whole)

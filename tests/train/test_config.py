@@ -25,23 +25,23 @@ from nmoe_train.settings import as_toml, parsed
         ({"gate": {"lap": 1}}, "unknown key 'gate.lap'"),
         ({"data": {"clients": 0}}, "clients is 0"),
         ({"data": {"held_out": 1.0}}, "held_out is 1.0"),
-        ({"inference": {"top_k": 11}}, "top_k is 11, not in 1..10"),
+        ({"inference": {"top_k": 11}}, "top_k is 11; it must be in 1..10"),
         ({"experts": {"loss": "plain"}}, "adapt needs"),
         ({"extractor": {"head": "linear"}}, "needs extractor.method = 'fedce' and extractor.head = 'expert'"),
         ({"extractor": {"method": "fedsc"}, "experts": {"start": "head"}}, "needs extractor.method"),
         ({"extractor": {"drop": 1.0}}, "drop is 1.0"),
-        ({"extractor": {"arguments": {"width": float("nan")}}}, "kept as JSON"),
-        ({"extractor": {"arguments": {"day": __import__("datetime").date(2020, 1, 1)}}}, "kept as JSON"),
+        ({"extractor": {"arguments": {"width": float("nan")}}}, "must be JSON values"),
+        ({"extractor": {"arguments": {"day": __import__("datetime").date(2020, 1, 1)}}}, "must be JSON values"),
         ({"fedsc": {"epsilon": 0.0}}, "fedsc: epsilon is 0.0"),
         ({"fedsc": {"delta": 1.0}}, "fedsc: delta is 1.0"),
-        ({"gate": {"shares": [0.5, 0.5]}}, "2 for 10 experts"),
+        ({"gate": {"shares": [0.5, 0.5]}}, "2 numbers for 10 experts"),
         ({"gate": {"shares": [0.5, 0.6]}}, "sum to 1"),
         ({"gate": {"widths": [8], "own": "weights"}}, "needs a linear gate"),
         ({"gate": {"method": "rollgate"}, "data": {"clients": 1}}, "needs two clients"),
         ({"gate": {"method": "softgate"}}, "none of 'rangate', 'rollgate', 'fedgate'"),
     ],
 )
-def test_settings_that_cannot_be_are_one_line(flags, text):
+def test_an_invalid_setting_is_refused_in_one_line(flags, text):
     with pytest.raises(ConfigError, match=text):
         configure(flags=flags)
 
@@ -52,7 +52,7 @@ def test_flags_override_the_file_which_overrides_the_recipe(tmp_path):
     config = configure("paper", file, {"gate": {"rounds": 9}})
     assert (config.seed, config.gate.rounds, config.gate.load_loss, config.gate.loss) == (4, 9, 0.5, "outputs")
     assert configure("best") == Config()
-    with pytest.raises(ConfigError, match="no recipe is called 'worst'"):
+    with pytest.raises(ConfigError, match="unknown recipe 'worst'"):
         configure("worst")
     file.write_text("seed = ")
     with pytest.raises(ConfigError, match="mine.toml"):
@@ -61,7 +61,7 @@ def test_flags_override_the_file_which_overrides_the_recipe(tmp_path):
         configure(file=tmp_path / "nowhere.toml")
 
 
-def test_data_and_method_bring_their_own_defaults_which_a_file_and_flags_override(tmp_path):
+def test_defaults_of_data_and_method_are_overridden_by_file_and_flags(tmp_path):
     assert configure(flags={"data": {"name": "cifar10"}}).extractor.views == "light"
     fedsc = configure(flags={"extractor": {"method": "fedsc"}})
     assert (fedsc.experts.start, fedsc.extractor.local_epochs) == ("fresh", 5)
@@ -72,7 +72,7 @@ def test_data_and_method_bring_their_own_defaults_which_a_file_and_flags_overrid
 
 
 @pytest.mark.parametrize("recipe", ["best", "paper"])
-def test_every_setting_survives_its_way_through_toml(tmp_path, recipe):
+def test_every_setting_survives_a_round_trip_through_toml(tmp_path, recipe):
     config = configure(
         recipe, flags={"data": {"name": "cifar10"}, "extractor": {"arguments": {"norm": "none", "x": [1]}}}
     )
@@ -80,7 +80,7 @@ def test_every_setting_survives_its_way_through_toml(tmp_path, recipe):
     assert configure(file=tmp_path / "all.toml") == config
 
 
-def test_a_run_json_is_a_file_of_settings(golden, tmp_path):
+def test_a_run_json_can_serve_as_a_file_of_settings(golden, tmp_path):
     (tmp_path / "run.json").write_text('{"schema": 1, "config": {"seed": 7}}')
     assert configure(file=tmp_path / "run.json").seed == 7
     (tmp_path / "other.json").write_text("[]")
@@ -89,7 +89,7 @@ def test_a_run_json_is_a_file_of_settings(golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "value"),
+    ("text", "name", "value"),
     [
         ("gate.rate=0.1", "gate.rate", 0.1),
         ("experts.loss=plain", "experts.loss", "plain"),
@@ -100,12 +100,12 @@ def test_a_run_json_is_a_file_of_settings(golden, tmp_path):
         ("data.name=npz:a=b.npz", "data.name", "npz:a=b.npz"),
     ],
 )
-def test_a_setting_is_toml_or_plain_text(text, place, value):
-    assert parsed(text) == (place, value)
+def test_a_setting_is_toml_or_plain_text(text, name, value):
+    assert parsed(text) == (name, value)
 
 
 @pytest.mark.parametrize("text", ["gate.rate", "=3", "gate..rate=1", "gate rate=1"])
-def test_a_setting_without_place_or_value_is_one_line(text):
+def test_a_setting_without_name_or_value_is_refused_in_one_line(text):
     with pytest.raises(ConfigError, match="section.name=value"):
         parsed(text)
 

@@ -1,4 +1,4 @@
-"""Backbones of somebody's own: what is refused, each in one line, before anything is trained."""
+"""A backbone of your own that cannot be trained is refused in one line, before training starts."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ def module(answer, more=""):
         ("def net():\n    raise KeyError('x')", "cannot be built with {}: KeyError: 'x'"),
         (module("self.layer(flat)"), "fails on two uint8 images"),
         (module("flat"), "torch.uint8, not torch.float32"),
-        (module("(flat, flat)"), "returns tuple, not one tensor"),
+        (module("(flat, flat)"), "returned tuple, not one tensor"),
         (module("flat.double()"), "torch.float64, not torch.float32"),
-        (module("self.layer(flat.float())[0]"), r"\[64\] of two images, not \[2, 64\]"),
+        (module("self.layer(flat.float())[0]"), r"returned \(64,\) for 2 images; .* Return one row per image"),
+        (module("self.layer(flat.float())[:, :, None]"), r"returned \(2, 64, 1\) .* must return \(2, 64\). Flatten it"),
+        (module("self.layer(flat.float())[:, :9]"), r"returned \(2, 9\) .* Set extractor.dim = 9"),
         (module("self.other(flat.float())", "self.other = nn.Linear(64, 64); self.other.weight = self.layer.weight"),
          "two names for one weight"),
     ],
 )  # fmt: skip
-def test_backbones_that_cannot_be_trained_are_one_line(tmp_path, monkeypatch, source, text):
+def test_a_backbone_that_cannot_be_trained_is_refused_in_one_line(tmp_path, monkeypatch, source, text):
     monkeypatch.chdir(tmp_path)
     name = f"backbone_{abs(hash(source))}"
     Path(f"{name}.py").write_text(source + "\n")

@@ -206,7 +206,7 @@ def test_a_diverging_loss_stops_the_training_and_writes_no_run(tmp_path):
 
 def test_a_backbone_with_another_latent_size_is_refused(tmp_path):
     flags = {**SHORT, "extractor": {"backbone": "torch.nn:Flatten", "rounds": 1}}
-    with pytest.raises(NetError, match=r"makes latents of \[2, 64\] of two images, not \[2, 32\]"):
+    with pytest.raises(NetError, match=r"returned \(2, 64\) for 2 images; it must return \(2, 32\)"):
         train(configure(flags={**flags, "extractor": {**flags["extractor"], "dim": 32}}), tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""Who has what, and that nobody has what is another's."""
+"""Clients get disjoint samples with the requested class mix."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ from dataclasses import replace
 
 import numpy as np
 
-from nmoe_train.data.clients import deal
 from nmoe_train.config import DataConfig
+from nmoe_train.data.clients import deal
 from nmoe_train.data.datasets import load
 
 
-def test_nobody_trains_on_what_is_held_out_or_tested_on():
-    """By the digits' own number: an image that stands twice in the data is another one each time."""
+def test_training_held_out_and_test_samples_are_disjoint():
+    """Every image carries its number, because the data contain equal images."""
     dataset = load("digits")
-    stamped = replace(
+    with_numbers = replace(
         dataset,
         x_train=numbered(dataset.x_train, 0),
         x_test=numbered(dataset.x_test, len(dataset.x_train)),
     )
-    clients = deal(stamped, DataConfig(), 0)
+    clients = deal(with_numbers, DataConfig(), 0)
 
     def numbers(parts):
-        return [int(n) for x, _ in parts for n in stamp(x)]
+        return [int(n) for x, _ in parts for n in number_of(x)]
 
-    train, held_out, own = numbers(clients.train), numbers(clients.held_out), numbers(clients.own_test)
+    train = numbers(clients.train)
+    held_out = numbers(clients.held_out)
+    own = numbers(clients.own_test)
     test = numbers([clients.test])
     for part in (train, held_out, own, test):
         assert len(part) == len(set(part))
@@ -35,18 +37,18 @@ def test_nobody_trains_on_what_is_held_out_or_tested_on():
 
 
 def numbered(x, first):
-    """Images whose first two pixels say which they are."""
+    """Images with their number in the first two pixels."""
     x = x.copy()
     n = np.arange(first, first + len(x))
     x[:, 0, 0, 0], x[:, 0, 0, 1] = n // 256, n % 256
     return x
 
 
-def stamp(x):
+def number_of(x):
     return x[:, 0, 0, 0].long() * 256 + x[:, 0, 0, 1].long()
 
 
-def test_own_tests_are_split_like_the_training_or_as_it_is_said():
+def test_own_test_sets_are_split_like_the_training_samples_or_by_test_partition():
     dataset = load("digits")
     alike = deal(dataset, DataConfig(), 0)
     assert alike.split(10)["test"][3][3] > 40

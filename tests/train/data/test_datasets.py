@@ -18,14 +18,14 @@ def test_the_digits_can_be_shared_by_ten_clients():
 
 
 @pytest.mark.parametrize("name", ["mnist", "", "npz:", "folder:", "npz", ":x", "digits:1", "mni\nst"])
-def test_an_unknown_name_is_told_what_there_is(name):
-    with refused("there are digits, .*npz:FILE, folder:DIR"):
+def test_an_unknown_name_is_refused_with_a_list_of_the_data_sets(name):
+    with refused("expected one of digits, .*npz:FILE, folder:DIR"):
         load(name)
 
 
 @pytest.mark.parametrize("shape", [(50, 300, 8, 9), (3, 1, 1, 1), (2, 3, 1200, 1100)])
-def test_statistics_are_those_of_the_pixels(shape):
-    """An error of 1e-6 would round to another fourth digit in some of 300 channels."""
+def test_statistics_are_mean_and_deviation_of_the_pixels(shape):
+    """With 300 channels an error of 1e-6 would change the rounded fourth digit of at least one."""
     x = (np.random.default_rng(0).random(shape) ** 2 * 255).astype(np.uint8)
     y = np.arange(len(x)) % 2
     mean, deviation = Dataset("any", x, y, x, y, ("a", "b")).statistics()
@@ -33,7 +33,7 @@ def test_statistics_are_those_of_the_pixels(shape):
     assert deviation == (x / 255).std((0, 2, 3)).round(4).tolist()
 
 
-def test_a_channel_that_never_varies_does_not_divide_by_nothing():
+def test_a_constant_channel_gets_a_deviation_of_a_thousandth():
     x = np.zeros((4, 3, 2, 2), np.uint8)
     x[:, 1], x[0, 2] = 255, 255
     statistics = Dataset("any", x, np.arange(4) % 2, x, np.arange(4) % 2, ("a", "b")).statistics()
@@ -52,7 +52,7 @@ def npz(path, **changes):
     return f"npz:{path}"
 
 
-def test_anybodys_npz_is_read_with_channels_first(tmp_path):
+def test_an_npz_is_loaded_with_channels_first(tmp_path):
     dataset = load(npz(tmp_path / "mine.npz", classes=np.array(["a", "b", "c", "d"]), more=np.array([object()])))
     assert (dataset.name, dataset.shape) == ("mine", (3, 8, 8))
     assert dataset.labels == ("a", "b", "c", "d")
@@ -63,7 +63,7 @@ def test_anybodys_npz_is_read_with_channels_first(tmp_path):
     assert (dataset.y_train.dtype, dataset.labels) == (np.int64, ("10", "11", "12", "13"))
 
 
-def test_an_npz_is_found_at_home(tmp_path, monkeypatch):
+def test_a_tilde_in_the_path_of_an_npz_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     npz(tmp_path / "mine.npz")
     assert load("npz:~/mine.npz").name == "mine"
@@ -75,7 +75,7 @@ FOUR = ["a", "b", "c", "d"]
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"x_train": None}, "holds no x_train; it needs x_train, y_train, x_test, y_test"),
+        ({"x_train": None}, "x_train is missing; the file needs x_train, y_train, x_test, y_test"),
         ({"x_train": np.zeros((4, 8, 8, 3))}, "train images are float64"),
         ({"x_train": np.zeros((4, 8), np.uint8)}, "train images are uint8"),
         ({"x_train": np.zeros((), np.uint8)}, "train images are uint8"),
@@ -83,38 +83,38 @@ FOUR = ["a", "b", "c", "d"]
         ({"x_train": np.zeros((4, 0, 8, 3), np.uint8)}, "train images are uint8"),
         ({"x_test": np.zeros((2, 8, 0), np.uint8)}, "test images are uint8"),
         ({"x_test": np.zeros((2, 9, 9, 3), np.uint8)}, "train images are .* test images"),
-        ({"y_train": np.arange(3)}, r"train labels are \(3,\), not one for each of 4 images"),
-        ({"y_train": np.arange(4)[:, None]}, r"train labels are \(4, 1\)"),
-        ({"y_test": np.array(1)}, r"test labels are \(\)"),
-        ({"y_train": np.array([0, 1, 2, -1])}, "train labels are not one of 0..2"),
-        ({"y_train": np.array(FOUR)}, "labels are whole numbers, but y_train is <U1"),
-        ({"y_train": np.arange(4.0)}, "labels are whole numbers, but y_train is float64"),
-        ({"y_test": np.array([True, False])}, "labels are whole numbers, but y_test is bool"),
+        ({"y_train": np.arange(3)}, r"train labels have shape \(3,\); expected \(4,\), one label per image"),
+        ({"y_train": np.arange(4)[:, None]}, r"train labels have shape \(4, 1\)"),
+        ({"y_test": np.array(1)}, r"test labels have shape \(\)"),
+        ({"y_train": np.array([0, 1, 2, -1])}, "train labels must lie in 0..2"),
+        ({"y_train": np.array(FOUR)}, "labels must be integers, but y_train is <U1"),
+        ({"y_train": np.arange(4.0)}, "labels must be integers, but y_train is float64"),
+        ({"y_test": np.array([True, False])}, "labels must be integers, but y_test is bool"),
         ({"y_train": np.array([object()] * 4)}, "cannot be read"),
         ({"y_train": np.array([0, 1, 3, 3])}, "class 2 has no training sample"),
         ({"y_test": np.array([0, 4])}, "class 4 has no training sample"),
-        ({"y_train": np.zeros(4, int), "y_test": np.zeros(2, int)}, "number of classes is 1, not in 2..4096"),
+        ({"y_train": np.zeros(4, int), "y_test": np.zeros(2, int)}, "number of classes is 1; it must be in 2..4096"),
         ({"y_train": np.array([0, 1, 2, 10**7])}, "a label is 10000000; .* K is at most 4096"),
         ({"y_train": np.array([0, 1, 2, 2**64 - 1], np.uint64)}, "a label is 18446744073709551615"),
-        ({"classes": np.array("cat")}, r"classes is <U3 \(\), not a list of names"),
-        ({"classes": np.array([FOUR])}, r"classes is <U1 \(1, 4\), not a list of names"),
+        ({"classes": np.array("cat")}, r"classes is <U3 \(\); it must be a list of names"),
+        ({"classes": np.array([FOUR])}, r"classes is <U1 \(1, 4\); it must be a list of names"),
         ({"classes": np.array([b"a", b"b", b"c", b"d"])}, r"classes is \|S1 \(4,\)"),
         ({"classes": np.arange(4.0)}, r"classes is float64 \(4,\)"),
         ({"classes": np.array(FOUR[:3])}, "a label is 3, but classes has only 3 names"),
         ({"classes": np.array([*FOUR, "e"])}, "class 4 has no training sample"),
-        ({"classes": np.array(["a", "b", "c", "a"])}, "2 classes are called 'a'"),
-        ({"classes": np.array(["a", "b\nc", "c", "d"])}, "class 1 is called .*cannot be printed"),
-        ({"classes": np.array(["a", "b", "\x1b[2J", "d"])}, "class 2 is called .*cannot be printed"),
-        ({"classes": np.array(["a", "b", "", "d"])}, "class 2 is called ''"),
+        ({"classes": np.array(["a", "b", "c", "a"])}, "2 classes have the name 'a'"),
+        ({"classes": np.array(["a", "b\nc", "c", "d"])}, "name of class 1, .*cannot be printed"),
+        ({"classes": np.array(["a", "b", "\x1b[2J", "d"])}, "name of class 2, .*cannot be printed"),
+        ({"classes": np.array(["a", "b", "", "d"])}, "name of class 2 is empty; give it one"),
         ({"classes": np.array([str(i) for i in range(MAX_CLASSES + 1)])}, "number of classes is 4097"),
     ],
 )
-def test_an_npz_of_other_shapes_dtypes_or_names_is_one_line(tmp_path, change, text):
+def test_an_npz_with_wrong_shapes_dtypes_or_names_is_refused_in_one_line(tmp_path, change, text):
     with refused(text):
         load(npz(tmp_path / "mine.npz", **change))
 
 
-def test_a_file_that_is_missing_damaged_or_no_npz_is_one_line(tmp_path):
+def test_a_file_that_is_missing_damaged_or_not_an_npz_is_refused_in_one_line(tmp_path):
     with refused("nowhere.npz: cannot be read as an .npz: No such file"):
         load(f"npz:{tmp_path}/nowhere.npz")
     with refused("cannot be read as an .npz: Is a directory"):
@@ -125,26 +125,26 @@ def test_a_file_that_is_missing_damaged_or_no_npz_is_one_line(tmp_path):
     (tmp_path / "empty.npz").touch()
     (tmp_path / "text.npz").write_text("no archive at all")
     for name in ("one.npy", "empty.npz", "text.npz"):
-        with refused("no whole archive of arrays by name"):
+        with refused("not a complete archive of named arrays"):
             load(f"npz:{tmp_path}/{name}")
     with zipfile.ZipFile(tmp_path / "nothing.npz", "w"):
         pass
-    with refused("holds no x_train"):
+    with refused("x_train is missing"):
         load(f"npz:{tmp_path}/nothing.npz")
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         for key in ("x_train", "y_train", "x_test", "y_test"):
             archive.writestr(f"{key}.npy", "no array")
-    with refused("labels are whole numbers"):
+    with refused("labels must be integers"):
         load(f"npz:{tmp_path}/other.npz")
 
 
-def test_a_name_that_cannot_be_printed_is_refused_before_a_training(tmp_path):
-    with refused("which cannot be printed: rename it"):
+def test_a_data_set_with_an_unprintable_name_is_refused(tmp_path):
+    with refused("cannot be printed; rename it"):
         load(npz(tmp_path / "a\tb.npz"))
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_damaged_npz_is_refused_or_read_but_never_a_traceback(tmp_path, compression):
+def test_a_damaged_npz_is_loaded_or_raises_dataerror(tmp_path, compression):
     whole = io.BytesIO()
     npz(tmp_path / "whole.npz", classes=np.array(FOUR))
     with zipfile.ZipFile(tmp_path / "whole.npz") as plain, zipfile.ZipFile(whole, "w", compression) as archive:
@@ -154,7 +154,7 @@ def test_a_damaged_npz_is_refused_or_read_but_never_a_traceback(tmp_path, compre
 
 
 @pytest.mark.parametrize("key", ["x_train", "y_test", "classes"])
-def test_a_damaged_array_in_a_sound_npz_is_refused_or_read_but_never_a_traceback(tmp_path, key):
+def test_an_npz_with_a_damaged_array_is_loaded_or_raises_dataerror(tmp_path, key):
     np.save(whole := io.BytesIO(), {"x_train": np.zeros((4, 2, 2), np.uint8), "classes": FOUR}.get(key, np.arange(2)))
 
     def read(path):

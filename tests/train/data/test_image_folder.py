@@ -11,7 +11,7 @@ from nmoe_train.data.datasets import load
 
 
 def image(path, size=(6, 4), mode="RGB", **options):
-    """A picture whose every pixel is another, saved as the suffix says."""
+    """Save an image of random pixels in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     width, height = size
     rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
@@ -30,12 +30,12 @@ def pets(tmp_path):
     return tmp_path / "pets"
 
 
-def test_a_folder_of_images_is_read_in_the_order_of_its_names(pets):
+def test_a_folder_of_images_is_loaded_in_alphabetical_order(pets):
     (pets / "train/cat/a.png").unlink()
     image(pets / "train/cat/a.jpeg", quality=100, subsampling=0)
     (pets / "train/.hidden").mkdir()
     (pets / "train/dog/.DS_Store").touch()
-    (pets / "README").write_text("beside them, anything may lie")
+    (pets / "README").write_text("other entries next to train/ and test/ are ignored")
     dataset = load(f"folder:{pets}")
     assert (dataset.name, dataset.labels, dataset.shape) == ("pets", ("cat", "dog"), (3, 4, 6))
     assert dataset.y_train.tolist() == [0, 0, 1, 1, 1]
@@ -48,7 +48,7 @@ def test_a_folder_of_images_is_read_in_the_order_of_its_names(pets):
     )
 
 
-def test_a_folder_may_be_links_and_where_one_stands(pets, tmp_path, monkeypatch):
+def test_folders_and_images_may_be_links_and_the_path_may_be_relative(pets, tmp_path, monkeypatch):
     (tmp_path / "links/test").mkdir(parents=True)
     (tmp_path / "links/train").symlink_to(pets / "train")
     (tmp_path / "links/test/cat").symlink_to(pets / "test/cat")
@@ -59,7 +59,7 @@ def test_a_folder_may_be_links_and_where_one_stands(pets, tmp_path, monkeypatch)
     assert load("folder:.").name == "pets"
 
 
-def test_images_are_grey_when_all_of_them_are(tmp_path):
+def test_images_have_one_channel_if_all_are_grey_and_three_otherwise(tmp_path):
     for number, mode in enumerate(("L", "1", "LA", "I;16")):
         image(tmp_path / f"train/{number}/1.png", mode=mode)
     image(tmp_path / "test/0/1.png", mode="L")
@@ -73,7 +73,7 @@ def test_images_are_grey_when_all_of_them_are(tmp_path):
     assert load(f"folder:{tmp_path}").shape == (3, 4, 6)
 
 
-def test_sixteen_bits_become_eight(tmp_path):
+def test_sixteen_bit_pixels_are_reduced_to_eight_bits(tmp_path):
     for label in "ab":
         image(tmp_path / f"train/{label}/1.png", mode="I;16")
         image(tmp_path / f"test/{label}/1.png")
@@ -82,17 +82,17 @@ def test_sixteen_bits_become_eight(tmp_path):
 
 
 @pytest.mark.parametrize(("orientation", "turn"), [(1, lambda x: x), (3, lambda x: x[:, ::-1, ::-1]), (6, np.rot90)])
-def test_images_are_turned_as_their_exif_says(tmp_path, orientation, turn):
+def test_the_exif_orientation_is_applied(tmp_path, orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for place in ("train/a/1.png", "train/b/1.png", "test/a/1.png"):
-        image(tmp_path / place, exif=exif)
+    for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png"):
+        image(tmp_path / path, exif=exif)
     plain = np.asarray(Image.open(tmp_path / "train/a/1.png")).transpose(2, 0, 1)
     turned = turn(plain) if orientation != 6 else np.rot90(plain, -1, (1, 2))
     assert np.array_equal(load(f"folder:{tmp_path}").x_train[0], turned)
 
 
-def strange_class(pets):
+def unknown_class(pets):
     image(pets / "test/emu/1.png")
 
 
@@ -120,7 +120,7 @@ def no_image(pets):
 
 
 def other_format(pets):
-    """Whose decoder nobody asked for."""
+    """A TIFF: its decoder is not among the allowed ones."""
     Image.new("RGB", (6, 4)).save(pets / "train/dog/b.png", format="TIFF")
 
 
@@ -186,44 +186,44 @@ def one_class(pets):
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (strange_class, "test/emu: train/ has no such class: a data set is DIR/train/CLASS/"),
-        (empty_class, "train/emu: is empty, so fill it or remove it"),
+        (unknown_class, "test/emu: train/ has no folder for this class: a data set is DIR/train/CLASS/"),
+        (empty_class, "train/emu: is empty; fill it or remove it"),
         (class_of_hidden_files, "train/emu: is empty"),
-        (other_size, "train/dog/b.png: is 7 × 5, but .*train/cat/a.png 6 × 4: scale to one"),
+        (other_size, "train/dog/b.png: is 7 × 5, but .*train/cat/a.png is 6 × 4; scale all images to one size"),
         (turned_size, "test/cat/1.png: is 4 × 6, but"),
         (no_image, "train/dog/b.png: cannot be read as an image: cannot identify"),
         (other_format, "train/dog/b.png: cannot be read as an image: cannot identify"),
         (cut_off, "train/dog/c.bmp: cannot be read as an image: image file is truncated"),
         (bomb, r"train/dog/b.png: cannot be read as an image: Image size \(200000000 pixels\) exceeds"),
         (small_bomb, r"train/dog/b.png: cannot be read as an image: Image size \(100000000 pixels\) exceeds"),
-        (other_suffix, "train/dog/notes.txt: no file that ends in .png, .jpg, .jpeg, .bmp, .webp: move it"),
-        (folder_of_folders, "train/dog/young.png: no file that ends in"),
-        (pipe, "train/dog/d.png: no file that ends in"),
-        (broken_link, "train/dog/d.png: no file that ends in"),
-        (loose_file, r"train/a.png: no folder that can be read \(Not a directory\): a data set is DIR/train/CLASS/"),
-        (no_test, r"pets/test: no folder that can be read \(No such file or directory\): a data set is DIR/train"),
+        (other_suffix, r"train/dog/notes.txt: not an image file \(.png, .jpg, .jpeg, .bmp, .webp\); move it"),
+        (folder_of_folders, "train/dog/young.png: not an image file"),
+        (pipe, "train/dog/d.png: not an image file"),
+        (broken_link, "train/dog/d.png: not an image file"),
+        (loose_file, r"train/a.png: cannot be read as a folder \(Not a directory\): a data set is DIR/train/CLASS/"),
+        (no_test, r"pets/test: cannot be read as a folder \(No such file or directory\): a data set is DIR/train"),
         (empty_test, "pets/test: is empty"),
-        (no_parts, "pets: holds neither train/ nor test/, and each needs a folder for every class"),
-        (odd_class, r"class 1 is called 'd\\nog', which cannot be printed"),
-        (odd_bytes, r"class 1 is called '\\udcff', which cannot be printed"),
-        (one_class, "number of classes is 1, not in 2..4096"),
+        (no_parts, "pets: contains neither train/ nor test/; each needs one folder per class"),
+        (odd_class, r"name of class 1, 'd\\nog', cannot be printed"),
+        (odd_bytes, r"name of class 1, '\\udcff', cannot be printed"),
+        (one_class, "number of classes is 1; it must be in 2..4096"),
     ],
 )
-def test_a_folder_that_is_no_data_set_is_one_line(pets, spoil, text):
+def test_a_folder_with_a_wrong_layout_is_refused_in_one_line(pets, spoil, text):
     spoil(pets)
     with refused(text):
         load(f"folder:{pets}")
 
 
-def test_a_place_that_is_no_folder_is_one_line(tmp_path):
+def test_a_path_that_is_not_a_folder_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with refused(r"nowhere: no folder that can be read \(No such file or directory\): a data set is"):
+    with refused(r"nowhere: cannot be read as a folder \(No such file or directory\): a data set is"):
         load(f"folder:{tmp_path}/nowhere")
-    with refused("file: no folder that can be read"):
+    with refused("file: cannot be read as a folder"):
         load(f"folder:{tmp_path}/file")
-    with refused("no folder that can be read"):
+    with refused("cannot be read as a folder"):
         load(f"folder:{tmp_path}/a\0b")
-    with refused("no folder that can be read"):
+    with refused("cannot be read as a folder"):
         load(f"folder:{tmp_path}/{'x' * 300}")
     with refused("is empty"):
         (tmp_path / "empty").mkdir()
@@ -231,7 +231,7 @@ def test_a_place_that_is_no_folder_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
-def test_a_damaged_image_is_refused_or_read_but_never_a_traceback(pets, suffix):
+def test_a_damaged_image_is_loaded_or_raises_dataerror(pets, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {} if suffix == ".bmp" else {"exif": exif}

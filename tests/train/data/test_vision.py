@@ -15,7 +15,7 @@ from nmoe_train.data.datasets import load
 
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
-    """A mirror of a Fashion-MNIST of twenty images, and an empty data/ to fetch it to."""
+    """A mirror with a Fashion-MNIST of twenty images, and an empty data/ for the download."""
     from nmoe_train.data.vision import datasets
 
     utils = importlib.import_module("torchvision.datasets.utils")
@@ -29,15 +29,15 @@ def fashion(tmp_path, monkeypatch):
             packed = gzip.compress(array.tobytes())
             resources.append((f"{part}-{name}-ubyte.gz", hashlib.md5(packed).hexdigest()))
             (mirror / resources[-1][0]).write_bytes(packed)
-    # A response of file:// has no length, which torchvision's progress bar asks for.
-    monkeypatch.setattr(utils, "_urlretrieve", lambda url, place: shutil.copy(url.removeprefix("file://"), place))
+    # A response for file:// has no length, which torchvision's progress bar needs.
+    monkeypatch.setattr(utils, "_urlretrieve", lambda url, target: shutil.copy(url.removeprefix("file://"), target))
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"file://{mirror}/"])
     monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
     monkeypatch.setattr(data, "ROOT", tmp_path / "here/data")
     return mirror
 
 
-def test_a_data_set_is_fetched_once_and_says_nothing_to_stdout(fashion, capsys):
+def test_a_data_set_is_downloaded_once_and_prints_nothing_to_stdout(fashion, capsys):
     dataset = load("fashion-mnist")
     assert dataset.shape == (1, 2, 3)
     assert dataset.labels[1] == "Trouser"
@@ -48,7 +48,7 @@ def test_a_data_set_is_fetched_once_and_says_nothing_to_stdout(fashion, capsys):
     assert load("fashion-mnist").fingerprint() == dataset.fingerprint()
 
 
-def test_what_torchvision_prints_goes_to_stderr(fashion, capsys, monkeypatch):
+def test_output_of_torchvision_goes_to_stderr(fashion, capsys, monkeypatch):
     from nmoe_train.data.vision import datasets
 
     download = datasets.FashionMNIST.download
@@ -64,19 +64,24 @@ def test_what_torchvision_prints_goes_to_stderr(fashion, capsys, monkeypatch):
     assert "Downloading" in shown.err
 
 
-def test_a_fetch_that_fails_leaves_nothing_and_the_next_one_works(fashion):
+def test_a_failed_download_leaves_no_files_and_can_be_repeated(fashion):
     last = fashion / "t10k-labels-idx1-ubyte.gz"
     whole = last.read_bytes()
     for spoiled in (whole[:-5], None):
-        last.write_bytes(spoiled) if spoiled else last.unlink()
-        with refused(r"fashion-mnist is not in .*data/ and cannot be fetched \(Error downloading t10k-labels.*Tried"):
+        if spoiled is None:
+            last.unlink()
+        else:
+            last.write_bytes(spoiled)
+        with refused(
+            r"fashion-mnist is not in .*data/ and cannot be downloaded \(Error downloading t10k-labels.*Tried"
+        ):
             load("fashion-mnist")
         assert list(data.ROOT.iterdir()) == []
     last.write_bytes(whole)
     assert load("fashion-mnist").shape == (1, 2, 3)
 
 
-def test_an_interrupted_fetch_leaves_nothing(fashion, monkeypatch):
+def test_an_interrupted_download_leaves_no_files(fashion, monkeypatch):
     from nmoe_train.data.vision import datasets
 
     def interrupted(self):
@@ -89,21 +94,23 @@ def test_an_interrupted_fetch_leaves_nothing(fashion, monkeypatch):
     assert list(data.ROOT.iterdir()) == []
 
 
-def test_files_that_were_cut_off_are_fetched_again(fashion):
+def test_truncated_files_are_downloaded_again(fashion):
     fingerprint = load("fashion-mnist").fingerprint()
     for damage in (b"", b"\0", b"\0\0\x08\x03\0\0"):
         (data.ROOT / "FashionMNIST/raw/train-images-idx3-ubyte").write_bytes(damage)
         assert load("fashion-mnist").fingerprint() == fingerprint
 
 
-def test_archives_that_somebody_brought_need_no_network(fashion):
+def test_archives_copied_by_hand_are_used_without_a_network(fashion):
     (data.ROOT / "FashionMNIST").mkdir(parents=True)
     fashion.rename(data.ROOT / "FashionMNIST/raw")
     assert load("fashion-mnist").shape == (1, 2, 3)
 
 
-def test_a_place_that_cannot_be_is_one_line(fashion):
+def test_a_data_folder_that_cannot_be_created_is_reported_in_one_line(fashion):
     data.ROOT.parent.write_text("a file where a folder should be")
     for name in ("fashion-mnist", "cifar10"):
-        with refused(rf"{name} is not in .*data/ and cannot be fetched \(.*Not a directory.*\); bring it, or use npz"):
+        with refused(
+            rf"{name} is not in .*data/ and cannot be downloaded \(.*Not a directory.*\); copy it there, or use npz"
+        ):
             load(name)

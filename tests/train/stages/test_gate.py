@@ -8,11 +8,13 @@ from torch import nn
 
 from nmoe_train.config import Config, GateConfig
 from nmoe_train.nets import MLP, NetSpec, build
-from nmoe_train.stages.federation import attending, generator
-from nmoe_train.stages.gate import Gate, exported, fedgate_round, gate_samples, imported, rollgate_stop, visited
+from nmoe_train.stages.federation import active_clients, generator
+from nmoe_train.stages.gate import Gate, client_at, exported, fedgate_round, gate_samples, imported, rollgate_stop
 from nmoe_train.stages.losses import load_loss, mixture_loss
 
-DIM, EXPERTS, CLASSES = 4, 3, 5
+DIM = 4
+EXPERTS = 3
+CLASSES = 5
 
 
 def gate(shared=None, own="bias"):
@@ -31,26 +33,26 @@ def samples(*sizes, kind="probabilities", seed=0):
     ]
 
 
-def test_a_fresh_gate_prefers_nobody():
+def test_a_fresh_gate_scores_every_expert_equally():
     h = torch.randn(7, DIM)
     assert not gate()(h).any()
     assert not gate(MLP(DIM, EXPERTS, [8]))(h).any()
 
 
-def test_clients_that_do_not_take_part_change_nothing_of_their_own():
+def test_a_client_that_is_not_scheduled_keeps_its_own_part_and_gets_the_shared_part():
     net, config = gate(), GateConfig(share=0.3, rounds=2)
-    ((active,), _) = attending(3, 0.3, 0.0, 0, "gate", 0)
-    after, told = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, config)
+    ((active,), _) = active_clients(3, 0.3, 0.0, 0, "gate", 0)
+    after, record = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, config)
     for client in range(3):
         assert (after[client]["own.bias"].abs().sum() > 0) == (client == active)
         assert torch.equal(after[client]["shared.weight"], after[active]["shared.weight"])
-    assert told.up == told.down == 4 * (DIM * EXPERTS + EXPERTS)
+    assert record.up == record.down == 4 * (DIM * EXPERTS + EXPERTS)
 
 
 @pytest.mark.parametrize(
     ("own", "kept"), [("nothing", set()), ("bias", {"own.bias"}), ("weights", {"own.bias", "own.weight"})]
 )
-def test_what_a_device_keeps_to_itself_is_what_the_setting_says(own, kept):
+def test_gate_own_sets_which_weights_a_device_keeps_to_itself(own, kept):
     net = gate(own=own)
     after, _ = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, GateConfig(own=own, share=1.0, rounds=2))
     assert {key for key in after[0] if key.startswith("own.") and after[0][key].any()} == kept
@@ -58,8 +60,8 @@ def test_what_a_device_keeps_to_itself_is_what_the_setting_says(own, kept):
         assert not torch.equal(after[0][key], after[1][key])
 
 
-def test_one_round_is_the_gradient_of_the_loss_that_the_settings_name():
-    """One client, two steps, by hand: noise, load loss, step and rate all count."""
+def test_one_round_follows_the_gradient_of_the_configured_loss():
+    """One client and two steps against a naive computation with noise, load loss, step and rate."""
     config = GateConfig(
         own="nothing",
         loss="outputs",
@@ -72,8 +74,9 @@ def test_one_round_is_the_gradient_of_the_loss_that_the_settings_name():
         rate=0.7,
     )
     net, (data,) = gate(own="nothing"), samples(10, kind="outputs")
-    after, told = fedgate_round(net, [begin(net)], [data], 1, 5, config)
-    g, theta, losses = generator(5, "gate", 1, 0), begin(net), []
+    after, record = fedgate_round(net, [begin(net)], [data], 1, 5, config)
+    g = generator(5, "gate", 1, 0)
+    theta, losses = begin(net), []
     rate = 0.7 * 0.5 * (1 + math.cos(math.pi / 4))
     for _ in range(2):
         rows = torch.randperm(10, generator=g)[:6]
@@ -87,14 +90,14 @@ def test_one_round_is_the_gradient_of_the_loss_that_the_settings_name():
         for key, gradient in zip(("shared.weight", "shared.bias"), gradients, strict=True):
             theta[key] = theta[key].detach() - rate / max(1, length) * gradient
         losses.append(loss.item())
-    assert told.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert record.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert torch.allclose(after[0]["shared.weight"], theta["shared.weight"], atol=1e-6)
     assert torch.allclose(after[0]["shared.bias"], theta["shared.bias"], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "outputs"])
-def test_gates_trained_at_once_are_those_trained_alone(kind):
-    """Clients of unequal size, one smaller than a batch: its padding must count for nothing."""
+def test_gates_trained_together_do_not_influence_each_other(kind):
+    """Clients of unequal size, one smaller than a batch: padding has no influence."""
     net, data = gate(own="weights"), samples(30, 3, 12, kind=kind)
     config = GateConfig(own="weights", loss=kind, share=1.0, rounds=2, batch=8, local_steps=3, load_loss=0.1, noise=0.0)
     together, _ = fedgate_round(net, [begin(net)] * 3, data, 0, 0, config)
@@ -106,7 +109,7 @@ def test_gates_trained_at_once_are_those_trained_alone(kind):
         assert not torch.allclose(alone[client - 1]["own.weight"], together[client - 1]["own.weight"], atol=1e-6)
 
 
-def test_a_unit_step_has_the_length_of_the_rate_and_a_clipped_one_at_most():
+def test_a_unit_step_is_as_long_as_the_rate_and_a_clipped_step_at_most_that_long():
     net = gate()
     for step in ("unit", "clipped"):
         config = GateConfig(step=step, rounds=1, rate=0.05, own="bias")
@@ -115,18 +118,18 @@ def test_a_unit_step_has_the_length_of_the_rate_and_a_clipped_one_at_most():
         assert length == pytest.approx(0.05, rel=1e-4) if step == "unit" else length <= 0.05 * 1.0001
 
 
-def test_an_mlp_is_a_gate_too():
+def test_a_gate_may_be_an_mlp():
     net = gate(MLP(DIM, EXPERTS, [8]))
     config = GateConfig(widths=(8,), rounds=20, rate=0.3, share=1.0)
     states, losses = [begin(net)] * 2, []
     for round_ in range(20):
-        states, told = fedgate_round(net, states, samples(40, 40), round_, 0, config)
-        losses.append(told.loss)
+        states, record = fedgate_round(net, states, samples(40, 40), round_, 0, config)
+        losses.append(record.loss)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("shared", [nn.Linear(DIM, EXPERTS), MLP(DIM, EXPERTS, [8, 6])])
-def test_what_is_exported_scores_as_the_gate_did(shared):
+def test_an_exported_gate_gives_the_same_scores_and_can_be_imported(shared):
     torch.manual_seed(0)
     net, h = gate(shared, "weights" if isinstance(shared, nn.Linear) else "bias"), torch.randn(5, DIM)
     state = {key: torch.randn_like(value) for key, value in net.state_dict().items()}
@@ -140,7 +143,7 @@ def test_what_is_exported_scores_as_the_gate_did(shared):
 
 
 @pytest.mark.parametrize("shares", [[0.25] * 4, [0.7, 0.1, 0.1, 0.1], [0.5, 0.3, 0.15, 0.05]])
-def test_rangate_chooses_with_the_given_shares(shares):
+def test_rangate_chooses_experts_with_the_given_shares(shares):
     torch.manual_seed(0)
     net = build(NetSpec("random", {"dim": 32, "outputs": 4, "shares": shares}))
     h = nn.functional.layer_norm(torch.randn(20_000, 32), (32,))
@@ -148,8 +151,8 @@ def test_rangate_chooses_with_the_given_shares(shares):
     assert chosen.tolist() == pytest.approx(shares, abs=0.015)
 
 
-def test_rangate_knows_nothing_of_what_a_latent_is():
-    """Ten tight clusters, as classes are: each is spread over the experts as all rows together are."""
+def test_rangate_spreads_similar_latents_over_all_experts():
+    """Ten tight clusters, like classes: each one is spread over the experts almost evenly."""
     torch.manual_seed(1)
     net = build(NetSpec("random", {"dim": 64, "outputs": 5, "shares": [0.2] * 5}))
     for _ in range(10):
@@ -159,7 +162,7 @@ def test_rangate_knows_nothing_of_what_a_latent_is():
         assert share.max() < 0.3
 
 
-def test_rollgate_learns_whose_latents_are_whose():
+def test_rollgate_learns_which_client_a_latent_comes_from():
     torch.manual_seed(0)
     centres = 3 * torch.eye(3, DIM)
     data = [
@@ -171,41 +174,41 @@ def test_rollgate_learns_whose_latents_are_whose():
     net = gate()
     states, config = [begin(net)] * 3, GateConfig(method="rollgate", laps=6, rate=0.2)
     for stop in range(18):
-        states, told = rollgate_stop(net, states, data, stop, 0, config)
+        states, record = rollgate_stop(net, states, data, stop, 0, config)
     net.load_state_dict(states[0])
     for client, client_samples in enumerate(data):
         assert (net(client_samples.latents).argmax(1) == client).float().mean() > 0.95
-    assert told.accuracy == pytest.approx(0.7, abs=0.15)  # three labels in ten are somebody else's
+    assert record.accuracy == pytest.approx(0.7, abs=0.15)  # three labels in ten name another client
 
 
-def test_rollgate_labels_with_the_own_client_as_often_as_it_is_told():
-    """A rate of next to nothing and a gate that always says client 1: what is told is how often that is the label."""
+def test_rollgate_labels_a_share_roll_own_of_samples_with_the_own_client():
+    """The gate always answers client 1 and hardly learns, so its accuracy is how often client 1 is the label."""
     net = gate()
     state = {**begin(net), "shared.bias": torch.tensor([0.0, 9.0, 0.0])}
     data = samples(3000, 3000, 3000)
     for own, share in ((0.9, 0.9), (0.2, 0.2)):
         config = GateConfig(method="rollgate", roll_own=own, rate=1e-9, batch=3000)
-        _, told = rollgate_stop(net, [state] * 3, data, 1, 0, config)
-        assert told.accuracy == pytest.approx(share, abs=0.03)
-        _, told = rollgate_stop(net, [state] * 3, data, 0, 0, config)
-        assert told.accuracy == pytest.approx((1 - share) / 2, abs=0.03)
+        _, record = rollgate_stop(net, [state] * 3, data, 1, 0, config)
+        assert record.accuracy == pytest.approx(share, abs=0.03)
+        _, record = rollgate_stop(net, [state] * 3, data, 0, 0, config)
+        assert record.accuracy == pytest.approx((1 - share) / 2, abs=0.03)
 
 
-def test_rollgate_visits_everybody_once_a_lap():
+def test_rollgate_visits_every_client_once_per_lap():
     ring = GateConfig(method="rollgate")
-    assert [visited(stop, 4, 0, ring) for stop in range(8)] == [0, 1, 2, 3] * 2
-    drawn = [visited(stop, 40, 0, GateConfig(method="rollgate", order="shuffled")) for stop in range(80)]
+    assert [client_at(stop, 4, 0, ring) for stop in range(8)] == [0, 1, 2, 3] * 2
+    drawn = [client_at(stop, 40, 0, GateConfig(method="rollgate", order="shuffled")) for stop in range(80)]
     assert sorted(drawn[:40]) == sorted(drawn[40:]) == list(range(40))
     assert drawn[:40] != drawn[40:]
 
 
-def test_the_gate_of_a_configuration_is_the_one_it_names():
+def test_gate_net_builds_the_configured_gate():
     assert Config().gate_net() == NetSpec("linear", {"dim": 64, "outputs": 10})
     assert Config(gate=GateConfig(widths=(16,))).gate_net().factory == "mlp"
     assert Config(gate=GateConfig(method="rangate")).gate_net().arguments["shares"] == [0.1] * 10
 
 
-def test_rollgates_rate_falls_like_a_cosine():
+def test_the_rate_of_rollgate_falls_along_a_cosine():
     net = gate()
     config = GateConfig(method="rollgate", laps=2, rate=0.1, batch=100)
     for stop in (0, 3, 5):
