@@ -67,9 +67,11 @@ def train(
         print(run.metrics["own"]["networked"]["accuracy"])      # a share in 0..1
     """
     out = Path(out)
+    if again is not None:
+        _check_stage(again[1])
+    command = again[1] if again is not None else "run"
     device = _device(config)
     config = replace(config, device=device.type)  # the device affects the numbers, so the run records which one it was
-    command = again[1] if again else "run"
     with claimed(out) as checkpoint_path, torch_settings(config.threads):
         if resume and _is_written(out):
             checkpoint_path.unlink()
@@ -118,6 +120,7 @@ def retrain_config(run: Run, stage: str, changes: Mapping[str, Any]) -> Config:
 
     Raises ConfigError when a change affects the data, the seed or a stage before `stage`, which are kept.
     """
+    _check_stage(stage)
     before = replace(config_of(run), device="auto")
     after = configure_from(before, changes)
     trained = STAGES[STAGES.index(stage) :]
@@ -154,6 +157,11 @@ def torch_settings(threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def _check_stage(stage: str) -> None:
+    if stage not in STAGES:
+        raise ConfigError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}")
 
 
 def _device(config: Config) -> torch.device:

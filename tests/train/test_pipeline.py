@@ -167,8 +167,10 @@ def test_other_files_in_the_checkpoints_folder_are_kept(tmp_path):
 def test_a_finished_run_is_not_overwritten(tmp_path):
     train(configure(flags=SHORT), tmp_path / "run")
     for out in (tmp_path / "run", str(tmp_path / "run")):
-        with pytest.raises(RunError, match="holds a finished run"):
+        with pytest.raises(RunError, match="holds a finished run; choose another --out"):
             train(configure(flags=SHORT), out)
+        with pytest.raises(RunError, match="holds a finished run; there is nothing to resume"):
+            train(configure(flags=SHORT), out, resume=True)
 
 
 def test_a_folder_with_other_files_is_refused_before_the_training(tmp_path):
@@ -350,6 +352,10 @@ def test_settings_of_stages_that_are_kept_cannot_be_changed(tmp_path):
         with pytest.raises(ConfigError, match=text):
             retrain_config(run, "gate", flags)
     assert retrain_config(run, "gate", {"inference": {"top_k": 2}}).inference.top_k == 2
+    with pytest.raises(ConfigError, match="unknown stage 'head'"):
+        retrain_config(run, "head", {})
+    with pytest.raises(ConfigError, match="unknown stage 'head'"):
+        train(configure(flags=SHORT), tmp_path / "other", again=(run, "head"))
 
 
 @pytest.mark.parametrize(
