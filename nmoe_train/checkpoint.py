@@ -1,6 +1,7 @@
-"""Where a training stands, in one file that is replaced whole after every round, and the folder that is claimed for it.
+"""The checkpoint of a training, and the lock on the folder that holds it.
 
-Weights and what must be known beside them lie in one safetensors file, so that neither can be newer than the other.
+A checkpoint is one safetensors file, replaced as a whole after every round. Weights, history and configuration are in
+the same file, so they always belong to the same round.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,38 +25,47 @@ from nmoe_edge.common.files import replace_file
 from nmoe_train.errors import RunError
 from nmoe_train.stages.federation import State
 
-NAME, LOCK = "checkpoint.safetensors", "lock"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+LOCK_FILE = "lock"
 _FACTS = ("command", "config", "stage", "round", "history", "fingerprint", "seconds")
-"""What stands beside the weights."""
+"""Fields stored as JSON in the file's metadata; `states` are its tensors."""
 
 
-def partial(out: Path) -> Path:
-    """The folder beside `out` that a training keeps its checkpoint in."""
+def partial_folder(out: Path) -> Path:
+    """`<out>.partial`: the folder of the checkpoint while `out` is being trained.
+
+    Raises RunError when `out` has no name or ends in .partial itself.
+    """
     out = Path(os.path.abspath(out))
     if not out.name or out.suffix == ".partial":
-        raise RunError(f"{out}: no place for a run; choose another --out, and name the run without .partial")
+        raise RunError(f"{out} cannot hold a run; choose another --out, and name the run without .partial")
     return out.with_name(out.name + ".partial")
 
 
 @contextmanager
 def claimed(out: Path) -> Iterator[Path]:
-    """The checkpoint's path for the training whose run will be `out`; no other process gets it meanwhile."""
-    folder = partial(out)
+    """Lock `<out>.partial` for this process, and yield the path of its checkpoint.
+
+    When the block ends and there is no checkpoint, the folder is removed unless it holds other files. Raises RunError
+    when the folder cannot be made, or when another process has locked it.
+    """
+    folder = partial_folder(out)
+    checkpoint = folder / CHECKPOINT_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise RunError(f"{folder}: {error.strerror}; choose another --out") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunError(f"{out}: another process is training there; choose another --out") from error
+            raise RunError(f"{out}: another process is training there; wait for it, or choose another --out") from error
         try:
-            yield folder / NAME
+            yield checkpoint
         finally:
-            if not (folder / NAME).exists():
-                (folder / LOCK).unlink(missing_ok=True)
+            if not checkpoint.exists():
+                (folder / LOCK_FILE).unlink(missing_ok=True)
                 if not any(folder.iterdir()):
                     folder.rmdir()
     finally:
@@ -63,65 +74,92 @@ def claimed(out: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The state after `round` rounds of `stage`, which is in progress."""
+    """The state of a training after `round` rounds of `stage`."""
 
     config: dict[str, Any]
     stage: str = "extractor"
+    """The stage in progress."""
     round: int = 0
+    """Number of finished rounds of that stage."""
     states: dict[str, Sequence[State]] = field(default_factory=dict)
-    """By stage, one a client; where all clients share one, it is kept once."""
+    """Weights by stage, one state per client. A state that all clients share is written once."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a round."""
+    """One entry per finished round."""
     fingerprint: str = ""
-    """Of the data that it was trained on."""
+    """sha256 of the training data and its split."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage, over all sittings."""
+    """Training time by stage, added up over interruptions."""
     command: str = "run"
-    """That began it, and that goes on with it."""
+    """The `nmoe-train` command that began this training; only the same command can resume it."""
 
     def write(self, path: Path) -> None:
-        """Replace the file; RunError when the disk does not take it."""
-        tensors, shared = {}, {}
+        """Replace the file at `path`. Raises RunError when it cannot be written; the old file is then kept."""
+        tensors: dict[str, torch.Tensor] = {}
+        shared: dict[str, int] = {}
         for stage, states in self.states.items():
-            shared[stage] = len(states) if all(state is states[0] for state in states) else 0
-            for i, state in enumerate(states[:1] if shared[stage] else states):
+            all_shared = all(state is states[0] for state in states)
+            shared[stage] = len(states) if all_shared else 0
+            for i, state in enumerate(states[:1] if all_shared else states):
                 tensors |= {f"{stage}/{i}/{key}": value.cpu().clone() for key, value in state.items()}
         facts = {name: getattr(self, name) for name in _FACTS} | {"shared": shared}
         try:
             replace_file(path, save(tensors, {"facts": json.dumps(facts), "digest": _digest(tensors, facts)}))
         except OSError as error:
-            raise RunError(f"{path}: cannot be written: {error.strerror}; the round before is kept") from error
+            raise RunError(
+                f"{path}: cannot be written: {error.strerror}; the checkpoint of the previous round is kept"
+            ) from error
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """The checkpoint in a file; RunError when there is none."""
+        """Read a checkpoint. Raises RunError when the file is missing, damaged or from another version."""
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["facts"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
                 if file.metadata()["digest"] != _digest(tensors, facts):
-                    raise ValueError("it is not what was written")
+                    raise ValueError("its sha256 does not match its content")
             shared = facts.pop("shared")
             if sorted(facts) != sorted(_FACTS):
-                raise ValueError("it is of another version")
+                raise ValueError("another version of nmoe wrote it")
         except FileNotFoundError:
-            raise RunError(f"{path.parent}: no training stopped there; leave --resume out to begin one") from None
+            raise RunError(
+                f"{path.parent}: there is no stopped training to resume; omit --resume to start one"
+            ) from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise RunError(f"{path}: no checkpoint to go on from: {reason}; remove its folder to begin anew") from error
-        states: dict[str, Sequence[State]] = {}
-        for stage, count in shared.items():
-            parts: dict[int, dict[str, torch.Tensor]] = {}
-            for key, value in tensors.items():
-                of, number, name = key.split("/", 2)
-                if of == stage:
-                    parts.setdefault(int(number), {})[name] = value
-            states[stage] = [parts[0]] * count if count else [parts[i] for i in sorted(parts)]
+            raise RunError(f"{path}: cannot be resumed: {reason}; remove its folder to start again") from error
+        states = {stage: _states(tensors, stage, count) for stage, count in shared.items()}
         return cls(**facts, states=states)
 
 
-def _digest(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> str:
-    """sha256 of all weights, by name, and of what stands beside them."""
+class StageClock:
+    """Seconds of one stage, added to those that the checkpoint holds from before an interruption."""
+
+    def __init__(self, c: Checkpoint, stage: str) -> None:
+        self._earlier = c.seconds
+        self._stage = stage
+        self._began = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every stage so far."""
+        total = self._earlier.get(self._stage, 0.0) + time.perf_counter() - self._began
+        return {**self._earlier, self._stage: total}
+
+
+def _states(tensors: Mapping[str, torch.Tensor], stage: str, shared_by: int) -> Sequence[State]:
+    """The states of one stage from tensors named stage/client/key; shared_by: clients that share one state, or 0."""
+    by_client: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        stage_of_tensor, client, key = name.split("/", 2)
+        if stage_of_tensor == stage:
+            by_client.setdefault(int(client), {})[key] = value
+    if shared_by:
+        return [by_client[0]] * shared_by
+    return [by_client[i] for i in sorted(by_client)]
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> str:
+    """sha256 of the metadata and of all tensors in the order of their names."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key in sorted(tensors):
         digest.update(key.encode())
@@ -130,13 +168,19 @@ def _digest(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> str:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str | None:
-    """The first setting in which two configurations differ, as a line; None when they are the same."""
+    """The first setting that differs between two configurations, as text; None when they are equal.
+
+    >>> difference({"gate": {"rate": 0.05}}, {"gate": {"rate": 0.1}})
+    'gate.rate was 0.05 and is 0.1'
+    """
     for key in sorted(old.keys() | new.keys()):
-        a, b, place = old.get(key), new.get(key), f"{where}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            deeper = difference(a, b, f"{place}.")
-            if deeper:
-                return deeper
-        elif a != b:
-            return f"{place} was {a!r} and is {b!r}"
+        name = f"{where}{key}"
+        before = old.get(key)
+        after = new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            nested = difference(before, after, f"{name}.")
+            if nested:
+                return nested
+        elif before != after:
+            return f"{name} was {before!r} and is {after!r}"
     return None

@@ -1,26 +1,28 @@
-"""Everything that nmoe_train raises on purpose.
+"""Every error that nmoe_train raises on purpose.
 
 TrainError
-├── ConfigError    a setting that is unknown, or cannot be
-├── DataError      data that is not to be had, or cannot be split so
-├── NetError       a network that cannot be built: an unknown name, wrong arguments, no module
-├── DivergedError  a loss that is no number any more
-└── RunError       a run that cannot be read, written or resumed
+├── ConfigError    a setting is unknown, or its value is impossible
+├── DataError      data is missing, malformed, or cannot be split as asked
+├── NetError       a network cannot be built: unknown name, wrong arguments, missing module
+├── DivergedError  a loss or a weight became infinite or NaN
+└── RunError       a run cannot be read, written or resumed
+
+Any other exception is a bug.
 """
 
 from __future__ import annotations
 
 
 class TrainError(Exception):
-    """The root: its text is one line that says what to do."""
+    """The root of the tree. Its text is one line: what is wrong, and what to do."""
 
 
 class ConfigError(TrainError):
-    """A setting is unknown or impossible."""
+    """A setting is unknown or its value is impossible."""
 
 
 class DataError(TrainError):
-    """Data is missing, malformed or too little."""
+    """Data is missing, malformed or too little for the split."""
 
 
 class NetError(TrainError):
@@ -28,7 +30,7 @@ class NetError(TrainError):
 
 
 class DivergedError(TrainError):
-    """Training went wrong; the last good state is kept."""
+    """A loss or a weight became infinite or NaN; the checkpoint of the last good round is kept."""
 
 
 class RunError(TrainError):

@@ -1,8 +1,10 @@
-"""A whole training: data -> extractor -> experts -> gate -> evaluate -> run.
+"""A whole training: data -> extractor -> experts -> gate -> evaluation -> run.
 
-Every round leaves a checkpoint; whatever is random is drawn from (seed, stage, round, client). So a training that was
-killed at any moment goes on to the same numbers. A stage of a finished run can be trained again with other settings:
-what came before it is taken from the run, and what stands on it is trained anew.
+A checkpoint is written after every round, and all randomness comes from (seed, stage, round, client). A training that
+is killed at any moment therefore resumes to the same numbers. A stage of a finished run can be trained again with other
+settings: earlier stages are taken from the run, later ones are trained again too.
+
+The stages themselves are in trainer.py; this module handles folders, checkpoints and the process.
 """
 
 from __future__ import annotations
@@ -20,153 +22,134 @@ import torch
 
 from nmoe_edge.common.folders import check_replaceable
 from nmoe_edge.common.schema import from_plain, to_plain
-from nmoe_train.checkpoint import NAME, Checkpoint, claimed, difference, partial
+from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claimed, difference, partial_folder
 from nmoe_train.config import Config, configure_from
-from nmoe_train.data.clients import deal
-from nmoe_train.data.datasets import load
+from nmoe_train.data.clients import Clients, deal
+from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.results.pages.run_page import page
-from nmoe_train.run import FILES, RUN_FILE, Run, read_run, write_run
+from nmoe_train.run import FILES, RUN_FILE, Run, RunRecord, read_run, write_run
 from nmoe_train.stages.gate import exported
 from nmoe_train.trainer import STAGES, Progress, Trainer
+
+STAGE_OF_SECTION = {"extractor": "extractor", "fedsc": "extractor", "experts": "experts", "gate": "gate"}
+"""The stage that a section of the configuration belongs to. Other sections belong to no single stage."""
 
 
 def train(
     config: Config,
-    out: Path,
+    out: Path | str,
     *,
     resume: bool = False,
     again: tuple[Run, str] | None = None,
     progress: Progress = lambda _: None,
 ) -> Run:
-    """Train, and write the run to `out`; its checkpoint lies in `<out>.partial` until then.
+    """Train all stages, evaluate the fleet, write the run to the folder `out`, and return it.
 
-    again: a finished run and its stage from which on it is trained again
+    While the training runs, its checkpoint is in `<out>.partial`. If it is interrupted, call `train` again with the
+    same arguments and `resume=True`; the result is the same, bit for bit.
+
+    config: every setting; Config() trains ten clients on scikit-learn's digits in seconds
+    out: the run's folder; it must not exist, or be empty
+    resume: continue the training that stopped at `out`; settings and data must be the same
+    again: a finished run, and the stage to train again ("extractor", "experts", "gate" or "evaluate"). Earlier stages
+        are copied from the run. Make `config` with retrain_config(run, stage, changes)
+    progress: called with a Round after every round. An exception that it raises stops the training and leaves the
+        checkpoint
+
+    Raises TrainError: ConfigError for impossible settings, DataError for missing or unsuitable data, NetError for a
+    backbone that cannot be built, DivergedError when a loss becomes infinite or NaN, RunError when `out` cannot be
+    used, is being trained by another process, or has nothing to resume.
+
+    Example::
+
+        run = train(Config(), "runs/digits", progress=print)
+        print(run.metrics["own"]["networked"]["accuracy"])      # a share in 0..1
     """
+    out = Path(out)
+    if again is not None:
+        _check_stage(again[1])
+    command = again[1] if again is not None else "run"
     device = _device(config)
-    config = replace(config, device=device.type)  # which belongs to the numbers
-    with claimed(out) as path, surroundings(config.threads):
-        if resume and _finished(out):
-            path.unlink()  # killed between the run and the end of its checkpoint
+    config = replace(config, device=device.type)  # the device affects the numbers, so the run records which one it was
+    with claimed(out) as checkpoint_path, torch_settings(config.threads):
+        if resume and _is_written(out):
+            checkpoint_path.unlink()
             return read_run(out)
-        checkpoint = _begin(config, out, path, resume, again[1] if again else "run")
-        dataset = load(config.data.name)
-        clients = deal(dataset, config.data, config.seed)
+        checkpoint = _begin_or_resume(config, out, checkpoint_path, resume, command)
+        dataset, clients = _load_and_split(config)
         if checkpoint.fingerprint not in ("", clients.fingerprint):
-            raise RunError(f"{path}: cannot go on with other data: what was trained on has changed since")
-        fleet = Trainer(config, dataset, clients, device)
+            raise RunError(
+                f"{checkpoint_path}: cannot be resumed: the data has changed since the training began;"
+                " restore it, or choose another --out"
+            )
+        trainer = Trainer(config, dataset, clients, device)
         if not checkpoint.states:
-            checkpoint = replace(fleet.begun(checkpoint, again), fingerprint=clients.fingerprint)
-            checkpoint.write(path)
-        checkpoint = fleet.trained(checkpoint, lambda c: c.write(path), progress)
-        began = time.perf_counter()
-        record, metrics = fleet.evaluated(checkpoint)
-        seconds = checkpoint.seconds | {"evaluate": time.perf_counter() - began}
-        metrics |= {"history": checkpoint.history, "seconds": seconds | {"all": sum(seconds.values())}}
-        _refuse_finished(out)
-        run = write_run(
-            out,
-            record,
-            extractor=fleet.net.extractor.state_dict(),
-            heads=fleet.heads(checkpoint),
-            gates=[exported(gate) for gate in checkpoint.states["gate"][: None if record.personal_gates else 1]],
-            experts=checkpoint.states["experts"],
-            calibration={
-                "inputs": torch.cat([x for x, _ in clients.held_out]).numpy(),
-                "labels": torch.cat([y for _, y in clients.held_out]).numpy(),
-                "clients": np.repeat(np.arange(len(clients.held_out)), [len(y) for _, y in clients.held_out]),
-            },
-            metrics=metrics,
-            report=page(out.name, to_plain(config), metrics, dataset.labels),
-        )
-        path.unlink()
+            checkpoint = trainer.initial_checkpoint(checkpoint, again)
+            checkpoint.write(checkpoint_path)
+        checkpoint = trainer.train_stages(checkpoint, lambda c: c.write(checkpoint_path), progress)
+        record, metrics = _evaluate(trainer, checkpoint)
+        run = _write(out, trainer, checkpoint, record, metrics)
+        checkpoint_path.unlink()
         return run
 
 
 def stopped_config(out: Path) -> Config:
-    """The configuration of the training that stopped at `out`, or had just finished there."""
+    """The configuration of the training that stopped at `out`, or of the run that it has already written there."""
     if os.path.isfile(out / RUN_FILE):
-        return configured(read_run(out))
-    path = partial(out) / NAME
+        return config_of(read_run(out))
+    path = partial_folder(out) / CHECKPOINT_FILE
     try:
         return from_plain(Config, Checkpoint.read(path).config)
     except ValueError as error:
-        raise RunError(f"{path}: of another version: {error}") from error
+        raise RunError(f"{path}: another version of nmoe wrote its settings: {error}") from error
 
 
-def configured(run: Run) -> Config:
+def config_of(run: Run) -> Config:
     """The configuration of a finished run."""
     try:
         return from_plain(Config, run.record.config)
     except ValueError as error:
-        raise RunError(f"{run.folder}: its settings are of another version: {error}") from error
+        raise RunError(f"{run.folder}: another version of nmoe wrote its settings: {error}") from error
 
 
-def retrained(run: Run, stage: str, flags: Mapping[str, Any]) -> Config:
-    """The configuration in which `stage` of a run is trained again; what is not trained again cannot be changed."""
-    before = replace(configured(run), device="auto")
-    after = configure_from(before, flags)
-    belongs = {"extractor": "extractor", "fedsc": "extractor", "experts": "experts", "gate": "gate"}
-    for section in ("seed", "threads", "data", *belongs):
-        if belongs.get(section) not in STAGES[STAGES.index(stage) :]:
-            old, new = ({section: to_plain(getattr(config, section))} for config in (before, after))
-            changed = difference(old, new)
-            if changed:
-                raise ConfigError(
-                    f"{changed}, which `{stage}` keeps as it is; `nmoe-train {belongs.get(section, 'run')}` changes it"
-                )
+def retrain_config(run: Run, stage: str, changes: Mapping[str, Any]) -> Config:
+    """The configuration for training `stage` of a run again: the run's own settings with `changes`.
+
+    changes: nested by section, such as {"gate": {"rate": 0.1}}
+
+    Raises ConfigError when a change affects the data, the seed or a stage before `stage`, which are kept.
+    """
+    _check_stage(stage)
+    before = replace(config_of(run), device="auto")
+    after = configure_from(before, changes)
+    trained = STAGES[STAGES.index(stage) :]
+    for section in ("seed", "threads", "data", *STAGE_OF_SECTION):
+        if STAGE_OF_SECTION.get(section) in trained:
+            continue
+        old = {section: to_plain(getattr(before, section))}
+        new = {section: to_plain(getattr(after, section))}
+        changed = difference(old, new)
+        if changed:
+            command = STAGE_OF_SECTION.get(section, "run")
+            raise ConfigError(f"{changed}, but `nmoe-train {stage}` cannot change it; use `nmoe-train {command}`")
     return after
 
 
-def fleet_of(run: Run) -> tuple[Trainer, Checkpoint]:
-    """A finished run's clients and networks, and its states as a training would have them."""
-    config = replace(configured(run), device="auto")
-    dataset = load(config.data.name)
-    fleet = Trainer(config, dataset, deal(dataset, config.data, config.seed), _device(config))
-    return fleet, fleet.begun(Checkpoint(to_plain(config)), (run, "evaluate"))
+def trainer_of(run: Run) -> tuple[Trainer, Checkpoint]:
+    """A trainer with the data and split of a finished run, and a checkpoint that holds the run's weights.
 
-
-def _finished(out: Path) -> bool:
-    """Whether a run is there whose checkpoint had no time to go."""
-    return (out / RUN_FILE).exists() and (partial(out) / NAME).exists()
-
-
-def _refuse_finished(out: Path) -> None:
-    if (out / RUN_FILE).exists():
-        raise RunError(f"{out}: holds a finished run; choose another --out")
-
-
-def _begin(config: Config, out: Path, path: Path, resume: bool, command: str) -> Checkpoint:
-    _refuse_finished(out)
-    if out.resolve() in (Path.cwd().resolve(), *Path.cwd().resolve().parents):
-        raise RunError(f"{out}: the current folder would be replaced; choose another place")
-    try:
-        check_replaceable(out, RUN_FILE, FILES)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{out}: {error}") from error
-    plain = to_plain(config)
-    if not resume:
-        if path.exists():
-            raise RunError(f"{path.parent}: a training stopped there; go on with --resume, or remove it")
-        return Checkpoint(plain, command=command)
-    checkpoint = Checkpoint.read(path)
-    if checkpoint.command != command:
-        raise RunError(f"{path.parent}: begun by `nmoe-train {checkpoint.command}`; go on with that")
-    differs = difference(checkpoint.config, plain)
-    if differs:
-        raise RunError(f"{path}: cannot go on with other settings: {differs}")
-    return checkpoint
-
-
-def _device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    Raises TrainError when the data is missing or has changed since the run was trained.
+    """
+    config = replace(config_of(run), device="auto")
+    dataset, clients = _load_and_split(config)
+    trainer = Trainer(config, dataset, clients, _device(config))
+    return trainer, trainer.initial_checkpoint(Checkpoint(to_plain(config)), (run, "evaluate"))
 
 
 @contextmanager
-def surroundings(threads: int) -> Iterator[None]:
-    """What a training changes of the process, and puts back."""
+def torch_settings(threads: int) -> Iterator[None]:
+    """Set torch's number of CPU threads, and restore it and torch's random state afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -174,3 +157,103 @@ def surroundings(threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def _check_stage(stage: str) -> None:
+    if stage not in STAGES:
+        raise ConfigError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}")
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _is_written(out: Path) -> bool:
+    """Whether the run is complete and only its checkpoint remains: the process was killed between the two."""
+    return (out / RUN_FILE).exists() and (partial_folder(out) / CHECKPOINT_FILE).exists()
+
+
+def _begin_or_resume(config: Config, out: Path, path: Path, resume: bool, command: str) -> Checkpoint:
+    """An empty checkpoint, or the one at `path`; RunError when `out` cannot be used or the checkpoint does not fit."""
+    if resume and (out / RUN_FILE).exists():
+        raise RunError(f"{out}: holds a finished run; there is nothing to resume")
+    _check_out(out)
+    plain = to_plain(config)
+    if not resume:
+        if path.exists():
+            raise RunError(
+                f"{path.parent}: holds a training that stopped; finish it with --resume, or remove the folder"
+            )
+        return Checkpoint(plain, command=command)
+    checkpoint = Checkpoint.read(path)
+    if checkpoint.command != command:
+        raise RunError(
+            f"{path.parent}: was started by `nmoe-train {checkpoint.command}`; resume it with the same command"
+        )
+    differs = difference(checkpoint.config, plain)
+    if differs:
+        raise RunError(
+            f"{path}: cannot be resumed with other settings: {differs};"
+            " use the settings that it was started with, or choose another --out"
+        )
+    return checkpoint
+
+
+def _check_out(out: Path) -> None:
+    """Refuse, before any work, a folder that the run could not replace."""
+    _refuse_finished(out)
+    current = Path.cwd().resolve()
+    if out.resolve() in (current, *current.parents):
+        raise RunError(f"{out}: the current folder would be replaced; choose another --out")
+    try:
+        check_replaceable(out, RUN_FILE, FILES)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{out}: {error}") from error
+
+
+def _refuse_finished(out: Path) -> None:
+    if (out / RUN_FILE).exists():
+        raise RunError(f"{out}: holds a finished run; choose another --out")
+
+
+def _load_and_split(config: Config) -> tuple[Dataset, Clients]:
+    dataset = load(config.data.name)
+    return dataset, deal(dataset, config.data, config.seed)
+
+
+def _evaluate(trainer: Trainer, checkpoint: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
+    """run.json and metrics.json of a finished training."""
+    began = time.perf_counter()
+    record, metrics = trainer.evaluate(checkpoint)
+    seconds = checkpoint.seconds | {"evaluate": time.perf_counter() - began}
+    metrics |= {"history": checkpoint.history, "seconds": seconds | {"all": sum(seconds.values())}}
+    return record, metrics
+
+
+def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, record: RunRecord, metrics: dict[str, Any]) -> Run:
+    _refuse_finished(out)  # another process may have written one meanwhile
+    gates = checkpoint.states["gate"] if record.personal_gates else checkpoint.states["gate"][:1]
+    return write_run(
+        out,
+        record,
+        extractor=trainer.net.extractor.state_dict(),
+        heads=trainer.heads(checkpoint),
+        gates=[exported(gate) for gate in gates],
+        experts=checkpoint.states["experts"],
+        calibration=_calibration(trainer.clients),
+        metrics=metrics,
+        report=page(out.name, to_plain(trainer.config), metrics, trainer.dataset.labels),
+    )
+
+
+def _calibration(clients: Clients) -> dict[str, np.ndarray]:
+    """The held-out samples of all clients, as calibration.npz holds them."""
+    sizes = [len(y) for _, y in clients.held_out]
+    return {
+        "inputs": torch.cat([x for x, _ in clients.held_out]).numpy(),
+        "labels": torch.cat([y for _, y in clients.held_out]).numpy(),
+        "clients": np.repeat(np.arange(len(sizes)), sizes),
+    }

@@ -1,7 +1,7 @@
-"""A run: the folder that training writes and export reads. RUN.md says the same to people.
+"""The run: the folder that training writes and export reads. RUN.md documents the format.
 
-Weights are safetensors, arrays npz, everything else JSON: reading a run never unpickles. It is written as a whole or
-not at all.
+Weights are safetensors, arrays npz, everything else JSON; nothing is pickled. A run is written completely or not at
+all. This module does not train: see pipeline.py.
 """
 
 from __future__ import annotations
@@ -33,57 +33,60 @@ from nmoe_train.stages.federation import State
 SCHEMA = 1
 RUN_FILE = "run.json"
 OTHER_FILES = ("calibration.npz", "metrics.json")
-"""What a run holds beside run.json and weights; metrics.json is the last."""
+"""Required files that are neither run.json nor weights. read_run parses the last one."""
 
 FILES = (
     r"run\.json|calibration\.npz|metrics\.json|baselines\.json|report\.html"
     r"|((gates|experts|heads)/\d+|extractor|gate|head)\.safetensors"
 )
-"""What a run's folder may hold, as a regular expression."""
+"""Regular expression for the paths that a run's folder may contain; a folder with any other file is not replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataRecord:
-    """What was trained on."""
+    """The training data."""
 
     name: str
     fingerprint: str
-    """sha256 of the samples and of who had which."""
+    """sha256 of the samples and of their split among clients."""
     samples: int
+    """Training samples of all clients together, without the held-out ones."""
     dtype: Literal["uint8", "float32", "int64"]
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of one sample."""
     layout: Literal["CHW", "HWC", "none"]
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not self.shape or min(self.shape) < 1:
-            raise ValueError(f"{self.samples} samples of shape {list(self.shape)} are none")
+            raise ValueError(f"data: {self.samples} samples of shape {list(self.shape)}; all must be at least 1")
         if not self.name.isprintable():
-            raise ValueError("the name of the data cannot be printed")
+            raise ValueError("data.name contains characters that cannot be printed")
 
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """How the networks are rebuilt."""
+    """The specification that each network is rebuilt from."""
 
     extractor: NetSpec
     gate: NetSpec
     expert: NetSpec
     head: NetSpec | None = None
-    """Of the classifier that stage 1 trained, where it was one."""
+    """The head of stage 1's classifier; None when stage 1 trained no classifier (FedSC)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """What a device is to do with them."""
+    """The rules by which a device answers a row."""
 
     top_k: int
+    """Number of experts that the gate sends a row to."""
     combination: Literal["outputs", "probabilities"]
-    """What is summed: the experts' outputs, or the softmax of each."""
+    """What is averaged over experts: their raw outputs, or the softmax of each."""
     local_first: float | None = None
-    """A row whose own expert is surer than this, which held-out training data chose, is answered at home."""
+    """Answer a row locally when the device's own expert has a confidence above this; None: the gate alone decides.
+    Training chooses the value on held-out samples."""
     adapt: bool = False
-    """Whether a device estimates its own class mix and multiplies it in."""
+    """Whether a device estimates its class mix and multiplies its answers by it."""
 
     def __post_init__(self) -> None:
         if self.local_first is not None and not 0 <= self.local_first <= 1:
@@ -100,11 +103,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """run.json."""
+    """The content of run.json; RUN.md documents every key."""
 
     schema: int
     config: Mapping[str, Any]
-    """Every setting of the training, resolved: what a default was is written out."""
+    """Every setting of the training, defaults included."""
     seed: int
     data: DataRecord
     networks: Networks
@@ -112,70 +115,96 @@ class RunRecord:
     experts: int
     outputs: int
     personal_gates: bool
-    """Whether each device has a gate of its own, in gates/NN.safetensors."""
+    """Whether each device has its own gate, in gates/NN.safetensors."""
     answers_carry_prior: bool
-    """Whether an expert leans to its own client's classes; false when it was trained with logit adjustment."""
+    """Whether experts favour their own client's classes; False when they were trained with logit adjustment."""
     inference: Inference
     labels: tuple[str, ...] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of Python and of the packages that shape the numbers; written by write_run."""
+    """Versions of Python and of the packages that affect the numbers; write_run fills this in."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
-    """By path in the folder, run.json apart; written by write_run."""
+    """Size and sha256 of every other required file, by path in the folder; write_run fills this in."""
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
-            raise ValueError(f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
+            raise ValueError(f"schema {self.schema} is unknown; this version of nmoe reads schema {SCHEMA}")
         if min(self.latent_dim, self.outputs) < 1 or not 1 <= self.experts <= MAX_EXPERTS:
-            raise ValueError(f"latent_dim and outputs are at least 1, experts 1 to {MAX_EXPERTS}")
+            raise ValueError(f"latent_dim and outputs must be at least 1, experts 1 to {MAX_EXPERTS}")
         if self.inference.adapt and self.answers_carry_prior:
-            raise ValueError("adapt needs answers that carry no prior")
+            raise ValueError("inference.adapt needs answers_carry_prior to be false")
         if not 1 <= self.inference.top_k <= self.experts:
-            raise ValueError(f"top_k is {self.inference.top_k} of {self.experts} experts")
+            raise ValueError(f"inference.top_k is {self.inference.top_k}, but there are {self.experts} experts")
         if self.labels is not None and len(self.labels) != self.outputs:
-            raise ValueError(f"{len(self.labels)} labels for {self.outputs} outputs")
+            raise ValueError(f"there are {len(self.labels)} labels for {self.outputs} outputs")
         if self.labels is not None and not all(label.isprintable() for label in self.labels):
-            raise ValueError("a label that cannot be printed")
+            raise ValueError("a label contains characters that cannot be printed")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk whose every file is as run.json says."""
+    """A run on disk. read_run has checked that every file has the size and sha256 that run.json lists.
+
+    The methods build networks from their specification and load their weights; each call returns a new module in eval
+    mode on the CPU. They raise NetError when a network cannot be built, and RunError when its weights do not fit.
+
+    Example::
+
+        run = read_run("runs/digits")
+        latents = run.extractor()(images)            # uint8 (n, C, H, W) -> float32 (n, d)
+        scores = run.gate(0)(latents)                # (n, experts)
+        logits = run.expert(0)(latents)              # (n, classes)
+        print(run.metrics["iid"]["networked"]["accuracy"])
+    """
 
     folder: Path
     record: RunRecord
+    """The content of run.json."""
     metrics: Mapping[str, Any]
+    """The content of metrics.json. Accuracies are shares in 0..1, times are seconds."""
 
     def extractor(self) -> nn.Module:
-        """The shared feature extractor."""
+        """The shared feature extractor: raw inputs (n, …) -> latents (n, d)."""
         return self._load("extractor", "extractor.safetensors")
 
     def gate(self, device: int) -> nn.Module:
-        """The gate of a device: its own, or everybody's."""
-        return self._load(
-            "gate", f"gates/{device:02}.safetensors" if self.record.personal_gates else "gate.safetensors"
-        )
+        """The gate of device number `device`: latents (n, d) -> a score per expert (n, experts).
+
+        Without personal gates, every device has the same one.
+        """
+        name = f"gates/{device:02}.safetensors" if self.record.personal_gates else "gate.safetensors"
+        return self._load("gate", name)
 
     def expert(self, device: int) -> nn.Module:
-        """The personal expert of a device."""
+        """The expert of device number `device`: latents (n, d) -> outputs (n, K)."""
         return self._load("expert", f"experts/{device:02}.safetensors")
 
     def head(self, device: int) -> nn.Module | None:
-        """The head of stage 1's classifier: everybody's, or the device's own; None where stage 1 had no classifier."""
+        """The head of stage 1's classifier: latents (n, d) -> logits (n, K).
+
+        It is the shared head, or the device's own when heads stayed with their clients. None when stage 1 trained no
+        classifier.
+        """
         if self.record.networks.head is None:
             return None
-        return self._load("head", _HEAD if _HEAD in self.record.files else _heads(self.record.experts)[device])
+        shared = _HEAD in self.record.files
+        return self._load("head", _HEAD if shared else _heads(self.record.experts)[device])
 
     def calibration(self) -> dict[str, np.ndarray]:
-        """Held-out training samples: `inputs` (n, …), and `labels` (n,) and `clients` (n,) where they are known."""
-        path, data = self.folder / "calibration.npz", self.record.data
+        """Held-out training samples: `inputs` (n, …) in the dtype and shape of record.data.
+
+        `labels` (n,) and `clients` (n,) are int64, and present when they are known. Raises RunError when the file
+        cannot be read or its arrays do not fit.
+        """
+        path = self.folder / "calibration.npz"
+        data = self.record.data
         try:
             arrays = read_npz(path.read_bytes())
             inputs = arrays.get("inputs", np.zeros(0))
             if len(inputs) == 0 or (inputs.dtype.name, inputs.shape[1:]) != (data.dtype, data.shape):
-                raise ValueError(f"holds no inputs that are {data.dtype} {list(data.shape)}")
+                raise ValueError(f"holds no inputs of type {data.dtype} and shape {list(data.shape)}")
             for name in arrays.keys() & {"labels", "clients"}:
                 if arrays[name].shape != (len(inputs),) or arrays[name].dtype != np.int64:
-                    raise ValueError(f"{name} are not one whole number an input")
+                    raise ValueError(f"{name} must hold one int64 per input")
             return arrays
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: {_reason(error)}") from error
@@ -186,7 +215,7 @@ class Run:
             net.load_state_dict(load_file(self.folder / name))
         except (RuntimeError, SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise RunError(f"{self.folder / name}: does not fit the {role} of {RUN_FILE}: {reason}") from error
+            raise RunError(f"{self.folder / name}: does not fit the {role} in {RUN_FILE}: {reason}") from error
         return net
 
 
@@ -202,15 +231,29 @@ def write_run(
     heads: Sequence[State] = (),
     report: str | None = None,
 ) -> Run:
-    """Write a run as a whole: a reader sees it, the one before it, or none.
+    """Write a run to `folder` and return it.
 
-    `gates` are one a device when they are personal, else the one that all share; so are `heads`, where there are any.
+    The files are written to a temporary folder, which then replaces `folder` in one step: a reader sees the new run or
+    the old one, never a mixture.
+
+    record: `versions` and `files` are filled in here
+    experts: one state per device
+    gates: one state per device when record.personal_gates, else a single shared state
+    calibration: arrays as Run.calibration returns them
+    metrics: must be JSON; NaN is refused
+    heads: one state per device, a single shared state, or none
+    report: HTML for report.html, if any
+
+    Raises RunError when the states do not match `record`, when `folder` holds anything but a run, or when a file cannot
+    be written. `folder` is then unchanged.
     """
     folder = Path(folder)
-    names = [*_state_files(record), *(_heads(len(heads)) if len(heads) > 1 else [_HEAD] * len(heads))]
+    names = [*_state_files(record), *_head_files(len(heads))]
     states = [extractor, *gates, *experts, *heads]
     if len(names) != len(states):
-        raise RunError(f"{len(experts)} experts and {len(gates)} gates are not those of {record.experts} devices")
+        raise RunError(
+            f"{len(experts)} experts, {len(gates)} gates and {len(heads)} heads do not fit {record.experts} devices"
+        )
     try:
         with staged_folder(folder, RUN_FILE, FILES) as staging:
             for name, state in zip(names, states, strict=True):
@@ -220,38 +263,38 @@ def write_run(
             (staging / "metrics.json").write_text(_json(metrics))
             if report is not None:
                 (staging / "report.html").write_text(report, encoding="utf-8")
-            files = {name: _describe(staging / name) for name in [*names, *OTHER_FILES]}
-            written = replace(record, versions=_versions(), files=files)
-            (staging / RUN_FILE).write_text(_json(to_plain(written)))
+            files = {name: _file_record(staging / name) for name in [*names, *OTHER_FILES]}
+            complete = replace(record, versions=_versions(), files=files)
+            (staging / RUN_FILE).write_text(_json(to_plain(complete)))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder}: cannot be written: {_reason(error)}") from error
     return read_run(folder)
 
 
 def read_run(folder: Path | str) -> Run:
-    """Open a run; RunError says which of its files is not as it should be."""
+    """Open a finished run and check every file against its size and sha256 in run.json.
+
+    No network is built yet, so this runs no code from the run. Raises RunError, which names the file that is missing,
+    damaged or malformed.
+
+    Example::
+
+        run = read_run("runs/digits")
+        print(run.record.experts, "devices, seed", run.record.seed)
+    """
     folder = Path(folder)
+    if folder.name.endswith(".partial") and os.path.isdir(folder):
+        raise RunError(f"{folder}: this training has not finished; finish it with --resume")
+    if not os.path.isdir(folder):
+        raise RunError(f"{folder}: no such run; expected a folder that nmoe-train wrote")
     path = folder / RUN_FILE
-    if not os.path.isdir(folder) or folder.name.endswith(".partial"):
-        what = "a training that stopped, not a run" if os.path.isdir(folder) else "no such run"
-        raise RunError(f"{folder}: {what}")
     try:
-        plain = parse_json(_read_bytes(path))
-        if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
-            # Before its keys are looked at: another schema has others.
-            raise ValueError(f"schema {plain['schema']!r:.40} is unknown: this nmoe reads schema {SCHEMA}")
-        record = from_plain(RunRecord, plain)
-        needed = [*_state_files(record), *OTHER_FILES]
-        heads = record.files.keys() - set(needed)
-        due = [{_HEAD}, set(_heads(record.experts))] if record.networks.head else [set()]
-        if len(record.files) != len(needed) + len(heads) or heads not in due:
-            raise ValueError(f"files are not those of a run with {record.experts} experts")
-        names = [*sorted(heads), *needed]
-        for name in names:
+        record = _parse_record(parse_json(_read_bytes(path)))
+        for name in _listed_files(record):
             path = folder / name
-            if record.files[name] != _describe(path):
-                raise ValueError(f"not the file that {RUN_FILE} describes: its size or sha256 differs")
-        metrics = parse_json(_read_bytes(path))
+            if record.files[name] != _file_record(path):
+                raise ValueError(f"its size or sha256 differs from {RUN_FILE}; the file is damaged")
+        metrics = parse_json(_read_bytes(path))  # the last file is metrics.json
         if not isinstance(metrics, dict):
             raise ValueError("not a JSON object")
         return Run(folder, record, metrics)
@@ -259,12 +302,34 @@ def read_run(folder: Path | str) -> Run:
         raise RunError(f"{path}: {_reason(error)}") from error
 
 
-def write_beside(run: Run, name: str, text: str) -> None:
-    """Write a file that is made from a run, and that run.json does not describe: baselines.json, report.html."""
+def write_unlisted(run: Run, name: str, text: str) -> None:
+    """Write a file into the run's folder that run.json does not list: baselines.json or report.html.
+
+    Raises RunError when it cannot be written.
+    """
     try:
         replace_file(run.folder / name, text)
     except OSError as error:
         raise RunError(f"{run.folder / name}: cannot be written: {error.strerror}") from error
+
+
+def _parse_record(plain: object) -> RunRecord:
+    # The schema comes first: another schema has other keys, and "unknown key" would mislead.
+    if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"schema {plain['schema']!r:.40} is unknown; this version of nmoe reads schema {SCHEMA}")
+    return from_plain(RunRecord, plain)
+
+
+def _listed_files(record: RunRecord) -> list[str]:
+    """Every file that run.json must list, metrics.json last. ValueError when it lists others."""
+    required = [*_state_files(record), *OTHER_FILES]
+    heads = record.files.keys() - set(required)
+    expected_heads: list[set[str]] = [set()]
+    if record.networks.head is not None:
+        expected_heads = [{_HEAD}, set(_heads(record.experts))]
+    if len(record.files) != len(required) + len(heads) or heads not in expected_heads:
+        raise ValueError(f"files are not those of a run with {record.experts} experts")
+    return [*sorted(heads), *required]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -280,14 +345,20 @@ def _heads(count: int) -> list[str]:
     return [f"heads/{i:02}.safetensors" for i in range(count)]
 
 
+def _head_files(count: int) -> list[str]:
+    """Files for `count` heads; a single head is the shared one."""
+    return _heads(count) if count > 1 else [_HEAD] * count
+
+
 def _state_files(record: RunRecord) -> list[str]:
-    """Extractor, gates, experts: every file of weights."""
+    """The files of extractor, gates and experts, in this order."""
     devices = range(record.experts)
     gates = [f"gates/{i:02}.safetensors" for i in devices] if record.personal_gates else ["gate.safetensors"]
-    return ["extractor.safetensors", *gates, *(f"experts/{i:02}.safetensors" for i in devices)]
+    experts = [f"experts/{i:02}.safetensors" for i in devices]
+    return ["extractor.safetensors", *gates, *experts]
 
 
-def _describe(path: Path) -> FileRecord:
+def _file_record(path: Path) -> FileRecord:
     data = _read_bytes(path)
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 

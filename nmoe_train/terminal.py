@@ -1,4 +1,4 @@
-"""What a training says on the terminal: progress on stderr, results for people, rounds for machines."""
+"""What nmoe-train prints: progress on stderr, tables of results, and rounds as JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ import click
 
 if TYPE_CHECKING:
     from nmoe_train.stages.federation import Round
+
+METHODS = {"networked": "networked", "own_expert": "own expert alone", "fedce": "FedCE classifier"}
+"""Methods of metrics.json, as the table names them."""
+BASELINES = {"local": "local classifiers", "fedavg": "FedAvg classifier", "centralised": "centralised mixture"}
+"""Methods of baselines.json, as the table names them."""
 
 
 class Progress:
@@ -43,44 +48,44 @@ class Progress:
             self._said = now
 
 
-def json_line(told: Round) -> None:
-    """A round for machines, on stdout."""
-    click.echo(json.dumps(asdict(told)))
+def json_line(finished: Round) -> None:
+    """Print a round as one line of JSON on stdout."""
+    click.echo(json.dumps(asdict(finished)))
 
 
-def devices(count: int) -> str:
-    """A count of them in words."""
-    return f"{count} device" + "s" * (count != 1)
-
-
-def table(metrics: Mapping[str, Any]) -> list[str]:
-    """What a run is worth beside what it holds: accuracies, line by line."""
+def table(metrics: Mapping[str, Any], baselines: Mapping[str, Any] | None = None) -> str:
+    """Accuracies of a run's methods, and of baselines if given: one line per method, one column per test set."""
+    own = metrics["own"]
+    iid = metrics["iid"]
     lines = [f"{'':<24}{'own distribution':>18}{'balanced':>10}"]
-    names = {"networked": "networked", "own_expert": "own expert alone", "fedce": "FedCE classifier"}
-    for key, name in names.items():
-        if key in metrics["own"]:
-            own, iid = (metrics[part][key]["accuracy"] for part in ("own", "iid"))
-            lines.append(f"{name:<24}{own:>18.1%}{iid:>10.1%}")
-    return lines
+    lines += [_line(name, own[key], iid[key]) for key, name in METHODS.items() if key in own]
+    if baselines is not None:
+        lines += [_line(name, baselines[key]["own"], baselines[key]["iid"]) for key, name in BASELINES.items()]
+    return "\n".join(lines)
+
+
+def _line(name: str, own: Mapping[str, Any], iid: Mapping[str, Any]) -> str:
+    return f"{name:<24}{own['accuracy']:>18.1%}{iid['accuracy']:>10.1%}"
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """The same, and how much was asked of others."""
-    lines = table(metrics)
-    asked = [metrics[part]["asked"] for part in ("own", "iid")]
-    lines.append(
-        f"{asked[0]:.1%} of the rows of a device's own mix asked another device, {asked[1]:.1%} of the balanced ones"
-    )
+    """The table of a run, the share of rows that asked another device, and notes on load and privacy."""
+    lines = [
+        table(metrics),
+        f"asked another device: {metrics['own']['asked']:.1%} of the rows of a device's own distribution,"
+        f" {metrics['iid']['asked']:.1%} of the balanced rows",
+    ]
     load = metrics["iid"]["load"]
-    if len(load) > 2 and max(load) > max(0.25, 3 / len(load)):
+    busiest = max(load)
+    if len(load) > 2 and busiest > max(0.25, 3 / len(load)):
         lines.append(
-            f"note: expert {load.index(max(load))} answers {max(load):.0%} of the balanced rows;"
-            " gate.load_loss spreads them"
+            f"note: expert {load.index(busiest)} answers {busiest:.0%} of the balanced rows;"
+            " raise gate.load_loss to spread them over more experts"
         )
     privacy = metrics.get("privacy")
     if privacy:
         lines.append(
-            f"privacy: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:g} for a sample of FedSC's matrices;"
-            " the weights that were sent are not covered"
+            f"privacy: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:g} for one sample in FedSC's matrices;"
+            " the weights that clients send are not protected"
         )
     return "\n".join(lines)

@@ -1,13 +1,12 @@
-"""The clients and their networks, stage by stage: extractor -> experts -> gate -> what they are worth.
+"""The clients and their networks, stage by stage: extractor -> experts -> gate -> evaluation.
 
-Knows no folder and no clock but its own: where a training stands is a Checkpoint, and what becomes of it is the
-caller's business.
+The trainer turns a Checkpoint into the next one. It reads and writes no folder: the caller passes a function that saves
+a checkpoint. pipeline.py is that caller.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from nmoe_edge.common.schema import to_plain
-from nmoe_train.checkpoint import Checkpoint
+from nmoe_train.checkpoint import Checkpoint, StageClock
 from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, Part
 from nmoe_train.data.datasets import Dataset
@@ -29,10 +28,14 @@ from nmoe_train.stages.experts import train_experts
 from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, Shield, fedce_round, fedsc_round
 from nmoe_train.stages.federation import Round, State, generator, size
 from nmoe_train.stages.gate import Gate, fedgate_round, gate_samples, imported, rollgate_stop
+from nmoe_train.stages.weights import copied, selected, to_device
 
 STAGES = ("extractor", "experts", "gate", "evaluate")
 
 Progress = Callable[[Round], None]
+"""Called after every round."""
+FinishRound = Callable[[Checkpoint, Sequence[State], Round], Checkpoint]
+"""(checkpoint, the stage's new states, the round) -> the next checkpoint, saved and reported."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,19 +51,28 @@ class FrozenOutputs:
 
 
 class Trainer:
-    """The clients and their networks, stage by stage."""
+    """Trains and evaluates the networks of all clients.
+
+    The constructor builds every network and tries the extractor on two images. Raises ConfigError or NetError when the
+    settings do not fit the data or the networks.
+    """
 
     def __init__(self, config: Config, dataset: Dataset, clients: Clients, device: torch.device) -> None:
-        """Builds every network, and tries the extractor."""
-        self.config, self.dataset, self.clients, self.device = config, dataset, clients, device
-        self.classes, self.count = len(dataset.labels), len(clients.train)
-        torch.manual_seed(config.seed)
+        self.config = config
+        self.dataset = dataset
+        self.clients = clients
+        self.device = device
+        self.classes = len(dataset.labels)
+        self.count = len(clients.train)
+        """Number of clients, which is the number of experts."""
+        torch.manual_seed(config.seed)  # the order in which networks are built belongs to the numbers
+        fedce = config.extractor.method == "fedce"
         head = config.head_net(self.classes)
         self.networks = Networks(
-            self._extractor_net(),
+            self._extractor_spec(),
             config.gate_net(),
             config.expert_net(self.classes),
-            head if config.extractor.method == "fedce" else None,
+            head if fedce else None,
         )
         self.net = Headed(build(self.networks.extractor), build(head))
         probe(self.net.extractor, dataset.shape, config.extractor.dim)
@@ -69,196 +81,249 @@ class Trainer:
         self.gate = Gate(build(self.networks.gate), config.extractor.dim, self.count, own)
         self.net.to(device)
         self.shield = Shield([len(y) for _, y in clients.train], config.extractor, config.fedsc)
-        self.rounds = config.extractor.rounds if config.extractor.method == "fedce" else self.shield.rounds
+        self.rounds = config.extractor.rounds if fedce else self.shield.rounds
+        """Rounds of the extractor stage; a privacy budget can end it early."""
+        self._check_privacy()
+        self._check_batch_norm()
+
+    def _check_privacy(self) -> None:
         if not self.rounds:
-            raise ConfigError("fedsc.epsilon: one release with this fedsc.sigma costs more; raise either")
-        if self.shield.spent(self.rounds) == math.inf:
-            raise ConfigError(f"fedsc.sigma is {config.fedsc.sigma}: so little noise protects nothing; raise it")
-        normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.net.modules())
-        if normed and min(config.extractor.batch, *(len(y) for _, y in clients.train)) < 2:
             raise ConfigError(
-                "BatchNorm needs two samples: a larger extractor.batch, fewer data.clients, or another norm"
+                "fedsc.epsilon: a single release with this fedsc.sigma exceeds the budget;"
+                " raise fedsc.epsilon or fedsc.sigma"
+            )
+        if self.shield.spent(self.rounds) == math.inf:
+            raise ConfigError(
+                f"fedsc.sigma is {self.config.fedsc.sigma}: so little noise gives no privacy (ε is infinite); raise it"
             )
 
-    def _extractor_net(self) -> NetSpec:
-        """Ours get the images' shape and statistics; anybody's own gets what the configuration says."""
+    def _check_batch_norm(self) -> None:
+        has_batch_norm = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.net.modules())
+        smallest_client = min(len(y) for _, y in self.clients.train)
+        if has_batch_norm and min(self.config.extractor.batch, smallest_client) < 2:
+            raise ConfigError(
+                "BatchNorm needs two samples in a batch: raise extractor.batch, lower data.clients, or use another norm"
+            )
+
+    def _extractor_spec(self) -> NetSpec:
+        """A backbone from the registry gets the images' shape and statistics; any other gets only its own arguments."""
         extractor = self.config.extractor
         if ":" in extractor.backbone:
             return NetSpec(extractor.backbone, dict(extractor.arguments))
         channels, height, width = self.dataset.shape
         if height != width:
             raise ConfigError(
-                f"images of {height} × {width}: {extractor.backbone} takes square ones; bring a backbone of your own"
+                f"images are {height} × {width}, but {extractor.backbone} takes square ones;"
+                " crop them, or name your own backbone: package.module:factory"
             )
         mean, std = self.dataset.statistics()
         given = {"channels": channels, "size": height, "dim": extractor.dim, "mean": mean, "std": std}
         return NetSpec(extractor.backbone, given | dict(extractor.arguments))
 
-    def begun(self, c: Checkpoint, again: tuple[Run, str] | None) -> Checkpoint:
-        """The first checkpoint: fresh networks, or those of a run up to the stage that is trained again."""
-        fresh = {"extractor": [_detached(self.net)] * self.count}
+    def initial_checkpoint(self, empty: Checkpoint, again: tuple[Run, str] | None) -> Checkpoint:
+        """`empty` with the states that a training starts from.
+
+        A new training starts from the fresh extractor. With `again` = (run, stage), weights, history and seconds of the
+        stages before `stage` come from the run. Raises RunError when the run's data has changed.
+        """
+        checkpoint = replace(empty, fingerprint=self.clients.fingerprint)
+        fresh = {"extractor": [copied(self.net)] * self.count}
         if again is None:
-            return replace(c, states=fresh)
+            return replace(checkpoint, states=fresh)
         run, stage = again
         if run.record.data.fingerprint != self.clients.fingerprint:
             raise RunError(
-                f"{run.folder}: its data has changed since, or is split otherwise: nothing of it can be kept"
+                f"{run.folder}: its data or the split has changed since it was trained, so no stage can be kept;"
+                " restore the data, or train a new run"
             )
         kept = STAGES[: STAGES.index(stage)]
-        states = {"extractor": lambda: self._extractors(run), "experts": lambda: self._experts(run)}
-        states["gate"] = lambda: [imported(run.gate(i).state_dict(), _own(self.gate)) for i in range(self.count)]
+        history = run.metrics.get("history", [])
+        seconds = run.metrics.get("seconds", {})
         return replace(
-            c,
+            checkpoint,
             stage=stage,
-            states={name: states[name]() for name in kept} or fresh,
-            history=[entry for entry in run.metrics.get("history", []) if entry.get("stage") in kept],
-            seconds={name: s for name, s in run.metrics.get("seconds", {}).items() if name in kept},
+            states={name: self._states_of(run, name) for name in kept} or fresh,
+            history=[entry for entry in history if entry.get("stage") in kept],
+            seconds={name: value for name, value in seconds.items() if name in kept},
         )
 
-    def _extractors(self, run: Run) -> list[State]:
+    def _states_of(self, run: Run, stage: str) -> list[State]:
+        """A stage's states of all clients, from a run's files."""
+        devices = range(self.count)
+        if stage == "extractor":
+            return self._extractor_states_of(run)
+        if stage == "experts":
+            return [run.expert(i).state_dict() for i in devices]
+        fresh_gate = copied(self.gate)
+        own = {key: value for key, value in fresh_gate.items() if key.startswith("own.")}
+        return [imported(run.gate(i).state_dict(), own) for i in devices]
+
+    def _extractor_states_of(self, run: Run) -> list[State]:
         extractor = {f"extractor.{key}": value for key, value in run.extractor().state_dict().items()}
-        heads = [run.head(i) for i in range(self.count if "heads/00.safetensors" in run.record.files else 1)]
-        states = [
-            {**extractor, **({f"head.{k}": v for k, v in head.state_dict().items()} if head else {})} for head in heads
-        ]
-        return states * (self.count // len(states))
+        heads_are_local = "heads/00.safetensors" in run.record.files
+        states: list[State] = []
+        for i in range(self.count if heads_are_local else 1):
+            head = run.head(i)
+            head_state = head.state_dict() if head else {}
+            states.append(extractor | {f"head.{key}": value for key, value in head_state.items()})
+        return states if heads_are_local else states * self.count
 
-    def _experts(self, run: Run) -> list[State]:
-        return [run.expert(i).state_dict() for i in range(self.count)]
+    def train_stages(
+        self, checkpoint: Checkpoint, save: Callable[[Checkpoint], None], progress: Progress
+    ) -> Checkpoint:
+        """Train every stage that `checkpoint` has not finished, and return the last checkpoint.
 
-    def trained(self, c: Checkpoint, save: Callable[[Checkpoint], None], progress: Progress) -> Checkpoint:
-        """Every stage that is left, one after another."""
-        stages = {"extractor": self._train_extractor, "experts": self._train_experts, "gate": self._train_gate}
-        for name in STAGES[STAGES.index(c.stage) : -1]:
-            clock = _Clock(c, name)
+        After every round, `save` gets the new checkpoint, and then `progress` the round.
+        """
+        train_stage = {"extractor": self._train_extractor, "experts": self._train_experts, "gate": self._train_gate}
+        first = STAGES.index(checkpoint.stage)
+        for name, following in zip(STAGES[first:-1], STAGES[first + 1 :], strict=True):
+            clock = StageClock(checkpoint, name)
 
-            def after(c: Checkpoint, states: Sequence[State], told: Round, clock: _Clock = clock) -> Checkpoint:
+            def finish_round(
+                c: Checkpoint, states: Sequence[State], finished: Round, clock: StageClock = clock
+            ) -> Checkpoint:
                 c = replace(
                     c,
-                    round=told.round,
-                    states={**c.states, told.stage: states},
-                    history=[*c.history, _entry(told)],
+                    round=finished.round,
+                    states={**c.states, finished.stage: states},
+                    history=[*c.history, _history_entry(finished)],
                     seconds=clock.seconds(),
                 )
                 save(c)
-                progress(told)
+                progress(finished)
                 return c
 
             if name != "extractor":
-                self._settle(c)
-            c = stages[name](c, after, progress)
-            c = replace(c, stage=STAGES[STAGES.index(name) + 1], round=0, seconds=clock.seconds())
-        self._settle(c)
-        return c
+                self._freeze_extractor(checkpoint)
+            checkpoint = train_stage[name](checkpoint, finish_round, progress)
+            checkpoint = replace(checkpoint, stage=following, round=0, seconds=clock.seconds())
+        self._freeze_extractor(checkpoint)
+        return checkpoint
 
-    def _settle(self, c: Checkpoint) -> None:
-        """Take the extractor that stage 1 left."""
-        state = c.states["extractor"][0]
-        self.net.extractor.load_state_dict(
-            {key.removeprefix("extractor."): value for key, value in state.items() if key.startswith("extractor.")}
-        )
+    def _freeze_extractor(self, checkpoint: Checkpoint) -> None:
+        """Load the extractor that stage 1 trained."""
+        self.net.extractor.load_state_dict(selected(checkpoint.states["extractor"][0], "extractor."))
         self.net.eval()
 
-    def _train_extractor(self, c: Checkpoint, after: Callable[..., Checkpoint], _progress: Progress) -> Checkpoint:
+    def _train_extractor(self, c: Checkpoint, finish_round: FinishRound, _progress: Progress) -> Checkpoint:
         """Stage 1."""
-        config, fedsc, seed = replace(self.config.extractor, rounds=self.rounds), self.config.fedsc, self.config.seed
+        config = replace(self.config.extractor, rounds=self.rounds)
+        seed = self.config.seed
         data = [(x.to(self.device), y.to(self.device)) for x, y in self.clients.train]
         for round_ in range(c.round, self.rounds):
-            states = moved(c.states["extractor"], self.device)
+            states = to_device(c.states["extractor"], self.device)
             if config.method == "fedce":
-                states, told = fedce_round(self.net, states, data, round_, seed, config)
+                states, finished = fedce_round(self.net, states, data, round_, seed, config)
             else:
-                states, told = fedsc_round(self.net, states, data, round_, seed, config, fedsc)
-            c = after(c, moved(states, torch.device("cpu")), told)
+                states, finished = fedsc_round(self.net, states, data, round_, seed, config, self.config.fedsc)
+            c = finish_round(c, to_device(states, torch.device("cpu")), finished)
         return c
 
-    def _train_experts(self, c: Checkpoint, after: Callable[..., Checkpoint], progress: Progress) -> Checkpoint:
-        """Stage 2: in one go, since it takes seconds."""
+    def _train_experts(self, c: Checkpoint, finish_round: FinishRound, progress: Progress) -> Checkpoint:
+        """Stage 2, with a single checkpoint at its end: the whole stage takes seconds."""
         if c.round:
             return c
-        data = [(self._encoded(x), y) for x, y in self.clients.train]
+        data = [(encode(self.net.extractor, x), y) for x, y in self.clients.train]
         epochs: list[Round] = []
 
-        def epoch(told: Round) -> None:
-            epochs.append(told)
-            progress(told)
+        def finish_epoch(epoch: Round) -> None:
+            epochs.append(epoch)
+            progress(epoch)
 
-        states, told = train_experts(
-            self.expert, self._expert_starts(c), data, self.classes, self.config.seed, self.config.experts, epoch
+        config = self.config
+        states, last = train_experts(
+            self.expert, self._expert_starts(c), data, self.classes, config.seed, config.experts, finish_epoch
         )
-        c = replace(c, history=[*c.history, *map(_entry, epochs)])
-        if self.config.gate.method == "fedgate":  # which needs every expert on every device
-            told = replace(told, up=self.count * size(states[0]), down=self.count * (self.count - 1) * size(states[0]))
-        return after(c, states, told)
+        c = replace(c, history=[*c.history, *map(_history_entry, epochs)])
+        if config.gate.method == "fedgate":  # FedGate needs every expert on every device
+            sent = size(states[0])
+            last = replace(last, up=self.count * sent, down=self.count * (self.count - 1) * sent)
+        return finish_round(c, states, last)
 
     def _expert_starts(self, c: Checkpoint) -> Sequence[State]:
+        """The state that each expert starts from: stage 1's head, or new weights."""
         if self.config.experts.start == "head":
-            return [_part(state, "head.") for state in c.states["extractor"]]
+            return [selected(state, "head.") for state in c.states["extractor"]]
         starts = []
         for i in range(self.count):
             torch.manual_seed(generator(self.config.seed, "expert", i).initial_seed())
             starts.append(build(self.networks.expert).state_dict())
         return starts
 
-    def _train_gate(self, c: Checkpoint, after: Callable[..., Checkpoint], _progress: Progress) -> Checkpoint:
-        """Stage 3."""
-        config, seed = self.config.gate, self.config.seed
+    def _train_gate(self, c: Checkpoint, finish_round: FinishRound, _progress: Progress) -> Checkpoint:
+        """Stage 3. RanGate trains nothing."""
+        config = self.config.gate
         if "gate" not in c.states:
-            c = replace(c, states={**c.states, "gate": [_detached(self.gate)] * self.count})
+            c = replace(c, states={**c.states, "gate": [copied(self.gate)] * self.count})
         rounds = {"rangate": 0, "rollgate": config.laps * self.count, "fedgate": config.rounds}[config.method]
+        if c.round >= rounds:
+            return c
         step = fedgate_round if config.method == "fedgate" else rollgate_stop
-        frozen = [self.frozen_outputs(c, part) for part in self.clients.train] if c.round < rounds else []
-        data = [gate_samples(s.latents, s.expert_outputs, s.y, config.loss) for s in frozen]
+        frozen = [self.frozen_outputs(c, part) for part in self.clients.train]
+        data = [gate_samples(f.latents, f.expert_outputs, f.y, config.loss) for f in frozen]
         for round_ in range(c.round, rounds):
-            states, told = step(self.gate, c.states["gate"], data, round_, seed, config)
-            c = after(c, states, told)
+            states, finished = step(self.gate, c.states["gate"], data, round_, self.config.seed, config)
+            c = finish_round(c, states, finished)
         return c
 
     def frozen_outputs(self, c: Checkpoint, part: Part) -> FrozenOutputs:
         """The latents and the experts' outputs of a part of the data."""
-        h = self._encoded(part[0])
-        stacked = {key: torch.stack([state[key] for state in c.states["experts"]]) for key in c.states["experts"][0]}
-        every = vmap(lambda state, h: functional_call(self.expert, state, (h,)), in_dims=(0, None), out_dims=1)
+        x, y = part
+        h = encode(self.net.extractor, x)
+        experts = c.states["experts"]
+        stacked = {key: torch.stack([state[key] for state in experts]) for key in experts[0]}
+        every_expert = vmap(lambda state, h: functional_call(self.expert, state, (h,)), in_dims=(0, None), out_dims=1)
         with torch.no_grad():
-            return FrozenOutputs(h, torch.cat([every(stacked, rows) for rows in h.split(ENCODE_BATCH)]), part[1])
+            outputs = torch.cat([every_expert(stacked, rows) for rows in h.split(ENCODE_BATCH)])
+        return FrozenOutputs(h, outputs, y)
 
-    def evaluated(self, c: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
-        """Choose what a device does, measure it, describe the run."""
-        config, clients = self.config, self.clients
-        rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
-        if config.inference.local_first:
-            held_out = [self.frozen_outputs(c, part) for part in clients.held_out]
-            everybody = FrozenOutputs(
-                *(torch.cat([getattr(part, name) for part in held_out]) for name in ("latents", "expert_outputs", "y"))
-            )
-            threshold = choose_threshold(self.rows(c, held_out), self.rows(c, [everybody] * self.count), rules)
-            rules = replace(rules, local_first=threshold)
+    def evaluate(self, c: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
+        """Choose the rules for inference, measure the fleet under them, and describe the run.
+
+        Returns run.json without its files, and metrics.json without `history` and `seconds`.
+        """
+        rules = self._inference_rules(c)
         metrics: dict[str, Any] = {}
-        for name, parts in (("own", clients.own_test), ("iid", [clients.test])):
+        for name, parts in (("own", self.clients.own_test), ("iid", [self.clients.test])):
             frozen = [self.frozen_outputs(c, part) for part in parts]
-            metrics[name] = evaluate(self.rows(c, frozen * (self.count // len(frozen))), rules)
+            frozen *= self.count // len(frozen)  # the balanced test set is the same for every device
+            metrics[name] = evaluate(self.rows(c, frozen), rules)
             if self.networks.head is not None:
-                metrics[name]["fedce"] = self._classifier(c, frozen * (self.count // len(frozen)), rules)
-        metrics["split"] = clients.split(self.classes)
-        metrics["bytes"] = {
-            stage: {way: sum(e[way] for e in c.history if e["stage"] == stage) for way in ("up", "down")}
-            for stage in STAGES[:-1]
-        }
-        shielded = [entry["epsilon"] for entry in c.history if "epsilon" in entry]
-        if shielded:
+                metrics[name]["fedce"] = self._measure_classifier(c, frozen, rules)
+        metrics["split"] = self.clients.split(self.classes)
+        metrics["bytes"] = {stage: _bytes_sent(c, stage) for stage in STAGES[:-1]}
+        epsilons = [entry["epsilon"] for entry in c.history if "epsilon" in entry]
+        if epsilons:
             metrics["privacy"] = {
-                "epsilon": shielded[-1],
-                "delta": config.fedsc.delta,
+                "epsilon": epsilons[-1],
+                "delta": self.config.fedsc.delta,
                 "sigma": max(self.shield.sigmas),
-                "releases": len(shielded),
+                "releases": len(epsilons),
             }
         return self._record(c, rules), metrics
 
-    def _classifier(self, c: Checkpoint, frozen: Sequence[FrozenOutputs], rules: Inference) -> dict[str, Any]:
-        """Stage 1's classifier, with the head that each device has, and the same class mix."""
-        heads = [_part(state, "head.") for state in c.states["extractor"]]
+    def _inference_rules(self, c: Checkpoint) -> Inference:
+        """The rules of the configuration, with the confidence threshold that is best on held-out samples."""
+        config = self.config
+        rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
+        if not config.inference.local_first:
+            return rules
+        held_out = [self.frozen_outputs(c, part) for part in self.clients.held_out]
+        pooled = FrozenOutputs(
+            torch.cat([part.latents for part in held_out]),
+            torch.cat([part.expert_outputs for part in held_out]),
+            torch.cat([part.y for part in held_out]),
+        )
+        own_rows = self.rows(c, held_out)
+        pooled_rows = self.rows(c, [pooled] * self.count)
+        return replace(rules, local_first=choose_threshold(own_rows, pooled_rows, rules))
+
+    def _measure_classifier(self, c: Checkpoint, frozen: Sequence[FrozenOutputs], rules: Inference) -> dict[str, Any]:
+        """Figures of stage 1's classifier with each device's head, given the same class mix as the fleet."""
+        heads = [selected(state, "head.") for state in c.states["extractor"]]
         self.net.head.cpu()
-        # A head that stayed with its client carries the client's class mix already.
+        # A head that stayed with its client already carries the client's class mix.
         rules = replace(rules, adapt=rules.adapt and self.config.extractor.heads == "shared")
         with torch.no_grad():
             p = [
@@ -268,19 +333,21 @@ class Trainer:
         return measure([adapted(q, rules) for q in p], [part.y for part in frozen])
 
     def rows(self, c: Checkpoint, frozen: Sequence[FrozenOutputs]) -> list[DeviceRows]:
-        """What each device makes of its part."""
+        """Each device's part of the data, with the scores of its gate."""
         with torch.no_grad():
             return [
-                DeviceRows(functional_call(self.gate, gate, (s.latents,)), s.expert_outputs, s.y)
-                for gate, s in zip(c.states["gate"], frozen, strict=True)
+                DeviceRows(functional_call(self.gate, gate, (part.latents,)), part.expert_outputs, part.y)
+                for gate, part in zip(c.states["gate"], frozen, strict=True)
             ]
 
     def heads(self, c: Checkpoint) -> list[State]:
-        """Stage 1's heads: one, one a client, or none."""
+        """Stage 1's heads for the run: a single shared one, one per client, or none."""
         if self.networks.head is None:
             return []
         states = c.states["extractor"]
-        return [_part(state, "head.") for state in (states if self.config.extractor.heads == "local" else states[:1])]
+        if self.config.extractor.heads == "shared":
+            states = states[:1]
+        return [selected(state, "head.") for state in states]
 
     def _record(self, c: Checkpoint, rules: Inference) -> RunRecord:
         config = self.config
@@ -300,55 +367,21 @@ class Trainer:
             labels=self.dataset.labels,
         )
 
-    def _encoded(self, x: Tensor) -> Tensor:
-        return encoded(self.net.extractor, x)
+
+def _history_entry(finished: Round) -> dict[str, Any]:
+    """A round as metrics.json lists it: without fields that are empty."""
+    return {key: value for key, value in asdict(finished).items() if value not in (None, ())}
 
 
-class _Clock:
-    """Seconds of one stage, on top of what earlier sittings took."""
-
-    def __init__(self, c: Checkpoint, stage: str) -> None:
-        self._earlier, self._stage, self._began = c.seconds, stage, time.perf_counter()
-
-    def seconds(self) -> dict[str, float]:
-        took = self._earlier.get(self._stage, 0.0) + time.perf_counter() - self._began
-        return {**self._earlier, self._stage: took}
+def _bytes_sent(c: Checkpoint, stage: str) -> dict[str, int]:
+    """Bytes that all clients sent (`up`) and received (`down`) in a stage."""
+    entries = [entry for entry in c.history if entry["stage"] == stage]
+    return {"up": sum(entry["up"] for entry in entries), "down": sum(entry["down"] for entry in entries)}
 
 
-def _entry(told: Round) -> dict[str, Any]:
-    """A round as the history has it."""
-    return {key: value for key, value in asdict(told).items() if value not in (None, ())}
-
-
-def _detached(net: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in net.state_dict().items()}
-
-
-def _part(state: State, prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _own(gate: Gate) -> dict[str, Tensor]:
-    return {key: value for key, value in _detached(gate).items() if key.startswith("own.")}
-
-
-def encoded(net: nn.Module, x: Tensor) -> Tensor:
-    """net(x) in batches, as it is at inference and where the network is; the result is on the CPU."""
+def encode(net: nn.Module, x: Tensor) -> Tensor:
+    """net(x) in eval mode, in batches, on the network's device. The result is on the CPU."""
     net.eval()
     device = next(iter(net.state_dict().values()), torch.empty(0)).device
     with torch.no_grad():
         return torch.cat([net(part.to(device)).cpu() for part in x.split(ENCODE_BATCH)])
-
-
-def moved(states: Sequence[State], device: torch.device) -> list[State]:
-    """States on another device; what clients share stays shared."""
-    once = {
-        id(state): {key: value.to(device, memory_format=_layout(value, device)) for key, value in state.items()}
-        for state in states
-    }
-    return [once[id(state)] for state in states]
-
-
-def _layout(value: Tensor, device: torch.device) -> torch.memory_format:
-    """Convolutions on a GPU want their channels last."""
-    return torch.channels_last if device.type == "cuda" and value.ndim == 4 else torch.contiguous_format

@@ -189,10 +189,10 @@ def serve_command(out: Path, name: str) -> tuple[str, ...]:
 
 def tests_of(run: Path) -> Tests:
     """The test sets of the training."""
-    from nmoe_train.pipeline import fleet_of
+    from nmoe_train.pipeline import trainer_of
     from nmoe_train.run import read_run
 
-    data = fleet_of(read_run(run))[0].clients
+    data = trainer_of(read_run(run))[0].clients
     own = [(x.numpy(), y.numpy()) for x, y in data.own_test]
     return Tests(own, (data.test[0].numpy(), data.test[1].numpy()))
 

@@ -1,15 +1,15 @@
-"""What a run is to be compared with, on the same split and with as many epochs as its FedCE had, nobody absent.
+"""What a run is compared with: baselines on the same data and split, with as many epochs, and without dropped clients.
 
-local        every client trains a whole classifier on its own samples, and nobody averages
-fedavg       FedCE's one classifier for all, which is this run's own stage 1 where that was FedCE
-centralised  all samples in one place: extractor, experts and gate of the same shapes, trained as a plain mixture
+local        every client trains a whole classifier on its own samples; nothing is averaged
+fedavg       one classifier for all clients, trained as in FedCE; taken from the run when its stage 1 trained one
+centralised  all samples in one place: an extractor, experts and a gate of the same shapes, trained as a plain mixture
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +20,49 @@ from torch.func import functional_call, vmap
 from nmoe_edge.common.schema import parse_json
 from nmoe_train.checkpoint import Checkpoint, claimed
 from nmoe_train.config import ExtractorConfig, configure
+from nmoe_train.data.clients import Part
 from nmoe_train.errors import RunError
 from nmoe_train.nets import build
-from nmoe_train.pipeline import fleet_of, surroundings
+from nmoe_train.pipeline import torch_settings, trainer_of
 from nmoe_train.results.evaluation import DeviceRows, adapted, answers, measure
 from nmoe_train.results.pages.run_page import page
-from nmoe_train.run import Inference, Run, write_beside
+from nmoe_train.run import Inference, Run, write_unlisted
 from nmoe_train.stages.extractor import Headed, fedce_round, fedce_update
 from nmoe_train.stages.federation import Round, State, Update, check, cosine, generator, report
 from nmoe_train.stages.losses import load_loss, mixture_loss
-from nmoe_train.trainer import Progress, Trainer, encoded, moved
+from nmoe_train.stages.weights import to_device
+from nmoe_train.trainer import Progress, Trainer, encode
 
 METHODS = ("local", "fedavg", "centralised")
 FILE = "baselines.json"
 RATE = 2e-3
-"""Of the centralised mixture's experts, which start fresh."""
-SPREAD = 0.01
-"""Weight of the centralised mixture's load loss: without it one expert takes all."""
+"""Learning rate of the centralised mixture's experts, which start from new weights."""
+LOAD_LOSS = 0.01
+"""Weight of the centralised mixture's load loss; without it, one expert answers every row."""
 
 
 def baselines(run: Run, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """Train and measure what is not there yet; baselines.json and report.html of the run are written after each."""
-    place = run.folder.with_name(f"{run.folder.name}-baselines")
-    with claimed(place) as path, surroundings(run.record.config.get("threads", 1)):
-        fleet, _ = fleet_of(run)
+    """Train and measure the baselines that the run's baselines.json does not hold yet, and return all of them.
+
+    After each one, baselines.json and report.html are updated. A training that is interrupted continues with the next
+    call. The result maps a method to its figures on `own` and `iid`, as in metrics.json. Raises TrainError.
+    """
+    out = run.folder.with_name(f"{run.folder.name}-baselines")
+    with claimed(out) as path, torch_settings(run.record.config.get("threads", 1)):
+        trainer, _ = trainer_of(run)
         found = measured(run)
         for name in METHODS:
             if name not in found:
-                found[name] = _measure(fleet, run, name, lambda c: c.write(path), _begun(path, run, name), progress)
-                write_beside(run, FILE, json.dumps(found, indent=2, allow_nan=False) + "\n")
+                found[name] = _train_and_measure(trainer, run, name, path, progress)
+                write_unlisted(run, FILE, json.dumps(found, indent=2, allow_nan=False) + "\n")
                 path.unlink(missing_ok=True)
         text = page(run.folder.name, run.record.config, run.metrics, run.record.labels or (), by_part(found))
-        write_beside(run, "report.html", text)
+        write_unlisted(run, "report.html", text)
         return found
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """What baselines.json holds so far, by method."""
+    """What baselines.json holds so far, by method; empty when there is no such file."""
     path = run.folder / FILE
     try:
         plain = parse_json(path.read_bytes()) if path.exists() else {}
@@ -68,72 +74,71 @@ def measured(run: Run) -> dict[str, Any]:
 
 
 def by_part(found: dict[str, Any]) -> dict[str, Any]:
-    """The same, own and balanced test apart, as metrics.json has it."""
+    """The same figures, by test set first and then by method, as in metrics.json."""
     return {part: {name: figures[part] for name, figures in found.items()} for part in ("own", "iid")}
 
 
-def _begun(path: Path, run: Run, name: str) -> Checkpoint:
-    """Where this baseline stopped, or its beginning."""
-    first = Checkpoint(dict(run.record.config), name, fingerprint=run.record.data.fingerprint)
-    c = Checkpoint.read(path) if path.exists() else first
-    return c if (c.config, c.stage, c.fingerprint) == (first.config, name, first.fingerprint) else first
-
-
-def _measure(
-    fleet: Trainer, run: Run, name: str, save: Callable[[Checkpoint], None], c: Checkpoint, progress: Progress
-) -> dict[str, Any]:
-    config = _settings(fleet)
-    torch.manual_seed(fleet.config.seed)
-    head = fleet.networks.head or fleet.config.expert_net(fleet.classes)
-    net = Headed(build(fleet.networks.extractor), build(head)).to(fleet.device)
-    data = [(x.to(fleet.device), y.to(fleet.device)) for x, y in fleet.clients.train]
-    if name == "centralised":
-        data = [tuple(torch.cat(column) for column in zip(*data, strict=True))]
-    if name == "fedavg" and run.record.networks.head is not None and fleet.config.extractor.heads == "shared":
+def _train_and_measure(trainer: Trainer, run: Run, name: str, path: Path, progress: Progress) -> dict[str, Any]:
+    """The figures of one baseline. `path`: the checkpoint that its training continues from and writes"""
+    has_fedavg = run.record.networks.head is not None and trainer.config.extractor.heads == "shared"
+    if name == "fedavg" and has_fedavg:
         return {part: run.metrics[part]["fedce"] for part in ("own", "iid")}
-    step = _alone_round if name == "local" else fedce_round
-    first = {key: value.detach().clone() for key, value in net.state_dict().items()}
-    states = moved(c.states.get(name, [first] * len(data)), fleet.device)
-    for round_ in range(c.round, config.rounds):
-        states, told = step(net, states, data, round_, fleet.config.seed, config)
-        save(replace(c, round=round_ + 1, states={name: states}))
-        progress(replace(told, stage=name))
+    torch.manual_seed(trainer.config.seed)
+    head = trainer.networks.head or trainer.config.expert_net(trainer.classes)
+    net = Headed(build(trainer.networks.extractor), build(head)).to(trainer.device)
+    data = [(x.to(trainer.device), y.to(trainer.device)) for x, y in trainer.clients.train]
     if name == "centralised":
-        return _mixture(fleet, net, states[0], data[0], progress)
-    # A classifier of one client carries that client's class mix already.
+        data = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
+    states = _train_classifiers(trainer, net, data, name, run, path, progress)
+    if name == "centralised":
+        net.load_state_dict(states[0])
+        x, y = data[0]
+        mixture = _train_mixture(trainer, encode(net.extractor, x), y.cpu(), progress)
+        return _measure_mixture(trainer, net.extractor, mixture)
+    # A classifier of one client already carries that client's class mix.
     rules = replace(run.record.inference, adapt=run.record.inference.adapt and name == "fedavg")
-    said: dict[str, list[Tensor]] = {"own": [], "iid": []}
-    for part, parts, _ in _tests(fleet):
-        for i, (x, _) in parts:
-            net.load_state_dict(states[i])
-            said[part].append(adapted(encoded(net, x).softmax(1), rules))
-    return {part: measure(said[part], y) for part, _, y in _tests(fleet)}
+    return _measure_classifiers(trainer, net, states, rules)
 
 
-def _settings(fleet: Trainer) -> ExtractorConfig:
-    """Those of the run's FedCE, with nobody absent; where its stage 1 was none, the defaults for its data."""
-    config = fleet.config.extractor
+def _settings(trainer: Trainer) -> ExtractorConfig:
+    """FedCE's settings with every client in every round: the run's own, or the defaults for its data."""
+    config = trainer.config.extractor
     if config.method != "fedce":
-        usual = configure(flags={"data": {"name": fleet.config.data.name}}).extractor
+        usual = configure(flags={"data": {"name": trainer.config.data.name}}).extractor
         config = replace(usual, backbone=config.backbone, arguments=config.arguments, dim=config.dim)
     return replace(config, heads="shared", share=1.0, drop=0.0, step_limit=None)
 
 
-def _tests(fleet: Trainer) -> list[tuple[str, list[tuple[int, Any]], list[Tensor]]]:
-    """(name, each device's number and test set, its labels)"""
-    sets = (("own", fleet.clients.own_test), ("iid", [fleet.clients.test] * fleet.count))
-    return [(name, list(enumerate(parts)), [y for _, y in parts]) for name, parts in sets]
+def _train_classifiers(
+    trainer: Trainer, net: Headed, data: Sequence[Part], name: str, run: Run, path: Path, progress: Progress
+) -> Sequence[State]:
+    """One classifier per entry of `data`, after all rounds; averaged in every round unless `name` is "local"."""
+    config = _settings(trainer)
+    checkpoint = _begin_or_resume(path, run, name)
+    fresh = {key: value.detach().clone() for key, value in net.state_dict().items()}
+    states: Sequence[State] = to_device(checkpoint.states.get(name, [fresh] * len(data)), trainer.device)
+    train_round = _local_round if name == "local" else fedce_round
+    for round_ in range(checkpoint.round, config.rounds):
+        states, finished = train_round(net, states, data, round_, trainer.config.seed, config)
+        replace(checkpoint, round=round_ + 1, states={name: states}).write(path)
+        progress(replace(finished, stage=name))
+    return states
 
 
-def _alone_round(
-    net: nn.Module,
-    states: Sequence[State],
-    data: Sequence[tuple[Tensor, Tensor]],
-    round_: int,
-    seed: int,
-    config: ExtractorConfig,
+def _begin_or_resume(path: Path, run: Run, name: str) -> Checkpoint:
+    """The checkpoint at `path` when it belongs to this run and baseline, else an empty one."""
+    empty = Checkpoint(dict(run.record.config), name, fingerprint=run.record.data.fingerprint)
+    if not path.exists():
+        return empty
+    stored = Checkpoint.read(path)
+    belongs = (stored.config, stored.stage, stored.fingerprint) == (empty.config, name, empty.fingerprint)
+    return stored if belongs else empty
+
+
+def _local_round(
+    net: nn.Module, states: Sequence[State], data: Sequence[Part], round_: int, seed: int, config: ExtractorConfig
 ) -> tuple[list[State], Round]:
-    """A round of FedCE of which nobody tells anybody."""
+    """One round of FedCE without the averaging."""
     rate = config.rate * cosine(round_, config.rounds, config.warm_rounds)
     updates = [
         fedce_update(net, states[i], i, *data[i], rate, config, generator(seed, "extractor", round_, i))
@@ -143,49 +148,96 @@ def _alone_round(
     return [update.state for update in updates], report("local", round_, config.rounds, updates)
 
 
-def _mixture(
-    fleet: Trainer, net: Headed, state: State, data: tuple[Tensor, Tensor], progress: Progress
-) -> dict[str, Any]:
-    """Experts and gate trained together on everybody's latents."""
-    config, seed, n = fleet.config, fleet.config.seed, fleet.count
-    net.load_state_dict(state)
-    h, y = encoded(net.extractor, data[0]), data[1].cpu()
-    starts = [build(fleet.networks.expert).state_dict() for _ in range(n)]
-    experts = {key: torch.stack([start[key] for start in starts]).requires_grad_() for key in starts[0]}
-    gate = nn.Linear(config.extractor.dim, n)
-    every = vmap(lambda expert, rows: functional_call(fleet.expert, expert, (rows,)), in_dims=(0, None), out_dims=1)
-    batch = config.experts.batch * n  # as many steps an epoch as the clients take side by side
-    steps = config.experts.epochs * -(-len(y) // batch)
-    learned = [*experts.values(), *gate.parameters()]
+def _test_sets(trainer: Trainer) -> dict[str, list[Part]]:
+    """Each device's test set, by name: its own distribution, and the balanced set that all devices share."""
+    return {"own": trainer.clients.own_test, "iid": [trainer.clients.test] * trainer.count}
+
+
+def _measure_classifiers(trainer: Trainer, net: Headed, states: Sequence[State], rules: Inference) -> dict[str, Any]:
+    figures = {}
+    for name, parts in _test_sets(trainer).items():
+        probabilities = []
+        for state, (x, _) in zip(states, parts, strict=True):
+            net.load_state_dict(state)
+            probabilities.append(adapted(encode(net, x).softmax(1), rules))
+        figures[name] = measure(probabilities, [y for _, y in parts])
+    return figures
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Mixture:
+    """Experts and a gate on latents."""
+
+    every_expert: Callable[[dict[str, Tensor], Tensor], Tensor]
+    """(stacked weights, latents (n, d)) -> (n, N, K)"""
+    experts: dict[str, Tensor]
+    """Weights of all experts, stacked: each (N, …)"""
+    gate: nn.Linear
+
+
+def _fresh_mixture(trainer: Trainer) -> _Mixture:
+    states = [build(trainer.networks.expert).state_dict() for _ in range(trainer.count)]
+    experts = {key: torch.stack([state[key] for state in states]).requires_grad_() for key in states[0]}
+    every_expert = vmap(
+        lambda weights, h: functional_call(trainer.expert, weights, (h,)), in_dims=(0, None), out_dims=1
+    )
+    return _Mixture(every_expert, experts, nn.Linear(trainer.config.extractor.dim, trainer.count))
+
+
+def _train_mixture(trainer: Trainer, h: Tensor, y: Tensor, progress: Progress) -> _Mixture:
+    """Experts and gate, trained together on the latents h (n, d) and labels y (n,) of all clients."""
+    config = trainer.config
+    mixture = _fresh_mixture(trainer)
+    batch = config.experts.batch * trainer.count  # as many steps per epoch as the clients take in parallel
+    epochs = config.experts.epochs
+    steps_per_epoch = -(-len(y) // batch)
+    learned = [*mixture.experts.values(), *mixture.gate.parameters()]
     optimiser = torch.optim.AdamW(learned, RATE, weight_decay=config.experts.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for epoch in range(config.experts.epochs):
-        g = generator(seed, "centralised", epoch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * steps_per_epoch)
+    for epoch in range(epochs):
+        g = generator(config.seed, "centralised", epoch)
         total = 0.0
         for rows in torch.randperm(len(y), generator=g).split(batch):
-            noise = config.gate.noise * torch.randn(len(rows), n, generator=g)
-            log_g = (gate(h[rows]) + noise).log_softmax(1)
-            said = every(experts, h[rows])  # (B, N, K)
-            if config.gate.loss == "probabilities":
-                said = said.log_softmax(2)[torch.arange(len(rows)), :, y[rows]]
-            loss = mixture_loss(log_g, said, y[rows], config.gate.loss).mean()
-            loss = loss + SPREAD * load_loss(log_g.exp(), torch.ones(len(rows)))
+            loss = _mixture_loss(trainer, mixture, h[rows], y[rows], g)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             total += loss.item() * len(rows)
-        updates = [Update(0, {key: value.detach() for key, value in experts.items()}, len(y), total / len(y))]
+        state = {key: value.detach() for key, value in mixture.experts.items()}
+        updates = [Update(0, state, len(y), total / len(y))]
         check("experts", epoch, updates)
-        progress(report("mixture", epoch, config.experts.epochs, updates))
+        progress(report("mixture", epoch, epochs, updates))
+    return mixture
+
+
+def _mixture_loss(trainer: Trainer, mixture: _Mixture, h: Tensor, y: Tensor, g: torch.Generator) -> Tensor:
+    """Mean loss of a batch: the gate's noisy mixture, and the loss that spreads rows over experts."""
+    config = trainer.config.gate
+    noise = config.noise * torch.randn(len(y), trainer.count, generator=g)
+    log_g = (mixture.gate(h) + noise).log_softmax(1)  # (B, N)
+    outputs = mixture.every_expert(mixture.experts, h)  # (B, N, K)
+    if config.loss == "probabilities":
+        outputs = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (B, N)
+    loss = mixture_loss(log_g, outputs, y, config.loss).mean()
+    return loss + LOAD_LOSS * load_loss(log_g.exp(), torch.ones(len(y)))
+
+
+def _measure_mixture(trainer: Trainer, extractor: nn.Module, mixture: _Mixture) -> dict[str, Any]:
+    config = trainer.config
     rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
     figures: dict[str, Any] = {}
-    with torch.no_grad():
-        for part, parts, truth in _tests(fleet):
-            seen = [(i, encoded(net.extractor, x), y) for i, (x, y) in (parts if part == "own" else parts[:1])]
-            rows = [DeviceRows(gate(h), every(experts, h), y) for _, h, y in seen]
-            said = [answers(r, 0, rules) for r in rows]
-            routing = torch.stack([went.mean(0) for _, went in said] * (fleet.count // len(said)))
-            figures[part] = measure([p for p, _ in said], truth[: len(said)])
-            figures[part] |= {"routing": routing.tolist(), "kept_local": routing.diag().mean().item()}
+    for name, parts in (("own", trainer.clients.own_test), ("iid", [trainer.clients.test])):
+        probabilities = []
+        routing = []
+        for x, y in parts:
+            h = encode(extractor, x)
+            with torch.no_grad():
+                rows = DeviceRows(mixture.gate(h), mixture.every_expert(mixture.experts, h), y)
+            p, routed = answers(rows, 0, rules)  # without local_first, the number of the device does not matter
+            probabilities.append(p)
+            routing.append(routed.mean(0))
+        matrix = torch.stack(routing * (trainer.count // len(parts)))  # (devices, N)
+        figures[name] = measure(probabilities, [y for _, y in parts])
+        figures[name] |= {"routing": matrix.tolist(), "kept_local": matrix.diag().mean().item()}
     return figures

@@ -1,7 +1,8 @@
-"""The paper's tables and figures, ours beside theirs, from one folder of runs that grows until everything is there.
+"""The paper's tables and figures: our figures and the paper's, from one folder of runs.
 
-A unit is one training or one set of baselines. Those that are done are kept, one that was stopped goes on, and
-paper.json holds what has been measured. `theirs` is the part of the published numbers that is known here.
+The work is cut into units: one training, or one set of baselines. A finished unit is kept and an interrupted one is
+resumed, so the folder grows over several calls until everything is there. paper.json holds what has been measured.
+PAPER_FIGURES holds only those of the paper's numbers that we know.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import numpy as np
 
 from nmoe_edge.common.files import replace_file
 from nmoe_edge.common.schema import parse_json, to_plain
-from nmoe_train.checkpoint import NAME, difference, partial
+from nmoe_train.checkpoint import CHECKPOINT_FILE, difference, partial_folder
 from nmoe_train.config import Config, configure
 from nmoe_train.errors import ConfigError, RunError
-from nmoe_train.pipeline import retrained, train
+from nmoe_train.pipeline import retrain_config, train
 from nmoe_train.results.baselines import METHODS as BASELINES
 from nmoe_train.results.baselines import baselines
 from nmoe_train.results.pages.charts import Figure, curves, figure, heat_map
@@ -36,32 +37,35 @@ ROWS = {
     "local": "local classifier",
     "fedavg": "FedAvg classifier",
     "centralised": "centralised mixture",
-    **{f"{e}-{g}": f"{e_name} + {g_name}" for e, e_name in (("fedce", "FedCE"), ("fedsc", "FedSC"))
-       for g, g_name in (("rangate", "RanGate"), ("rollgate", "RollGate"), ("fedgate", "FedGate"))},
-}  # fmt: skip
-THEIRS = {
+    "fedce-rangate": "FedCE + RanGate",
+    "fedce-rollgate": "FedCE + RollGate",
+    "fedce-fedgate": "FedCE + FedGate",
+    "fedsc-rangate": "FedSC + RanGate",
+    "fedsc-rollgate": "FedSC + RollGate",
+    "fedsc-fedgate": "FedSC + FedGate",
+}
+"""Rows of both tables: a baseline, or extractor-gate."""
+PAPER_FIGURES = {
     ("local", "noniid:0.5"): (66.66, 8.00, 50.0),
     ("local", "noniid:0.3"): (76.92, 8.69, 50.0),
     ("local", "noniid:0.2"): (83.33, 9.09, 50.0),
 }
-"""Table 1: accuracy, macro F1 and AUC in percent. It is a classifier that always says the client's own class."""
-THEIR_SHARE_KEPT = {"fedsc": 25, "centralised": 8}
-"""Figure 3: percent of the rows that stay at home."""
+"""The paper's table 1: accuracy, macro F1 and AUC in percent. They are those of a classifier that always answers the
+client's own class."""
+PAPER_LOCAL_SHARE = {"fedsc": 25, "centralised": 8}
+"""The paper's figure 3: percent of the rows that are answered locally."""
+FIGURE_PARTITION = "noniid:0.5"
+"""The split of figures 3 and 4."""
 
-
-SAVED = ("extractor", "gate", *BASELINES)
-"""Stages whose every round is saved: between them nothing is lost by stopping."""
-OURS = ("seed", "data.partition", "extractor.method", "gate.method")
-"""Settings that tell the units apart."""
-
-
-class _SpentError(Exception):
-    """The time that was given is over; everything up to here is kept."""
+SAVED_STAGES = ("extractor", "gate", *BASELINES)
+"""Stages that save every round: stopping between two rounds loses nothing."""
+UNIT_SETTINGS = ("seed", "data.partition", "extractor.method", "gate.method")
+"""Settings that differ between units."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One piece of work: a training of one stage or more, or baselines."""
+    """One piece of work: a training, or the baselines of one."""
 
     partition: str
     extractor: str
@@ -71,78 +75,90 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Its folder, and its key in paper.json."""
+        """The unit's folder, and its key in paper.json."""
         return f"{self.partition.replace(':', '-')}-{self.extractor}-{self.kind}-{self.seed}"
 
 
 def units(partitions: Sequence[str], seeds: int) -> list[Unit]:
-    """What there is to do: FedCE before FedSC, the gates of an extractor one after another."""
-    return [
-        Unit(partition, extractor, kind, seed)
-        for extractor in ("fedce", "fedsc")
-        for seed in range(seeds)
-        for partition in partitions
-        for kind in (*GATES, *(("baselines",) if extractor == "fedce" else ()))
-    ]
+    """All units in the order of work. FedGate comes first: the other gates and the baselines use its run."""
+    found = []
+    for extractor in ("fedce", "fedsc"):
+        kinds = (*GATES, "baselines") if extractor == "fedce" else GATES
+        for seed in range(seeds):
+            for partition in partitions:
+                found += [Unit(partition, extractor, kind, seed) for kind in kinds]
+    return found
+
+
+class _TimeIsUpError(Exception):
+    """The minutes are over. Everything so far is saved."""
 
 
 def work(
     out: Path,
     recipe: str,
     flags: Mapping[str, Any],
-    due: Sequence[Unit],
+    wanted: Sequence[Unit],
     progress: Progress,
     minutes: float | None,
-    say: Callable[[str], None] = lambda _: None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Do what is not done yet, until the minutes are over, and return paper.json's units."""
+    """Do the wanted units that paper.json does not hold yet, and return all its units by name.
+
+    out: the folder of the runs and of paper.json
+    flags: settings that all units share, nested by section
+    minutes: stop at the first saved round after this time; None: no limit
+    announce: gets a line when a unit begins
+    """
     if minutes is not None and not minutes >= 0:
-        raise ConfigError(f"--minutes {minutes}: not a number from 0 on")
-    for place in OURS:
-        section, _, name = place.rpartition(".")
-        if name in (flags.get(section, {}) if section else flags):
-            raise ConfigError(f"{place} is what the table goes through: leave it out")
-    until = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+        raise ConfigError(f"--minutes is {minutes}; it must be 0 or more")
+    for setting in UNIT_SETTINGS:
+        section, _, name = setting.rpartition(".")
+        given = flags.get(section, {}) if section else flags
+        if name in given:
+            raise ConfigError(f"{setting} varies over the table; leave it out")
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     done = _read(out, recipe, flags)
 
-    def told(round_: Round) -> None:
-        progress(round_)
-        if time.monotonic() > until and round_.stage in SAVED:
-            raise _SpentError
+    def progress_until_deadline(finished: Round) -> None:
+        progress(finished)
+        if time.monotonic() > deadline and finished.stage in SAVED_STAGES:
+            raise _TimeIsUpError
 
     try:
-        for number, unit in enumerate(due, 1):
+        for number, unit in enumerate(wanted, 1):
             if unit.name not in done:
-                say(f"[{number}/{len(due)}] {unit.partition}, {unit.extractor}, {unit.kind}, seed {unit.seed}")
-                done[unit.name] = _figures(out, unit, recipe, flags, told)
+                announce(f"[{number}/{len(wanted)}] {unit.partition}, {unit.extractor}, {unit.kind}, seed {unit.seed}")
+                done[unit.name] = _figures(out, unit, recipe, flags, progress_until_deadline)
                 _write(out, recipe, flags, done)
-    except _SpentError:
+    except _TimeIsUpError:
         pass
     return done
 
 
 def _figures(out: Path, unit: Unit, recipe: str, flags: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """What a unit measured."""
-    base = Unit(unit.partition, unit.extractor, "fedgate", unit.seed)
+    """Train a unit, and return its figures as paper.json holds them."""
+    base = out / Unit(unit.partition, unit.extractor, "fedgate", unit.seed).name
+    if unit.kind == "baselines":
+        return baselines(read_run(base), progress)
     if unit.kind == "fedgate":
-        run = _trained(out / unit.name, _config(unit, recipe, flags), None, progress)
-    elif unit.kind == "baselines":
-        return baselines(read_run(out / base.name), progress)
+        run = _train(base, _config(unit, recipe, flags), None, progress)
     else:
-        kept = read_run(out / base.name)
-        run = _trained(
-            out / unit.name, retrained(kept, "gate", {"gate": {"method": unit.kind}}), (kept, "gate"), progress
-        )
+        base_run = read_run(base)
+        config = retrain_config(base_run, "gate", {"gate": {"method": unit.kind}})
+        run = _train(out / unit.name, config, (base_run, "gate"), progress)
     metrics = run.metrics
     figures = {part: metrics[part]["networked"] for part in ("own", "iid")}
     figures["own"] |= {"routing": metrics["own"]["routing"], "kept_local": metrics["own"]["kept_local"]}
     return {**figures, "history": metrics["history"], "privacy": metrics.get("privacy")}
 
 
-def _trained(folder: Path, config: Config, again: tuple[Run, str] | None, progress: Progress) -> Run:
-    if (folder / RUN_FILE).exists() and not (partial(folder) / NAME).exists():
+def _train(folder: Path, config: Config, again: tuple[Run, str] | None, progress: Progress) -> Run:
+    """Begin or resume a training; a finished run is returned as it is."""
+    has_checkpoint = (partial_folder(folder) / CHECKPOINT_FILE).exists()
+    if (folder / RUN_FILE).exists() and not has_checkpoint:
         return read_run(folder)
-    return train(config, folder, resume=(partial(folder) / NAME).exists(), again=again, progress=progress)
+    return train(config, folder, resume=has_checkpoint, again=again, progress=progress)
 
 
 def _config(unit: Unit, recipe: str, flags: Mapping[str, Any]) -> Config:
@@ -163,12 +179,12 @@ def _read(out: Path, recipe: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain = parse_json(path.read_bytes())
         if not (isinstance(plain, dict) and isinstance(plain.get("units"), dict)):
-            raise ValueError("not what nmoe-train writes there")
+            raise ValueError("not a paper.json of nmoe-train")
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: {error}; choose another --out") from error
     differs = difference(plain.get("settings", {}), _settings(recipe, flags))
     if differs:
-        raise RunError(f"{path}: made with other settings: {differs}; choose another --out")
+        raise RunError(f"{path}: was made with other settings: {differs}; choose another --out")
     return plain["units"]
 
 
@@ -181,36 +197,47 @@ def _write(out: Path, recipe: str, flags: Mapping[str, Any], done: Mapping[str, 
 
 
 def _settings(recipe: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of every unit, but for what tells the units apart."""
-    return {e: to_plain(_config(Unit("iid", e, "fedgate", 0), recipe, flags)) for e in ("fedce", "fedsc")}
+    """Every setting that the units share, by extractor: paper.json holds them, and other ones are refused."""
+    return {
+        extractor: to_plain(_config(Unit("iid", extractor, "fedgate", 0), recipe, flags))
+        for extractor in ("fedce", "fedsc")
+    }
 
 
 def figures_of(done: Mapping[str, Any], row: str, partition: str, part: str, seeds: int) -> list[Mapping[str, Any]]:
-    """The figures of one cell, one a seed, as far as they are there."""
+    """The figures of one cell that are there: at most one per seed."""
     extractor, _, gate = row.partition("-")
     found = []
     for seed in range(seeds):
         if row in BASELINES:
             unit = done.get(Unit(partition, "fedce", "baselines", seed).name)
-            found.append(unit[row][part] if unit else None)
+            figures = unit[row][part] if unit else None
         else:
             unit = done.get(Unit(partition, extractor, gate, seed).name)
-            found.append(unit[part] if unit else None)
-    return [figures for figures in found if figures]
+            figures = unit[part] if unit else None
+        if figures:
+            found.append(figures)
+    return found
 
 
 def table(number: int, done: Mapping[str, Any], seeds: int) -> str:
-    """Table 1 (each client's own distribution) or 2 (the balanced test): accuracy/macro F1/AUC in percent."""
+    """Table 1 (each client's own distribution) or 2 (the balanced test set): accuracy/macro F1/AUC in percent."""
     part = {1: "own", 2: "iid"}[number]
-    lines = [f"{'':<22}" + "".join(f"{partition:>22}" for partition in PARTITIONS)]
+    lines = [_line("", PARTITIONS)]
     for row, name in ROWS.items():
-        cells = [_cell(figures_of(done, row, partition, part, seeds)) for partition in PARTITIONS]
-        lines.append(f"{name:<22}" + "".join(f"{cell:>22}" for cell in cells))
-        theirs = [THEIRS.get((row, partition)) if number == 1 else None for partition in PARTITIONS]
-        if any(theirs):
-            cells = ["/".join(f"{value:.1f}" for value in known) if known else "–" for known in theirs]
-            lines.append(f"{'  the paper':<22}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(_line(name, [_cell(figures_of(done, row, partition, part, seeds)) for partition in PARTITIONS]))
+        published = [PAPER_FIGURES.get((row, partition)) for partition in PARTITIONS]
+        if number == 1 and any(published):
+            lines.append(_line("  the paper", [_published_cell(figures) for figures in published]))
     return "\n".join(lines)
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:<22}" + "".join(f"{cell:>22}" for cell in cells)
+
+
+def _published_cell(figures: tuple[float, ...] | None) -> str:
+    return "/".join(f"{value:.1f}" for value in figures) if figures else "–"
 
 
 def _cell(found: Sequence[Mapping[str, Any]]) -> str:
@@ -223,13 +250,10 @@ def _cell(found: Sequence[Mapping[str, Any]]) -> str:
     return "/".join(means)
 
 
-FIGURE_PARTITION = "noniid:0.5"
-
-
 def draw(out: Path, number: int, done: Mapping[str, Any]) -> Path:
-    """Figure 3 (who asks whom) or 4 (how it learned) as a page in `out`."""
+    """Write figure 3 (which device asks which expert) or 4 (learning curves) as an HTML page in `out`."""
     charts = list(_heat_maps(done) if number == 3 else _curves(done))
-    title = {3: "Who asks whom", 4: "How it learned"}[number]
+    title = {3: "Which device asks which expert", 4: "Learning curves"}[number]
     path = out / f"figure-{number}.html"
     try:
         path.write_text(render(FIGURES, title=f"Figure {number}: {title}, {FIGURE_PARTITION}", figures=charts))
@@ -241,10 +265,14 @@ def draw(out: Path, number: int, done: Mapping[str, Any]) -> Path:
 def _heat_maps(done: Mapping[str, Any]) -> Iterator[Figure]:
     for row in ("fedce-fedgate", "fedsc-fedgate", "centralised"):
         (figures,) = figures_of(done, row, FIGURE_PARTITION, "own", 1)
-        kept, theirs = figures["kept_local"], THEIR_SHARE_KEPT.get(row.partition("-")[0])
-        beside = f"; in the paper {theirs} %" if theirs else ""
+        kept = figures["kept_local"]
+        published = PAPER_LOCAL_SHARE.get(row.partition("-")[0])
+        in_the_paper = f"; in the paper {published} %" if published else ""
         names = [str(i) for i in range(len(figures["routing"]))]
-        caption = f"{ROWS[row]}: {100 * kept:.0f} % of the rows stay at home{beside}. Rows ask, columns are asked."
+        caption = (
+            f"{ROWS[row]}: {100 * kept:.0f} % of the rows are answered locally{in_the_paper}."
+            " Each row of the map is a device, each column an expert that it asks."
+        )
         yield figure(heat_map, figures["routing"], names, names, caption=caption)
 
 
@@ -253,13 +281,14 @@ def _curves(done: Mapping[str, Any]) -> Iterator[Figure]:
     history = {e: done[Unit(FIGURE_PARTITION, e, "fedgate", 0).name]["history"] for e in names}
 
     def series(extractor: str, stage: str, key: str) -> list[tuple[float, float]]:
-        return [(e["round"], e[key]) for e in history[extractor] if e["stage"] == stage and key in e]
+        entries = [entry for entry in history[extractor] if entry["stage"] == stage and key in entry]
+        return [(entry["round"], entry[key]) for entry in entries]
 
     accuracy = [(round_, 100 * share) for round_, share in series("fedce", "extractor", "accuracy")]
-    told = "The classifier that FedCE trains, on its own training samples: higher is better."
-    yield figure(curves, {"FedCE": accuracy}, "round", "percent", caption=told)
+    caption = "Accuracy of FedCE's classifier on its training samples: higher is better."
+    yield figure(curves, {"FedCE": accuracy}, "round", "percent", caption=caption)
     for extractor, name in names.items():
         loss = {name: series(extractor, "extractor", "loss")}
-        yield figure(curves, loss, "round", "loss", caption=f"{name}'s own loss: lower is better.")
+        yield figure(curves, loss, "round", "loss", caption=f"Loss of {name}: lower is better.")
     gates = {f"on {name}": series(extractor, "gate", "loss") for extractor, name in names.items()}
-    yield figure(curves, gates, "round", "loss", caption="FedGate's loss on either extractor: lower is better.")
+    yield figure(curves, gates, "round", "loss", caption="Loss of FedGate on each extractor: lower is better.")

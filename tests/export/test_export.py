@@ -256,7 +256,8 @@ def test_somebodys_folder_is_never_written_over(nmoe_export, golden, tmp_path):
 def test_a_missing_run_is_one_line(nmoe_export, tmp_path):
     done = nmoe_export(tmp_path / "nowhere")
     assert (done.exit_code, done.output) == (1, "")
-    assert done.error == f"nmoe-export: {tmp_path / 'nowhere'}: no such run\n"
+    error = f"{tmp_path / 'nowhere'}: no such run; expected a folder that nmoe-train wrote"
+    assert done.error == f"nmoe-export: {error}\n"
 
 
 def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_export, golden, monkeypatch):

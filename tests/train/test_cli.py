@@ -17,6 +17,10 @@ from nmoe_train.run import read_run
 QUICK = ("--rounds", "2", "--clients", "3", "--set", "gate.rounds=3", "--set", "experts.epochs=2")
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def nmoe_train(run_main):
     return lambda *arguments: run_main(main, *arguments)
@@ -24,7 +28,7 @@ def nmoe_train(run_main):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A quick run, which no test changes."""
+    """A quick run that no test changes."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", *QUICK, "--out", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
@@ -41,20 +45,20 @@ def test_help_shows_an_example(nmoe_train, command):
     assert f"nmoe-train {command}" in shown.output.partition("Example")[2]
 
 
-def test_inspect_says_what_a_run_is(nmoe_train, golden):
+def test_inspect_describes_a_run(nmoe_train, golden):
     shown = nmoe_train("inspect", golden / "run")
     assert shown.exit_code == 0
     assert "bands, 12 samples" in shown.output
     assert "verified" in shown.output
 
 
-def test_inspect_speaks_json(nmoe_train, golden):
+def test_inspect_prints_json(nmoe_train, golden):
     shown = json.loads(nmoe_train("inspect", "--json", golden / "run").output)
     assert shown["run"]["experts"] == 3
     assert shown["metrics"] == {"note": "untrained"}
 
 
-def test_a_broken_run_is_one_line(nmoe_train, golden, tmp_path):
+def test_a_damaged_run_gives_a_one_line_error(nmoe_train, golden, tmp_path):
     folder = shutil.copytree(golden / "run", tmp_path / "run")
     (folder / "gates" / "02.safetensors").unlink()
     shown = nmoe_train("inspect", folder)
@@ -62,7 +66,7 @@ def test_a_broken_run_is_one_line(nmoe_train, golden, tmp_path):
     assert shown.error == f"nmoe-train: {folder / 'gates/02.safetensors'}: No such file or directory\n"
 
 
-def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_train, golden, monkeypatch):
+def test_without_torch_the_error_shows_the_pip_command(nmoe_train, golden, monkeypatch):
     monkeypatch.delitem(sys.modules, "nmoe_train.run", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     shown = nmoe_train("inspect", golden / "run")
@@ -70,7 +74,7 @@ def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_train, go
     assert shown.error == "nmoe-train: torch is not installed; pip install 'nmoe[train]'\n"
 
 
-def test_run_without_an_option_trains_the_default_and_says_what_came_out(nmoe_train, tmp_path, monkeypatch):
+def test_run_trains_into_a_free_folder_and_prints_the_result(nmoe_train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = nmoe_train("run", "--rounds", "2", "--clients", "3", "--gate", "rangate")
     assert shown.exit_code == 0, shown.error
@@ -82,20 +86,17 @@ def test_run_without_an_option_trains_the_default_and_says_what_came_out(nmoe_tr
     assert "runs/digits-2:" in again.output
 
 
-def test_ctrl_c_says_how_to_go_on(nmoe_train, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
+def test_ctrl_c_prints_the_command_that_resumes(nmoe_train, tmp_path, monkeypatch):
     monkeypatch.setattr("nmoe_train.cli.Progress", lambda: interrupt)
     shown = nmoe_train("run", "--rounds", "2", "--clients", "3", "--out", tmp_path / "run")
     assert shown.exit_code == 1
-    assert shown.error.endswith(f"nmoe-train: stopped; go on with: nmoe-train run --out {tmp_path}/run --resume\n")
+    assert shown.error.endswith(f"nmoe-train: stopped; finish it with: nmoe-train run --out {tmp_path}/run --resume\n")
     monkeypatch.undo()
 
 
 def test_a_resumed_training_keeps_its_own_settings(nmoe_train, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("nmoe_train.trainer.Trainer._train_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("nmoe_train.trainer.Trainer._train_gate", interrupt)
         nmoe_train("run", "--rounds", "2", "--clients", "3", "--seed", "9", "--out", tmp_path / "run")
     shown = nmoe_train("run", "--out", tmp_path / "run", "--resume")
     assert shown.exit_code == 0, shown.error
@@ -113,18 +114,18 @@ def test_a_resumed_training_keeps_its_own_settings(nmoe_train, tmp_path, monkeyp
         (("--clients", "1000"), "Lower data.clients"),
         (("--backbone", "nowhere:net"), "nowhere:net cannot be imported"),
         (("--resume",), "--resume needs --out"),
-        (("--resume", "--out", "nowhere"), "no training stopped there"),
+        (("--resume", "--out", "nowhere"), "there is no stopped training to resume"),
         (("--dp-epsilon", "8"), "set extractor.method = 'fedsc'"),
         (("--set", "gate=1"), "gate is a section"),
         (("--set", "rate=1"), "did you mean extractor.rate or experts.rate or gate.rate?"),
         (("--partition", "noniid"), "did you mean noniid:0.5?"),
-        (("--resume", "--out", "x" * 300), "no training stopped there"),
+        (("--resume", "--out", "x" * 300), "there is no stopped training to resume"),
         (("--out", "x" * 300), "choose another --out"),
         (("--out", "runs/a.partial"), "name the run without .partial"),
         (("--config", "nowhere.toml"), "nowhere.toml: No such file"),
     ],
 )
-def test_bad_input_is_one_line(nmoe_train, tmp_path, monkeypatch, arguments, text):
+def test_bad_input_gives_a_one_line_error(nmoe_train, tmp_path, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)
     shown = nmoe_train("run", *arguments)
     assert (shown.exit_code, shown.output) == (1, "")
@@ -133,15 +134,15 @@ def test_bad_input_is_one_line(nmoe_train, tmp_path, monkeypatch, arguments, tex
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_ctrl_c_before_the_first_checkpoint_does_not_promise_one(nmoe_train, tmp_path, monkeypatch):
-    monkeypatch.setattr("nmoe_train.pipeline.load", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_ctrl_c_before_the_first_checkpoint_suggests_no_resume(nmoe_train, tmp_path, monkeypatch):
+    monkeypatch.setattr("nmoe_train.pipeline.load", interrupt)
     shown = nmoe_train("run", "--out", tmp_path / "run")
     assert shown.exit_code == 1
     assert "--resume" not in shown.error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+def test_a_real_ctrl_c_keeps_the_checkpoint_and_prints_the_command_that_resumes(tmp_path):
     command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", "--rounds", "500"]
     running = subprocess.Popen([*command, "--out", "run"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
@@ -150,12 +151,12 @@ def test_a_real_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
             time.sleep(0.01)
         time.sleep(0.3)
         os.kill(running.pid, signal.SIGINT)
-        said = running.communicate(timeout=60)[1]
+        error = running.communicate(timeout=60)[1]
     finally:
         running.kill()
         running.wait()
     assert running.returncode == 1
-    assert said.endswith("nmoe-train: stopped; go on with: nmoe-train run --out run --resume\n")
+    assert error.endswith("nmoe-train: stopped; finish it with: nmoe-train run --out run --resume\n")
 
 
 def test_json_prints_every_round_and_the_result(nmoe_train, tmp_path):
@@ -171,7 +172,7 @@ def test_json_prints_every_round_and_the_result(nmoe_train, tmp_path):
     assert shown.error == ""
 
 
-def test_a_stage_is_trained_again_beside_its_run(nmoe_train, trained, tmp_path):
+def test_a_stage_command_writes_a_new_run_next_to_the_old_one(nmoe_train, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "mine")
     shown = nmoe_train("gate", folder, "--gate", "rollgate", "--set", "gate.laps=1")
     assert shown.exit_code == 0, shown.error
@@ -182,10 +183,10 @@ def test_a_stage_is_trained_again_beside_its_run(nmoe_train, trained, tmp_path):
     assert read_run(tmp_path / "two").record.inference.top_k == 2
     shown = nmoe_train("experts", folder, "--set", "extractor.rate=1.0")
     assert (shown.exit_code, shown.error.count("\n")) == (1, 1)
-    assert "extractor.rate was 0.05 and is 1.0, which `experts` keeps as it is" in shown.error
+    assert "extractor.rate was 0.05 and is 1.0, but `nmoe-train experts` cannot change it" in shown.error
 
 
-def test_settings_are_a_file_that_run_takes(nmoe_train, tmp_path):
+def test_printed_settings_are_a_file_for_config(nmoe_train, tmp_path):
     shown = nmoe_train("settings", "--recipe", "paper", "--set", "gate.rate=0.25")
     assert "[gate]" in shown.output
     assert "rate = 0.25" in shown.output
@@ -193,7 +194,7 @@ def test_settings_are_a_file_that_run_takes(nmoe_train, tmp_path):
     assert nmoe_train("settings", "--config", tmp_path / "all.toml").output == shown.output
 
 
-def test_baselines_are_measured_once_and_shown_beside_the_run(nmoe_train, trained, tmp_path):
+def test_baselines_are_measured_once_and_shown_with_the_run(nmoe_train, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
     shown = nmoe_train("baselines", folder)
     assert shown.exit_code == 0, shown.error
@@ -210,8 +211,8 @@ def test_baselines_are_measured_once_and_shown_beside_the_run(nmoe_train, traine
     assert "remove it to measure again" in nmoe_train("baselines", folder).error
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_round_before(tmp_path):
-    """No file may grow over 200 kB, which the checkpoint does with a gate for each client."""
+def test_a_full_disk_gives_a_one_line_error_and_keeps_the_previous_round(tmp_path):
+    """A limit of 200 kB per file stands in for a full disk; the checkpoint exceeds it with a gate for each client."""
 
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
@@ -219,7 +220,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_round_before(tmp_path):
     command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", *QUICK, "--out", "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=full, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("File too large; the round before is kept")
+    assert done.stderr.splitlines()[-1].endswith("File too large; the checkpoint of the previous round is kept")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path, check=False)

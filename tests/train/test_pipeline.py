@@ -17,7 +17,7 @@ from nmoe_train.config import configure
 from nmoe_train.data.clients import deal
 from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
-from nmoe_train.pipeline import retrained, stopped_config, train
+from nmoe_train.pipeline import retrain_config, stopped_config, train
 from nmoe_train.results.evaluation import class_mix
 from nmoe_train.run import read_run
 from nmoe_train.stages.privacy import noise_for
@@ -34,7 +34,7 @@ def one_thread():
 
 
 def weights(folder):
-    """Digest of every file of a run that a training's numbers are in."""
+    """Digest of every file of a run that holds weights or arrays."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -43,12 +43,12 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("method", ["rangate", "rollgate", "fedgate"])
-def test_a_training_leaves_a_run_and_nothing_else(tmp_path, method):
+def test_a_training_writes_a_run_and_nothing_else(tmp_path, method):
     seen = []
     done = train(
         configure(flags={**SHORT, "gate": {"method": method, "rounds": 3, "laps": 1}}),
         tmp_path / "run",
-        progress=lambda told: seen.append((told.stage, told.round, told.rounds)),
+        progress=lambda finished: seen.append((finished.stage, finished.round, finished.rounds)),
     )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert seen[:3] == [("extractor", 1, 2), ("extractor", 2, 2), ("experts", 1, 2)]
@@ -60,7 +60,7 @@ def test_a_training_leaves_a_run_and_nothing_else(tmp_path, method):
     assert len(calibration["inputs"]) == len(calibration["labels"]) == len(calibration["clients"])
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another_run(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(configure(flags={**SHORT, "seed": seed}), tmp_path / name)
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
@@ -71,7 +71,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("after", range(1, 7))
-def test_a_training_that_stops_after_any_round_goes_on_to_the_same_numbers(tmp_path, after):
+def test_a_training_that_stops_after_any_round_resumes_to_the_same_numbers(tmp_path, after):
     config, left = configure(flags=SHORT), iter(range(after))
 
     def stop(*_):
@@ -84,12 +84,13 @@ def test_a_training_that_stops_after_any_round_goes_on_to_the_same_numbers(tmp_p
     except Stop:
         train(config, tmp_path / "parts", resume=True)
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
-    parts, whole = (read_run(tmp_path / name).metrics for name in ("parts", "whole"))
+    parts = read_run(tmp_path / "parts").metrics
+    whole = read_run(tmp_path / "whole").metrics
     assert {**parts, "seconds": None} == {**whole, "seconds": None}
 
 
-def test_a_training_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
-    """A real process and a real SIGKILL, in the middle of whatever it is doing."""
+def test_a_training_that_is_killed_resumes_to_the_same_numbers(tmp_path):
+    """A real process gets a real SIGKILL at an arbitrary moment."""
     command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", "--rounds", "12", "--out"]
     subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
     killed = subprocess.Popen([*command, tmp_path / "killed"], stderr=subprocess.DEVNULL)
@@ -108,7 +109,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
-def test_another_configuration_refuses_to_resume_and_names_the_difference(tmp_path):
+def test_resuming_with_another_configuration_is_refused_and_names_the_difference(tmp_path):
     def stop(*_):
         raise Stop
 
@@ -124,11 +125,11 @@ def test_another_configuration_refuses_to_resume_and_names_the_difference(tmp_pa
     flipped[-9] ^= 1
     for damaged in (bytes(flipped), checkpoint.read_bytes()[:-1], b"\0" * 100):
         checkpoint.write_bytes(damaged)
-        with pytest.raises(RunError, match=r"no checkpoint to go on from.*remove"):
+        with pytest.raises(RunError, match=r"cannot be resumed.*remove"):
             train(configure(flags=SHORT), tmp_path / "run", resume=True)
 
 
-def test_other_data_under_the_same_name_refuses_to_resume(tmp_path):
+def test_resuming_with_other_data_under_the_same_name_is_refused(tmp_path):
     def write(seed):
         draw = np.random.default_rng(seed)
         arrays = {f"x_{part}": draw.integers(0, 255, (60, 8, 8), np.uint8) for part in ("train", "test")}
@@ -142,7 +143,7 @@ def test_other_data_under_the_same_name_refuses_to_resume(tmp_path):
     with pytest.raises(Stop):
         train(config, tmp_path / "run", progress=stop)
     write(1)
-    with pytest.raises(RunError, match="cannot go on with other data"):
+    with pytest.raises(RunError, match="the data has changed"):
         train(config, tmp_path / "run", resume=True)
     write(0)
     assert train(config, tmp_path / "run", resume=True).record.data.fingerprint
@@ -151,34 +152,37 @@ def test_other_data_under_the_same_name_refuses_to_resume(tmp_path):
 def test_the_current_folder_is_never_replaced(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for place in (Path(), tmp_path):
+    for out in (Path(), tmp_path):
         with pytest.raises(RunError, match="the current folder would be replaced"):
-            train(configure(flags=SHORT), place)
+            train(configure(flags=SHORT), out)
 
 
-def test_what_somebody_laid_beside_the_checkpoint_stays(tmp_path):
+def test_other_files_in_the_checkpoints_folder_are_kept(tmp_path):
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "thesis.txt").touch()
     train(configure(flags=SHORT), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run.partial").iterdir()] == ["thesis.txt"]
 
 
-def test_a_finished_run_is_not_trained_over(tmp_path):
+def test_a_finished_run_is_not_overwritten(tmp_path):
     train(configure(flags=SHORT), tmp_path / "run")
-    with pytest.raises(RunError, match="holds a finished run"):
-        train(configure(flags=SHORT), tmp_path / "run")
+    for out in (tmp_path / "run", str(tmp_path / "run")):
+        with pytest.raises(RunError, match="holds a finished run; choose another --out"):
+            train(configure(flags=SHORT), out)
+        with pytest.raises(RunError, match="holds a finished run; there is nothing to resume"):
+            train(configure(flags=SHORT), out, resume=True)
 
 
-def test_a_place_that_is_taken_is_refused_before_the_training(tmp_path):
+def test_a_folder_with_other_files_is_refused_before_the_training(tmp_path):
     (tmp_path / "thesis.txt").touch()
     seen = []
-    for place in (tmp_path, tmp_path / "thesis.txt"):
+    for out in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(RunError, match="choose another place"):
-            train(configure(flags=SHORT), place, progress=seen.append)
+            train(configure(flags=SHORT), out, progress=seen.append)
     assert not seen
 
 
-def test_a_module_in_the_current_folder_is_found_and_what_it_froze_stays(tmp_path, monkeypatch):
+def test_a_backbone_in_the_current_folder_is_found_and_its_frozen_weights_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("frozen_net.py").write_text(
         "from torch import nn\n"
@@ -195,20 +199,20 @@ def test_a_module_in_the_current_folder_is_found_and_what_it_froze_stays(tmp_pat
     assert torch.equal(run.extractor().layer.weight, torch.eye(64))
 
 
-def test_a_loss_that_explodes_keeps_the_last_good_state(tmp_path):
+def test_a_diverging_loss_stops_the_training_and_writes_no_run(tmp_path):
     config = configure(flags={**SHORT, "extractor": {"rounds": 3, "rate": 1e30, "clip": 1e30, "warm_rounds": 0}})
     with pytest.raises(DivergedError, match="extractor, round"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_backbone_of_another_width_is_refused(tmp_path):
+def test_a_backbone_with_another_latent_size_is_refused(tmp_path):
     flags = {**SHORT, "extractor": {"backbone": "torch.nn:Flatten", "rounds": 1}}
     with pytest.raises(NetError, match=r"returned \(2, 64\) for 2 images; it must return \(2, 32\)"):
         train(configure(flags={**flags, "extractor": {**flags["extractor"], "dim": 32}}), tmp_path / "run")
 
 
-def test_the_default_is_as_good_as_it_is_said_to_be(tmp_path):
+def test_the_default_training_is_as_accurate_as_documented(tmp_path):
     metrics = train(configure(flags={"seed": 0}), tmp_path / "run").metrics
     assert metrics["iid"]["networked"]["accuracy"] >= 0.93
     assert metrics["own"]["networked"]["accuracy"] >= 0.96
@@ -216,22 +220,22 @@ def test_the_default_is_as_good_as_it_is_said_to_be(tmp_path):
 
 
 def stop_after(rounds):
-    """A progress that stops a training as Ctrl-C would."""
+    """A progress function that stops the training after so many rounds, as Ctrl-C would."""
     left = iter(range(rounds - 1))
 
-    def stop(_told):
+    def stop(_finished):
         if next(left, None) is None:
             raise Stop
 
     return stop
 
 
-def test_the_threshold_is_chosen_on_held_out_samples_and_the_fleet_measured_on_the_tests(tmp_path, monkeypatch):
+def test_the_threshold_is_chosen_on_held_out_samples_and_the_fleet_measured_on_test_sets(tmp_path, monkeypatch):
     clients = deal(load("digits"), configure(flags=SHORT).data, 0)
     chosen, measured = [], []
 
-    def choose(own, everybody, rules):
-        chosen.append(([rows.y for rows in own], [rows.y for rows in everybody]))
+    def choose(own, pooled, rules):
+        chosen.append(([rows.y for rows in own], [rows.y for rows in pooled]))
         return 0.8
 
     def evaluate(parts, rules):
@@ -242,17 +246,17 @@ def test_the_threshold_is_chosen_on_held_out_samples_and_the_fleet_measured_on_t
     monkeypatch.setattr("nmoe_train.trainer.choose_threshold", choose)
     monkeypatch.setattr("nmoe_train.trainer.evaluate", evaluate)
     run = train(configure(flags=SHORT), tmp_path / "run")
-    ((own, everybody),) = chosen
+    ((own, pooled),) = chosen
     assert all(torch.equal(a, y) for a, (_, y) in zip(own, clients.held_out, strict=True))
-    assert all(torch.equal(a, torch.cat([y for _, y in clients.held_out])) for a in everybody)
+    assert all(torch.equal(a, torch.cat([y for _, y in clients.held_out])) for a in pooled)
     assert all(torch.equal(a, y) for a, (_, y) in zip(measured[0], clients.own_test, strict=True))
     assert all(torch.equal(a, clients.test[1]) for a in measured[1])
     assert run.record.inference.local_first == 0.8
 
 
 @pytest.mark.parametrize("recipe", ["best", "paper"])
-def test_the_figures_of_a_run_are_those_of_its_files(tmp_path, recipe):
-    """Networks rebuilt from the run, rows sent by hand, accuracy counted by hand."""
+def test_the_figures_of_a_run_can_be_recomputed_from_its_files(tmp_path, recipe):
+    """Rebuild the networks from the run, route the rows and count right answers by hand."""
     config = configure(recipe, flags=SHORT)
     run = train(config, tmp_path / "run")
     rules, clients = run.record.inference, deal(load("digits"), config.data, 0)
@@ -265,13 +269,15 @@ def test_the_figures_of_a_run_are_those_of_its_files(tmp_path, recipe):
             with torch.no_grad():
                 h = extractor(x)
                 asked = run.gate(device)(h).argmax(1)
-                said = torch.stack([expert(h) for expert in experts], 1).softmax(2)
+                answers = torch.stack([expert(h) for expert in experts], 1).softmax(2)
             if rules.local_first is not None:
-                asked[said[:, device].max(1).values > rules.local_first] = device
-            p = said[torch.arange(len(y)), asked]
+                asked[answers[:, device].max(1).values > rules.local_first] = device
+            p = answers[torch.arange(len(y)), asked]
             if rules.adapt:
-                even, odd = p[::2] * class_mix(p[1::2]), p[1::2] * class_mix(p[::2])
-                p[::2], p[1::2] = even / even.sum(1, keepdim=True), odd / odd.sum(1, keepdim=True)
+                even = p[::2] * class_mix(p[1::2])
+                odd = p[1::2] * class_mix(p[::2])
+                p[::2] = even / even.sum(1, keepdim=True)
+                p[1::2] = odd / odd.sum(1, keepdim=True)
             right.append((p.argmax(1) == y).double().mean().item())
             kept.append((asked == device).double().mean().item())
         figures = run.metrics[part]
@@ -285,7 +291,7 @@ def test_the_figures_of_a_run_are_those_of_its_files(tmp_path, recipe):
         assert run.metrics["iid"]["fedce"]["accuracy"] == pytest.approx(right, abs=1e-6)
 
 
-def test_calibration_samples_are_the_held_out_ones_by_client(tmp_path):
+def test_calibration_samples_are_the_held_out_samples_of_each_client(tmp_path):
     run = train(configure(flags=SHORT), tmp_path / "run")
     clients, calibration = deal(load("digits"), configure(flags=SHORT).data, 0), run.calibration()
     for client, (x, y) in enumerate(clients.held_out):
@@ -297,34 +303,35 @@ def test_calibration_samples_are_the_held_out_ones_by_client(tmp_path):
 def test_the_papers_fedgate_beats_rangate_by_ten_points(tmp_path):
     config = configure("paper")
     fedgate = train(config, tmp_path / "fedgate")
-    again = retrained(fedgate, "gate", {"gate": {"method": "rangate"}})
+    again = retrain_config(fedgate, "gate", {"gate": {"method": "rangate"}})
     rangate = train(again, tmp_path / "rangate", again=(fedgate, "gate"))
-    learned, drawn = (run.metrics["iid"]["networked"]["accuracy"] for run in (fedgate, rangate))
-    assert learned >= drawn + 0.10
+    fedgate_accuracy = fedgate.metrics["iid"]["networked"]["accuracy"]
+    rangate_accuracy = rangate.metrics["iid"]["networked"]["accuracy"]
+    assert fedgate_accuracy >= rangate_accuracy + 0.10
     assert fedgate.metrics["iid"]["own_expert"] == rangate.metrics["iid"]["own_expert"]
 
 
-def test_a_stage_is_trained_again_and_what_came_before_is_kept(tmp_path):
+def test_a_stage_is_trained_again_and_earlier_stages_are_kept(tmp_path):
     first = train(configure(flags=SHORT), tmp_path / "first")
-    same = train(retrained(first, "experts", {}), tmp_path / "same", again=(first, "experts"))
+    same = train(retrain_config(first, "experts", {}), tmp_path / "same", again=(first, "experts"))
     assert weights(tmp_path / "same") == weights(tmp_path / "first")
     assert {**same.metrics, "seconds": 0} == {**first.metrics, "seconds": 0}
-    config = retrained(first, "experts", {"experts": {"epochs": 5}})
+    config = retrain_config(first, "experts", {"experts": {"epochs": 5}})
     other = train(config, tmp_path / "other", again=(first, "experts"))
     before, after = weights(tmp_path / "first"), weights(tmp_path / "other")
     assert before["extractor.safetensors"] == after["extractor.safetensors"]
     assert before["experts/01.safetensors"] != after["experts/01.safetensors"]
     assert [entry["stage"] for entry in other.metrics["history"]].count("extractor") == 2
-    config = retrained(first, "evaluate", {"inference": {"local_first": False, "top_k": 2}})
+    config = retrain_config(first, "evaluate", {"inference": {"local_first": False, "top_k": 2}})
     measured = train(config, tmp_path / "measured", again=(first, "evaluate"))
     assert weights(tmp_path / "measured") == before
     assert measured.record.inference.top_k == 2
     assert measured.record.inference.local_first is None
 
 
-def test_a_stage_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
+def test_a_stage_that_is_stopped_resumes_to_the_same_numbers(tmp_path):
     first = train(configure(flags=SHORT), tmp_path / "first")
-    config = retrained(first, "gate", {"gate": {"rounds": 4}})
+    config = retrain_config(first, "gate", {"gate": {"rounds": 4}})
     train(config, tmp_path / "whole", again=(first, "gate"))
     with pytest.raises(Stop):
         train(config, tmp_path / "parts", again=(first, "gate"), progress=stop_after(2))
@@ -332,16 +339,23 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_what_a_stage_does_not_train_again_cannot_be_changed(tmp_path):
+def test_settings_of_stages_that_are_kept_cannot_be_changed(tmp_path):
     run = train(configure(flags=SHORT), tmp_path / "run")
     for flags, text in (
-        ({"extractor": {"rate": 0.1}}, r"extractor\.rate was 0\.05 and is 0\.1, which `gate` keeps"),
+        (
+            {"extractor": {"rate": 0.1}},
+            r"extractor\.rate was 0\.05 and is 0\.1, but `nmoe-train gate` cannot change it",
+        ),
         ({"data": {"partition": "iid"}}, r"data\.partition"),
         ({"experts": {"epochs": 9}}, r"experts\.epochs"),
     ):
         with pytest.raises(ConfigError, match=text):
-            retrained(run, "gate", flags)
-    assert retrained(run, "gate", {"inference": {"top_k": 2}}).inference.top_k == 2
+            retrain_config(run, "gate", flags)
+    assert retrain_config(run, "gate", {"inference": {"top_k": 2}}).inference.top_k == 2
+    with pytest.raises(ConfigError, match="unknown stage 'head'"):
+        retrain_config(run, "head", {})
+    with pytest.raises(ConfigError, match="unknown stage 'head'"):
+        train(configure(flags=SHORT), tmp_path / "other", again=(run, "head"))
 
 
 @pytest.mark.parametrize(
@@ -358,9 +372,9 @@ def test_what_a_stage_does_not_train_again_cannot_be_changed(tmp_path):
         {"data": {"clients": 1}, "gate": {"rounds": 2}},
         {"extractor": {"method": "fedsc", "rounds": 2, "batch": 64}, "fedsc": {"views": "crop", "epsilon": 8.0}},
     ],
-    ids=lambda changes: " ".join(f"{s}.{k}={v}" for s, table in changes.items() for k, v in table.items()),
+    ids=str,
 )
-def test_every_kind_of_training_is_resumed_and_can_be_taken_up_again(tmp_path, changes):
+def test_every_kind_of_training_can_be_resumed_and_evaluated_again(tmp_path, changes):
     flags = {section: {**SHORT.get(section, {}), **changes.get(section, {})} for section in {**SHORT, **changes}}
     config = configure(flags=flags)
     train(config, tmp_path / "whole")
@@ -369,24 +383,24 @@ def test_every_kind_of_training_is_resumed_and_can_be_taken_up_again(tmp_path, c
     train(config, tmp_path / "parts", resume=True)
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     run = read_run(tmp_path / "whole")
-    measured = train(retrained(run, "evaluate", {}), tmp_path / "measured", again=(run, "evaluate"))
+    measured = train(retrain_config(run, "evaluate", {}), tmp_path / "measured", again=(run, "evaluate"))
     assert {**measured.metrics, "seconds": 0} == {**run.metrics, "seconds": 0}
 
 
-def test_heads_that_stayed_at_home_are_kept_each_and_their_classifiers_measured_each(tmp_path):
+def test_local_heads_are_kept_and_measured_for_each_client(tmp_path):
     run = train(configure(flags={**SHORT, "extractor": {"heads": "local", "rounds": 2}}), tmp_path / "run")
     heads = [run.head(i).state_dict() for i in range(3)]
     assert not torch.equal(heads[0]["0.weight"], heads[1]["0.weight"])
     assert len(set(run.metrics["iid"]["fedce"]["devices"])) > 1
 
 
-def test_fedsc_needs_no_head_and_says_what_its_matrices_cost(tmp_path):
+def test_fedsc_needs_no_head_and_reports_the_privacy_cost_of_its_matrices(tmp_path):
     flags = {**SHORT, "extractor": {"method": "fedsc", "rounds": 3}, "fedsc": {"epsilon": 4.0, "views": "crop"}}
     seen = []
     run = train(configure(flags=flags), tmp_path / "run", progress=seen.append)
     assert run.head(0) is None
     assert "fedce" not in run.metrics["own"]
-    costs = [told.epsilon for told in seen if told.stage == "extractor"]
+    costs = [finished.epsilon for finished in seen if finished.stage == "extractor"]
     assert costs == sorted(costs)
     assert costs[-1] == pytest.approx(4.0, rel=1e-6)
     samples = sum(run.metrics["split"]["train"][0])
@@ -398,7 +412,7 @@ def test_fedsc_needs_no_head_and_says_what_its_matrices_cost(tmp_path):
     }
 
 
-def test_a_spent_budget_ends_the_stage_and_one_that_buys_nothing_is_refused(tmp_path):
+def test_a_spent_budget_ends_the_stage_and_one_too_small_for_a_release_is_refused(tmp_path):
     def flags(sigma):
         return {**SHORT, "extractor": {"method": "fedsc", "rounds": 9}, "fedsc": {"epsilon": 8.0, "sigma": sigma}}
 
@@ -406,7 +420,7 @@ def test_a_spent_budget_ends_the_stage_and_one_that_buys_nothing_is_refused(tmp_
     rounds = [entry for entry in run.metrics["history"] if entry["stage"] == "extractor"]
     assert 0 < len(rounds) < 9
     assert rounds[-1]["epsilon"] <= 8.0
-    with pytest.raises(ConfigError, match="one release"):
+    with pytest.raises(ConfigError, match="single release"):
         train(configure(flags=flags(0.001)), tmp_path / "other")
     assert not (tmp_path / "other.partial").exists()
 
@@ -421,8 +435,8 @@ def test_bytes_are_counted_by_stage(tmp_path):
     assert run.metrics["bytes"]["gate"] == {"up": 3 * 2 * gate, "down": 3 * 2 * gate}
 
 
-def test_two_trainings_at_one_place_are_refused(tmp_path):
-    """The first is another process that trains there for real."""
+def test_two_trainings_into_one_folder_are_refused(tmp_path):
+    """The first training runs in another process."""
     command = [sys.executable, "-c", "from nmoe_train.cli import main; main()", "run", "--rounds", "500", "--out"]
     first = subprocess.Popen([*command, tmp_path / "run"], stderr=subprocess.DEVNULL)
     try:
@@ -435,11 +449,11 @@ def test_two_trainings_at_one_place_are_refused(tmp_path):
     finally:
         first.kill()
         first.wait()
-    with pytest.raises(RunError, match="go on with --resume"):
+    with pytest.raises(RunError, match="finish it with --resume"):
         train(configure(flags=SHORT), tmp_path / "run")
 
 
-def test_a_run_whose_checkpoint_had_no_time_to_go_is_finished(tmp_path):
+def test_resuming_a_written_run_only_removes_its_checkpoint(tmp_path):
     with pytest.raises(Stop):
         train(configure(flags=SHORT), tmp_path / "run", progress=stop_after(4))
     left = (tmp_path / "run.partial" / "checkpoint.safetensors").read_bytes()
@@ -450,29 +464,29 @@ def test_a_run_whose_checkpoint_had_no_time_to_go_is_finished(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_fails_before_the_first_round_leaves_nothing(tmp_path):
+def test_a_failure_before_the_first_round_leaves_no_files(tmp_path):
     with pytest.raises(NetError):
         train(configure(flags={"extractor": {"backbone": "nowhere:Net"}}), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
-def test_places_that_cannot_be_are_one_line(tmp_path):
+def test_impossible_folders_are_refused(tmp_path):
     (tmp_path / "file").touch()
-    for place in (Path("/"), tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+    for out in (Path("/"), tmp_path / "file" / "run", tmp_path / ("x" * 300)):
         with pytest.raises(RunError, match="choose another"):
-            train(configure(flags=SHORT), place)
+            train(configure(flags=SHORT), out)
     (tmp_path / "run.partial").touch()
     with pytest.raises(RunError, match="choose another"):
         train(configure(flags=SHORT), tmp_path / "run")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_that_is_absent_is_said(tmp_path):
+def test_a_missing_gpu_is_reported(tmp_path):
     with pytest.raises(ConfigError, match="finds no CUDA device here; use --device cpu"):
         train(configure(flags={**SHORT, "device": "cuda"}), tmp_path / "run")
 
 
-def test_a_training_changes_nothing_of_its_process(tmp_path):
+def test_a_training_restores_the_random_state_and_threads_of_its_process(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)

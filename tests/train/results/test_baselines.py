@@ -1,4 +1,4 @@
-"""What a run is compared with is worth what it is said to be."""
+"""Baselines match a plain training by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from nmoe_train.config import configure
 from nmoe_train.data.clients import deal
 from nmoe_train.data.datasets import load
-from nmoe_train.pipeline import fleet_of, train
+from nmoe_train.nets import build
+from nmoe_train.pipeline import train, trainer_of
 from nmoe_train.results.baselines import baselines
 from nmoe_train.run import read_run
 from nmoe_train.stages.extractor import fedce_update
@@ -28,18 +29,16 @@ def made(tmp_path_factory):
     return run, baselines(run)
 
 
-def test_a_local_classifier_is_one_clients_and_gets_no_class_mix(made):
+def test_a_local_classifier_is_trained_by_one_client_and_gets_no_class_mix(made):
     run, found = made
-    fleet, _ = fleet_of(run)
+    trainer, _ = trainer_of(run)
     config = configure(flags={**FLAGS, "extractor": {"rounds": 12, "local_epochs": 1}}).extractor
-    clients = deal(load("digits"), fleet.config.data, 0)
+    clients = deal(load("digits"), trainer.config.data, 0)
     torch.manual_seed(0)
-    net = type(fleet.net)(type(fleet.net.extractor)(**fleet.networks.extractor.arguments), run.head(0))
+    net = type(trainer.net)(type(trainer.net.extractor)(**trainer.networks.extractor.arguments), run.head(0))
     torch.manual_seed(0)
-    from nmoe_train.nets import build
-
-    net.extractor.load_state_dict(build(fleet.networks.extractor).state_dict())
-    net.head.load_state_dict(build(fleet.networks.head).state_dict())
+    net.extractor.load_state_dict(build(trainer.networks.extractor).state_dict())
+    net.head.load_state_dict(build(trainer.networks.head).state_dict())
     x, y = clients.train[1]
     state = net.state_dict()
     for round_ in range(12):
@@ -52,7 +51,7 @@ def test_a_local_classifier_is_one_clients_and_gets_no_class_mix(made):
 
 
 def test_a_centralised_mixture_knows_every_class(made):
-    """Nobody is absent, nobody is cut short, and its experts stand on the extractor that was trained."""
+    """It ignores drop, share and step_limit, and its experts use the extractor trained on all samples."""
     _, found = made
     assert found["centralised"]["iid"]["accuracy"] > max(0.7, found["local"]["iid"]["accuracy"] + 0.2)
     routing = torch.tensor(found["centralised"]["own"]["routing"])
@@ -60,7 +59,7 @@ def test_a_centralised_mixture_knows_every_class(made):
     assert found["centralised"]["own"]["kept_local"] == pytest.approx(routing.diag().mean().item())
 
 
-def test_fedavg_is_the_runs_own_classifier_or_one_that_is_trained_for_it(made, tmp_path):
+def test_fedavg_is_the_runs_own_classifier_or_is_trained_for_it(made, tmp_path):
     run, found = made
     assert found["fedavg"]["iid"] == run.metrics["iid"]["fedce"]
     flags = {**FLAGS, "extractor": {"method": "fedsc", "rounds": 1, "local_epochs": 1}}

@@ -26,19 +26,19 @@ ROWS = DeviceRows(
 
 
 def test_a_row_goes_to_its_top_k_with_the_papers_softmax():
-    p, went = answers(ROWS, 0, Inference(2, "outputs"))
+    p, routed = answers(ROWS, 0, Inference(2, "outputs"))
     weights = torch.tensor([3.0, 1.0]).softmax(0)
     expected = (weights[0] * ROWS.expert_outputs[0, 0] + weights[1] * ROWS.expert_outputs[0, 1]).softmax(0)
     assert torch.allclose(p[0], expected)
-    assert went.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
+    assert routed.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
     p, _ = answers(ROWS, 0, Inference(2, "probabilities"))
     expected = weights[0] * ROWS.expert_outputs[0, 0].softmax(0) + weights[1] * ROWS.expert_outputs[0, 1].softmax(0)
     assert torch.allclose(p[0], expected)
 
 
-def test_a_row_that_its_own_expert_is_sure_of_stays_at_home():
-    p, went = answers(ROWS, 0, Inference(1, "probabilities", 0.9))
-    assert went.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+def test_a_row_with_a_confident_own_expert_is_answered_locally():
+    p, routed = answers(ROWS, 0, Inference(1, "probabilities", 0.9))
+    assert routed.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     assert torch.equal(p[0], ROWS.expert_outputs[0, 0].softmax(0))
     assert torch.equal(p[1], ROWS.expert_outputs[1, 2].softmax(0))
 
@@ -52,27 +52,27 @@ def test_em_finds_the_class_mix_of_unlabelled_answers():
 
 
 def test_the_class_mix_of_a_row_is_estimated_from_other_rows():
-    """Even rows are all of class 0, odd ones of class 1: each half is weighed with the other's mix."""
+    """Even rows are of class 0 and odd rows of class 1; each half is weighted with the mix of the other half."""
     p = torch.full((40, 2), 0.5)
     p[::2], p[1::2] = torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.9])
-    weighed = adapted(p, Inference(1, "probabilities", adapt=True))
-    assert weighed[0, 0] < 0.9
-    assert weighed[1, 1] < 0.9
-    assert torch.allclose(weighed.sum(1), torch.ones(40))
+    weighted = adapted(p, Inference(1, "probabilities", adapt=True))
+    assert weighted[0, 0] < 0.9
+    assert weighted[1, 1] < 0.9
+    assert torch.allclose(weighted.sum(1), torch.ones(40))
     assert adapted(p, Inference(1, "probabilities", adapt=False)) is p
 
 
-def test_the_threshold_is_the_best_and_of_equals_keeps_most_at_home():
+def test_the_best_threshold_is_chosen_and_among_equals_the_one_with_most_local_answers():
     rules = Inference(1, "probabilities")
-    right_at_home = DeviceRows(
+    right_locally = DeviceRows(
         torch.tensor([[0.0, 9.0]] * 4), torch.tensor([[[3.0, 0.0], [0.0, 3.0]]] * 4), torch.zeros(4, dtype=torch.long)
     )
-    wrong_at_home = DeviceRows(right_at_home.scores, right_at_home.expert_outputs, torch.ones(4, dtype=torch.long))
-    assert choose_threshold([right_at_home], [right_at_home], rules) == 0.5
-    assert choose_threshold([wrong_at_home], [wrong_at_home], rules) == 0.99  # its own expert is 95 % sure
+    wrong_locally = DeviceRows(right_locally.scores, right_locally.expert_outputs, torch.ones(4, dtype=torch.long))
+    assert choose_threshold([right_locally], [right_locally], rules) == 0.5
+    assert choose_threshold([wrong_locally], [wrong_locally], rules) == 0.99  # its own expert has a confidence of 95 %
 
 
-def test_macro_f1_is_scikit_learns():
+def test_macro_f1_matches_scikit_learn():
     from sklearn.metrics import f1_score
 
     predicted, y = torch.randint(0, 5, (200,), generator=g), torch.randint(0, 4, (200,), generator=g)
@@ -80,7 +80,7 @@ def test_macro_f1_is_scikit_learns():
     assert macro_f1(predicted, y, 5) == pytest.approx(reference)
 
 
-def test_auc_is_scikit_learns():
+def test_auc_matches_scikit_learn():
     from sklearn.metrics import roc_auc_score
 
     y = torch.randint(0, 4, (300,), generator=g)
@@ -91,7 +91,7 @@ def test_auc_is_scikit_learns():
     assert auc(p[y == 0], y[y == 0]) is None
 
 
-def test_figures_are_the_devices_mean_and_pooled_and_each():
+def test_figures_are_averaged_over_devices_pooled_over_rows_and_listed_per_device():
     p = [torch.tensor([[0.9, 0.1]] * 2), torch.tensor([[0.9, 0.1]] * 4)]
     y = [torch.tensor([0, 0]), torch.tensor([0, 1, 1, 1])]
     figures = measure(p, y)
@@ -110,7 +110,7 @@ def test_the_share_kept_local_is_the_mean_diagonal_of_the_routing_matrix():
 
 
 def test_an_expert_alone_gets_the_same_class_mix_as_the_fleet():
-    """One device: the fleet is its expert, so the two figures are one."""
+    """With one device the fleet is its own expert, so both figures are equal."""
     torch.manual_seed(0)
     y = torch.multinomial(torch.tensor([0.8, 0.1, 0.1]), 400, replacement=True)
     rows = DeviceRows(torch.zeros(400, 1), (torch.randn(400, 3) + torch.eye(3)[y])[:, None], y)
@@ -120,8 +120,8 @@ def test_an_expert_alone_gets_the_same_class_mix_as_the_fleet():
     assert without["networked"]["accuracy"] < result["networked"]["accuracy"]
 
 
-def test_the_threshold_minds_ones_own_rows_and_everybodys():
-    """Own rows are right at home and wrong abroad, everybody's the other way round, with other confidences."""
+def test_the_threshold_considers_own_rows_and_pooled_rows():
+    """The local expert is right for own rows and wrong for pooled ones, with other confidences."""
     rules = Inference(1, "probabilities")
 
     def rows(confidence, label, n):
@@ -129,18 +129,20 @@ def test_the_threshold_minds_ones_own_rows_and_everybodys():
         outputs = torch.tensor([[[logit, 0.0], [0.0, 9.0]]] * n)
         return DeviceRows(torch.tensor([[0.0, 9.0]] * n), outputs, torch.full((n,), label))
 
-    surer = rows(0.93, 0, 4)
-    assert choose_threshold([surer], [rows(0.65, 1, 4)], rules) == 0.7  # home for the sure, abroad for the others
-    assert choose_threshold([surer], [rows(0.93, 1, 4)], rules) == 0.5  # a tie stays at home
+    confident = rows(0.93, 0, 4)
+    assert (
+        choose_threshold([confident], [rows(0.65, 1, 4)], rules) == 0.7
+    )  # local for confident rows, remote for the others
+    assert choose_threshold([confident], [rows(0.93, 1, 4)], rules) == 0.5  # a tie is answered locally
     assert choose_threshold([rows(0.65, 1, 4)], [rows(0.65, 1, 4)], rules) == 0.7
 
 
-def test_a_class_that_was_not_seen_keeps_a_small_share():
+def test_an_absent_class_keeps_a_small_share():
     mix = class_mix(torch.tensor([[1.0, 0.0]] * 10))
     assert mix[1].item() == pytest.approx(0.5 / 11, rel=1e-3)
 
 
-def test_a_row_is_asked_of_others_when_any_other_expert_gets_it():
+def test_a_row_counts_as_asked_when_any_other_expert_gets_it():
     result = evaluate([ROWS, ROWS], Inference(2, "outputs"))
     assert result["asked"] == 1.0
     assert evaluate([ROWS], Inference(2, "outputs", 0.9))["asked"] == 0.5

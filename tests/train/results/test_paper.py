@@ -20,28 +20,30 @@ QUICK = {
 }
 
 
-def quiet(_told):
+def quiet(_finished):
     pass
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Everything of one split, made in pieces: no call has time for more than a round."""
-    out, due, calls = tmp_path_factory.mktemp("paper") / "digits", units([FIGURE_PARTITION], 1), 0
-    while len(done := work(out, "paper", QUICK, due, quiet, 0.0)) < len(due):
+    """All units of one split, made by calls that have time for one round each."""
+    out = tmp_path_factory.mktemp("paper") / "digits"
+    wanted = units([FIGURE_PARTITION], 1)
+    calls = 0
+    while len(done := work(out, "paper", QUICK, wanted, quiet, 0.0)) < len(wanted):
         calls += 1
-        assert calls < 40, "it stands still"
+        assert calls < 40, "a call makes no progress"
     return out, done, calls
 
 
-def test_pieces_that_are_too_short_for_anything_add_up(made):
+def test_calls_without_time_for_a_whole_unit_still_make_progress(made):
     out, done, calls = made
     assert calls > 12
     assert set(done) == {unit.name for unit in units([FIGURE_PARTITION], 1)}
     assert json.loads((out / "paper.json").read_text())["units"] == done
 
 
-def test_a_unit_is_what_its_run_measured(made):
+def test_a_unit_holds_the_figures_of_its_run(made):
     out, done, _ = made
     name = "noniid-0.5-fedce-rollgate-0"
     assert done[name]["iid"] == read_run(out / name).metrics["iid"]["networked"]
@@ -50,19 +52,19 @@ def test_a_unit_is_what_its_run_measured(made):
     assert done["noniid-0.5-fedce-baselines-0"] == json.loads((base.folder / "baselines.json").read_text())
 
 
-def test_what_is_done_is_not_done_again(made):
+def test_finished_units_are_not_repeated(made):
     out, done, _ = made
     again = work(out, "paper", QUICK, units([FIGURE_PARTITION], 1), pytest.fail, None)
     assert again == done
 
 
-def test_other_settings_are_refused_by_name(made):
+def test_other_settings_are_refused_and_named(made):
     out, _, _ = made
     with pytest.raises(RunError, match=r"fedce\.extractor\.rounds was 2 and is 3"):
         work(out, "paper", {**QUICK, "extractor": {"rounds": 3, "local_epochs": 1}}, [], quiet, None)
 
 
-def test_a_table_shows_each_figure_in_its_place_and_a_dash_for_what_is_missing(made):
+def test_a_table_shows_each_figure_in_its_cell_and_a_dash_for_missing_ones(made):
     _, done, _ = made
     lines = {line[:22].strip(): line[22:].split() for line in table(1, done, 1).splitlines()}
     figures = done["noniid-0.5-fedsc-rangate-0"]["own"]
@@ -86,41 +88,41 @@ def test_a_cell_is_the_mean_of_its_seeds(made):
 
 
 @pytest.mark.parametrize("number", [3, 4])
-def test_a_figure_is_a_page_with_pictures(made, tmp_path, number):
+def test_a_figure_is_a_page_with_charts(made, tmp_path, number):
     _, done, _ = made
     text = draw(tmp_path, number, done).read_text(encoding="utf-8")
     assert text.count("<svg") >= 3
     if number == 3:
         kept = done["noniid-0.5-fedsc-fedgate-0"]["own"]["kept_local"]
-        assert f"{100 * kept:.0f} % of the rows stay at home; in the paper 25 %" in text
+        assert f"{100 * kept:.0f} % of the rows are answered locally; in the paper 25 %" in text
 
 
-def test_the_commands_stop_in_time_go_on_and_print(run_main, tmp_path, monkeypatch):
+def test_the_commands_stop_in_time_continue_and_print(run_main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(paper, "PARTITIONS", (FIGURE_PARTITION,))
     options = [f"--set={s}.{k}={v}" for s, values in QUICK.items() for k, v in values.items()]
     stopped = run_main(main, "table", "2", "--minutes", "0", *options)
     assert stopped.exit_code == 0
     assert stopped.output.endswith(
-        "0 of 7 parts are done and kept in paper/digits/paper.json; call it again to go on\n"
+        "0 of 7 parts are done and saved in paper/digits/paper.json; run the same command again to continue\n"
     )
     assert "[1/7] noniid:0.5, fedce, fedgate, seed 0" in stopped.error
     shown = run_main(main, "table", "2", *options)
     assert shown.exit_code == 0, shown.error
     assert "FedSC + FedGate" in shown.output
-    assert run_main(main, "figure", "4", *options).output == "look at paper/digits/figure-4.html\n"
+    assert run_main(main, "figure", "4", *options).output == "wrote paper/digits/figure-4.html\n"
     assert run_main(main, "figure", "5", *options).exit_code == 2
 
 
-def test_baselines_that_were_stopped_go_on_to_the_same_figures(made, tmp_path):
+def test_baselines_that_are_stopped_resume_to_the_same_figures(made, tmp_path):
     import shutil
 
     out, done, _ = made
     folder = shutil.copytree(out / "noniid-0.5-fedce-fedgate-0", tmp_path / "run")
     (folder / "baselines.json").unlink()
 
-    def stop(told):
-        if told.stage == "centralised":
+    def stop(finished):
+        if finished.stage == "centralised":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
