@@ -23,6 +23,7 @@ EDGE = {
     "common.limits": "",
     "common.memory": "",
     "common.npz": "",
+    "common.progress": "",
     "common.schema": "",
     "common.text": "",
     "common.command": "common.text",
