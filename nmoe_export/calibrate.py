@@ -78,7 +78,10 @@ def read_recipe(name: str) -> Recipe:
 def drawn(count: int, recipe: Recipe) -> NDArray[np.int64]:
     """The numbers of the samples that a recipe draws out of `count`, sorted."""
     if count < recipe.least:
-        raise SourceError(f"{count} calibration samples are too few; the recipe needs at least {recipe.least}")
+        raise SourceError(
+            f"{count} calibration samples are too few: the recipe needs at least {recipe.least}; add samples, or lower"
+            " `least` in the recipe"
+        )
     rows: NDArray[np.int64] = np.random.default_rng(recipe.seed).permutation(count)[: recipe.samples]
     return np.sort(rows)
 

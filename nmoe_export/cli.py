@@ -138,13 +138,12 @@ def _table(report: Mapping[str, Any]) -> list[str]:
     lines = [f"{'':<11}{'is':>6}{'float ms':>10}{precision + ' ms':>9}{'faster':>8}{'bytes':>13}"]
     for name in ("extractor", "gate", "expert"):
         timing = report["speed"].get(name)
-        float_ms, written_ms, faster = "–", "–", "–"
         if isinstance(timing, dict):
-            float_ms = f"{timing['float_ms']:.3f}"
-            written_ms = f"{timing['written_ms']:.3f}"
-            faster = f"{timing['times_faster']:.2f} ×"
-        size = f"{report['bytes'][f'{name}.onnx']:,}"
-        lines.append(f"{name:<11}{report['is'][name]:>6}{float_ms:>10}{written_ms:>9}{faster:>8}{size:>13}")
+            speed = f"{timing['float_ms']:>10.3f}{timing['written_ms']:>9.3f}{timing['times_faster']:>6.2f} ×"
+        else:
+            speed = f"{'–':>10}{'–':>9}{'–':>8}"
+        size = report["bytes"][f"{name}.onnx"]
+        lines.append(f"{name:<11}{report['is'][name]:>6}{speed}{size:>13,}")
     measured_by = "right answers" if report["measured_by"] == "labels" else "same answers as float"
     lines.append(
         f"{measured_by}: {report['accuracy_written']:.1f} %, {report['drop']:.2f} points below float;"

@@ -191,10 +191,11 @@ def _wanted_devices(experts: int, options: Options) -> Collection[int]:
     every_device = range(experts)
     if options.devices is None:
         return every_device
+    if not options.devices:
+        raise SourceError(f"devices is empty; name at least one of 0 to {experts - 1}")
     unknown = sorted(set(options.devices) - set(every_device))
-    if unknown or not options.devices:
-        problem = f"no device {unknown[0]}" if unknown else "no device is named"
-        raise SourceError(f"{problem}: there are 0 to {experts - 1}")
+    if unknown:
+        raise SourceError(f"there is no device {unknown[0]}; this fleet has devices 0 to {experts - 1}")
     return options.devices
 
 

@@ -1,7 +1,7 @@
-"""Do bundles load and pass their self-test on the onnxruntimes that boards have? `make test-runtimes`
+"""Checks that bundles load and pass their self-test on the onnxruntime versions of boards: `make test-runtimes`.
 
-Exports a fleet of each precision here, and replays them in an environment of its own for each version that is named:
-what a device needs, and nothing else. A version that has no wheel for this Python is said and left out.
+Exports a fleet in each precision, then runs `nmoe-edge selftest` in a separate environment for each onnxruntime
+version. An environment has what a device needs and nothing else. A version without a wheel for this Python is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from export.foreign import Attentive
 from torch import nn
 
-from nmoe_export import assignment
+from nmoe_export import speed
 from nmoe_export.export import Options, export_fleet
 from nmoe_export.source import of_modules
 from nmoe_train.nets import NetSpec, build
@@ -28,15 +28,13 @@ VERSIONS = ("1.15.1", "1.16.3", "1.17.3", "1.20.1", "newest")
 
 
 def fleets(folder):
-    """Fleets of a narrow ResNet18, every operator of a real one, and of attention, in each precision that they have."""
+    """Export a narrow ResNet18, which has every operator of a real one, and attention; the paths of all bundles."""
     torch.manual_seed(0)
     extractor = build(NetSpec("resnet18", {"channels": 3, "size": 32, "dim": 32, "norm": "batch"}))
     images = np.random.default_rng(0).integers(0, 256, (80, 3, 32, 32)).astype(np.uint8)
     source = of_modules(extractor, nn.Linear(32, 2), [nn.Linear(32, 4) for _ in range(2)], images)
-    assignment.latencies = lambda *_: {
-        "float": 2.0,
-        "written": 1.0,
-    }  # every component in int8, whatever this machine likes
+    # Every graph becomes int8, however fast it is on this machine.
+    speed.latencies = lambda *_: {"float": 2.0, "written": 1.0}
     export_fleet(source, folder / "fp32")
     export_fleet(source, folder / "fp16", Options("fp16", max_drop=100.0))
     export_fleet(source, folder / "int8", Options("int8", max_drop=100.0))
@@ -48,7 +46,7 @@ def fleets(folder):
 
 
 def environment(version):
-    """The Python of an environment with that onnxruntime, made when it is missing; None where there is no wheel."""
+    """The Python of an environment with this onnxruntime, created when it is missing; None without a wheel."""
     folder = ENVIRONMENTS / version
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
@@ -58,15 +56,16 @@ def environment(version):
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
         done = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"onnxruntime {version}: left out: {done.stderr.strip().splitlines()[-1]}")
+            print(f"onnxruntime {version}: skipped: {done.stderr.strip().splitlines()[-1]}")
             return None
         (folder / "ready").touch()
     return python
 
 
 def main(versions):
-    """Replay every bundle on every version; the exit status is how many versions failed."""
-    failed, tried = 0, 0
+    """Run the self-test of every bundle on every version. The exit status is the number of versions that fail."""
+    failed = 0
+    tried = 0
     with tempfile.TemporaryDirectory() as folder:
         bundles = fleets(Path(folder))
         for version in versions or VERSIONS:
@@ -77,9 +76,10 @@ def main(versions):
             done = subprocess.run(
                 command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
             )
-            tried, failed = tried + 1, failed + bool(done.returncode)
-            said = done.stderr.strip() if done.returncode else f"{len(bundles)} bundles passed"
-            print(f"onnxruntime {version}: {said}", flush=True)
+            tried += 1
+            failed += bool(done.returncode)
+            result = done.stderr.strip() if done.returncode else f"{len(bundles)} bundles passed"
+            print(f"onnxruntime {version}: {result}", flush=True)
     if not tried:
         sys.exit("no version could be installed")
     sys.exit(failed)
