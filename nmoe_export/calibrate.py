@@ -126,12 +126,12 @@ class _Watched:
     """A session that returns every float tensor that a graph computes."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        shown = onnx.ModelProto()
-        shown.CopyFrom(model)
+        watched = onnx.ModelProto()
+        watched.CopyFrom(model)
         self._names = float_tensors(model)
-        outputs = {value.name for value in shown.graph.output}
+        outputs = {value.name for value in watched.graph.output}
         hidden = [name for name in self._names if name not in outputs]
-        shown.graph.output.extend(
+        watched.graph.output.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in hidden
         )
         options = onnxruntime.SessionOptions()
@@ -139,7 +139,7 @@ class _Watched:
         options.intra_op_num_threads = 1
         options.log_severity_level = 4  # fatal errors only
         self._session = onnxruntime.InferenceSession(
-            shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self._input = self._session.get_inputs()[0]
 

@@ -31,7 +31,7 @@ def samples_of(source: Source, recipe: Recipe) -> Samples:
         inputs = _read_inputs(Path(recipe.data.removeprefix("npz:")), source)
         return Samples(inputs[drawn(len(inputs), recipe)], None)
     try:
-        rows = source.shown[drawn(len(source.shown), recipe)]
+        rows = source.calibrating[drawn(len(source.calibrating), recipe)]
     except SourceError as error:
         others = f"the other {len(source.measured)} samples measure accuracy"
         raise SourceError(f"{error}; {others}") from error

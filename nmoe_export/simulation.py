@@ -80,12 +80,12 @@ class Simulation:
         clients = self.source.clients
         if rules.local_first is None or self.source.labels is None or clients is None:
             return rules
-        shown = self.source.shown
+        chosen = self.source.calibrating
         devices = range(len(self.graphs.experts))
-        own = [self.rows(device, shown[clients[shown] == device]) for device in devices]
+        own = [self.rows(device, chosen[clients[chosen] == device]) for device in devices]
         if not all(len(rows.y) for rows in own):
             return rules
-        everything = [self.rows(device, shown) for device in devices]
+        everything = [self.rows(device, chosen) for device in devices]
         return replace(rules, local_first=choose_threshold(own, everything, rules))
 
     def answered(self, rules: Inference) -> NDArray[np.int64]:

@@ -61,7 +61,7 @@ class Source:
     """Whether all gates are built alike, and all experts, so that one exported graph serves every module of a kind."""
 
     @property
-    def shown(self) -> NDArray[np.int64]:
+    def calibrating(self) -> NDArray[np.int64]:
         """The numbers of the samples that calibrate graphs and choose thresholds."""
         return np.flatnonzero(self._halves() == 1)
 

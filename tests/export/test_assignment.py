@@ -42,13 +42,13 @@ def test_gates_and_experts_are_calibrated_on_what_they_will_receive(images, tmp_
     done = export_fleet(given, tmp_path / "fleet", replace(INT8, recipe=recipe))
     assert [kind for kind, what in done.report["is"].items() if what == "fp32"] == list(kept)
     bundles = [read_bundle(tmp_path / "fleet" / f"device-0{i}").contents for i in range(3)]
-    assert np.array_equal(saw["extractor"], images[given.shown])
-    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.shown])
+    assert np.array_equal(saw["extractor"], images[given.calibrating])
+    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.calibrating])
     favourites = np.stack([Graph("gate", b["gate.onnx"], (8,), (3,))(latents).argmax(1) for b in bundles])
     for i in range(3):
         assert np.array_equal(saw[f"gate {i if gates > 1 else 0}"], latents)
         if known:
-            owners = given.clients[given.shown]
+            owners = given.clients[given.calibrating]
             sent = (favourites[owners, np.arange(len(owners))] == i) | (owners == i)
         else:
             sent = (favourites == i).any(0)

@@ -21,10 +21,12 @@ from nmoe_edge.bundle.fleet import read_fleet_folder
 from nmoe_edge.models import Models, run_selftest
 from nmoe_edge.protocol.exchange import Exchange
 from nmoe_edge.protocol.routing import route
+from nmoe_export import simulation
 from nmoe_export.cli import main
 from nmoe_export.errors import GraphError, SourceError
 from nmoe_export.export import Options, export_fleet
 from nmoe_export.graphs import export_graph
+from nmoe_export.source import of_run
 from nmoe_train.config import configure
 from nmoe_train.pipeline import train
 from nmoe_train.run import Inference, read_run, write_run
@@ -120,6 +122,41 @@ def test_the_selftest_has_clear_routes_only_and_the_clearest_route_to_every_expe
             for expert in favourites.unique():
                 clearest = margins[clear][favourites == expert].max()
                 assert torch.isclose(tested_margins[tested.indices[:, 0] == expert].max(), clearest, atol=1e-4)
+
+
+def test_the_selftest_reuses_what_the_chosen_graphs_computed(golden, tmp_path, monkeypatch):
+    """A float export runs the extractor over all samples once, and each device's bundle takes rows of that."""
+    calls = []
+    true = simulation.latents_of
+
+    def counted(source, extractor, inputs=None):
+        calls.append(inputs)
+        return true(source, extractor, inputs)
+
+    monkeypatch.setattr(simulation, "latents_of", counted)
+    export_fleet(golden / "run", tmp_path / "fleet")
+    assert calls == [None]
+
+
+def test_a_run_can_be_given_as_path_as_text_or_as_run(fleet, golden, tmp_path):
+    expected = read_fleet_folder(fleet)[0]
+    assert export_fleet(str(golden / "run"), str(tmp_path / "text")).fleet == expected
+    assert export_fleet(read_run(golden / "run"), tmp_path / "run").fleet == expected
+    assert not export_fleet(of_run(read_run(golden / "run")), tmp_path / "run").changed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"precision": "int4"}, "precision is 'int4'; expected fp32, fp16 or int8"),
+        ({"latent": "bfloat16"}, "latent is 'bfloat16'; expected float16"),
+        ({"max_drop": float("nan")}, "max_drop is nan; expected 0 or more"),
+        ({"max_drop": -1.0}, "max_drop is -1.0; expected 0 or more"),
+    ],
+)
+def test_options_with_an_invalid_value_are_refused(wrong, text):
+    with pytest.raises(SourceError, match=text):
+        Options(**wrong)
 
 
 def test_the_trunk_identifies_the_trained_extractor_and_not_its_file(fleet):

@@ -41,7 +41,7 @@ def test_gates_agree_when_they_prefer_the_same_expert_for_the_measured_samples(s
     assert gate_agreement(one, two) == 1
     others = source.measured[:10]
     two.scores[0][others] = np.roll(one.scores[0][others], 1, axis=1)
-    two.scores[0][source.shown] = np.roll(one.scores[0][source.shown], 1, axis=1)
+    two.scores[0][source.calibrating] = np.roll(one.scores[0][source.calibrating], 1, axis=1)
     assert gate_agreement(one, two) == pytest.approx(0.75)
     assert one.load() != two.load()
 

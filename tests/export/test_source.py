@@ -92,7 +92,7 @@ def test_the_command_exports_modules_and_prints_what_int8_gains(run_main, tmp_pa
     for arguments, text in (
         (
             ("--modules", "their_fleet:wrong"),
-            "names and top_k: got an unexpected keyword argument",
+            "names and top_k: missing a required argument",
         ),
         (("--modules", "their_fleet:nothing"), "must return a dict of extractor, gate, experts and calibration; it "),
         (("--modules", "nowhere:fleet"), "there is no module nowhere in the current folder, and none is installed"),
@@ -125,15 +125,19 @@ def test_samples_of_modules_are_not_called_held_out(source, tmp_path, run_main):
 
 
 def test_every_second_sample_of_each_client_calibrates_and_the_others_measure(source):
-    assert np.array_equal(source.shown, np.arange(1, 80, 2))
+    assert np.array_equal(source.calibrating, np.arange(1, 80, 2))
     assert np.array_equal(source.measured, np.arange(0, 80, 2))
     dealt = replace(source, clients=np.repeat([0, 1, 2], [25, 1, 54]))
-    assert [np.isin(dealt.shown, np.flatnonzero(dealt.clients == client)).sum() for client in range(3)] == [12, 0, 27]
-    both = np.concatenate([dealt.shown, dealt.measured])
+    assert [np.isin(dealt.calibrating, np.flatnonzero(dealt.clients == client)).sum() for client in range(3)] == [
+        12,
+        0,
+        27,
+    ]
+    both = np.concatenate([dealt.calibrating, dealt.measured])
     assert np.array_equal(np.sort(both), np.arange(80))
     samples = samples_of(dealt, Recipe())
-    assert np.array_equal(samples.inputs, dealt.inputs[dealt.shown])
-    assert np.array_equal(samples.clients, dealt.clients[dealt.shown])
+    assert np.array_equal(samples.inputs, dealt.inputs[dealt.calibrating])
+    assert np.array_equal(samples.clients, dealt.clients[dealt.calibrating])
 
 
 def test_the_error_for_too_few_samples_counts_both_halves(images):
