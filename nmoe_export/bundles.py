@@ -1,4 +1,4 @@
-"""What each device's bundle holds: its manifest, its graphs, and the answers that another machine must give again."""
+"""What each device's bundle holds: its manifest, its graphs, and the self-test that another machine repeats."""
 
 from __future__ import annotations
 
@@ -10,98 +10,111 @@ from numpy.typing import NDArray
 
 from nmoe_edge.bundle.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, trunk_digest
 from nmoe_edge.bundle.selftest import SelfTest
-from nmoe_edge.models import Graph
 from nmoe_edge.protocol.combine import combine, expert_weights
 from nmoe_edge.protocol.routing import route
 from nmoe_export.graphs import IR_VERSION, OPSET
-from nmoe_export.precision import Made
-from nmoe_export.simulation import Simulation
+from nmoe_export.search import Chosen
+from nmoe_export.simulation import Simulation, expert_session
 from nmoe_export.source import Source
+from nmoe_train.run import Inference
 
 SELFTEST_ROWS = 8
 TOLERANCES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 2e-2}
-"""What another machine may differ by, of the largest number in the self-test: float32 sums in another order give 1e-6,
-float16 units against a CPU that computes in float32 2e-3 for a ResNet18, an int8 step that is rounded the other way a
-part in 127."""
+"""How much another machine may differ, as a share of the largest value in the self-test. float32 sums in another order
+differ by 1e-6. float16 hardware differs from a CPU that computes in float32 by 2e-3, for a ResNet18. An int8 value that
+is rounded the other way differs by 1/127."""
 
 
-class Writer:
-    """Manifests and files of each device."""
+def device_bundle(
+    source: Source, chosen: Chosen, target: str, latent: str, device: int
+) -> tuple[Manifest, dict[str, bytes]]:
+    """A device's manifest, and the contents of its files by name.
 
-    def __init__(self, source: Source, made: Made, target: str, latent: str) -> None:
-        """target: the profile that the graphs are made for; latent: what latents travel as"""
-        self.source, self.made, self.target, self.latent = source, made, target, latent
-        self.system = Simulation(source, made.graphs, latent)
-        self.sizes: dict[str, int] = {}
+    `target` is the profile that the graphs are made for, or "any"; `latent` is the type that latents travel as.
+    """
+    graphs = chosen.simulation.graphs
+    rules = chosen.rules
+    contents = {
+        "extractor.onnx": graphs.extractor,
+        "gate.onnx": graphs.gates[device % len(graphs.gates)],
+        "expert.onnx": graphs.experts[device],
+        "selftest.npz": _selftest(source, chosen, device).write(),
+    }
+    if source.names is not None:
+        contents["labels.txt"] = ("\n".join(source.names) + "\n").encode()
+    accuracy: dict[str, float] = {}
+    if source.labels is not None:
+        accuracy[source.samples] = manifest_accuracy(chosen.simulation, rules, device, source.labels)
+    experts = len(source.experts)
+    manifest = Manifest(
+        schema=SCHEMA,
+        device=f"device-{device:02}",
+        experts=experts,
+        expert=device,
+        outputs=source.outputs,
+        answers_carry_prior=source.answers_carry_prior,
+        input=source.input,
+        latent=LatentSpec(source.latent_dim, latent),  # type: ignore[arg-type]  # one of the options
+        routing=RoutingSpec(rules.top_k, rules.combination, rules.local_first, rules.adapt),
+        precision=PrecisionSpec(**chosen.precision),  # type: ignore[arg-type]  # its keys are KINDS
+        target=target,  # type: ignore[arg-type]  # one of the targets, or any
+        opset=OPSET,
+        ir_version=IR_VERSION,
+        accuracy=accuracy,
+        extractor_source=source.extractor_source,
+        trunk=trunk_digest(source.extractor_source, source.latent_dim, experts, source.outputs),
+    )
+    return manifest, contents
 
-    def bundle(self, number: int) -> tuple[Manifest, dict[str, bytes]]:
-        """A device's manifest and files."""
-        source, graphs, rules = self.source, self.made.graphs, self.made.rules
-        contents = {
-            "extractor.onnx": graphs.extractor,
-            "gate.onnx": graphs.gates[number % len(graphs.gates)],
-            "expert.onnx": graphs.experts[number],
-            "selftest.npz": self._selftest(number).write(),
-        }
-        if source.names is not None:
-            contents["labels.txt"] = ("\n".join(source.names) + "\n").encode()
-        self.sizes = {name: len(data) for name, data in contents.items()}
-        experts = len(source.experts)
-        manifest = Manifest(
-            schema=SCHEMA,
-            device=f"device-{number:02}",
-            experts=experts,
-            expert=number,
-            outputs=source.outputs,
-            answers_carry_prior=source.answers_carry_prior,
-            input=source.input,
-            latent=LatentSpec(source.latent_dim, self.latent),  # type: ignore[arg-type]  # one of the options
-            routing=RoutingSpec(rules.top_k, rules.combination, rules.local_first, rules.adapt),
-            precision=PrecisionSpec(**self.made.precision),  # type: ignore[arg-type]  # of KINDS
-            target=self.target,  # type: ignore[arg-type]  # one of the targets, or any
-            opset=OPSET,
-            ir_version=IR_VERSION,
-            accuracy={} if source.labels is None else {source.samples: self._accuracy(number, source.labels)},
-            extractor_source=source.extractor_source,
-            trunk=trunk_digest(source.extractor_source, source.latent_dim, experts, source.outputs),
-        )
-        return manifest, contents
 
-    def _selftest(self, number: int) -> SelfTest:
-        """Of the clearer half of the routes, for another CPU's last bit must not choose another expert: the clearest of
-        each expert, then the second of each.
-        """
-        system, scores = self.system, self.system.scores[number % len(self.system.scores)]
-        top_k, experts = self.made.rules.top_k, scores.shape[1]
-        ranked = -np.sort(-scores, axis=1)[:, : top_k + 1]
-        margin = (ranked[:, :-1] - ranked[:, 1:]).min(axis=1, initial=np.inf)  # of the order as well as of the choice
-        clear = np.argsort(-margin, kind="stable")[: max(SELFTEST_ROWS, len(margin) // 2)]
-        turns, seen = [], Counter[int]()
-        for favourite in scores[clear].argmax(axis=1).tolist():
-            turns.append(seen[favourite])
-            seen[favourite] += 1
-        rows = clear[np.argsort(turns, kind="stable")[:SELFTEST_ROWS]]
-        chosen = route(scores[rows], number, range(experts), top_k).chosen
-        latents = system.latents[rows]
-        expert = Graph("expert", self.made.graphs.experts[number], (self.source.latent_dim,), (self.source.outputs,))
-        outputs = expert(latents)  # of the latents themselves, not as they travel
-        loosest = max(TOLERANCES[precision] for precision in self.made.precision.values())
-        return SelfTest(
-            self.source.inputs[rows],
-            latents,
-            np.array(chosen, np.int64),
-            outputs,
-            np.array(loosest * max(1.0, float(np.abs(latents).max()))),
-            np.array(loosest * max(1.0, float(np.abs(outputs).max()))),
-        )
+def _selftest(source: Source, chosen: Chosen, device: int) -> SelfTest:
+    """Samples with the latents, routes and outputs that this machine computes for them."""
+    simulation = chosen.simulation
+    scores = simulation.scores_of(device)
+    rows = _clear_rows(scores, chosen.rules.top_k)
+    routes = route(scores[rows], device, range(scores.shape[1]), chosen.rules.top_k).chosen
+    latents = simulation.latents[rows]
+    # Of the latents themselves, not as they travel.
+    outputs = expert_session(source, simulation.graphs.experts[device])(latents)
+    tolerance = max(TOLERANCES[precision] for precision in chosen.precision.values())
+    return SelfTest(
+        source.inputs[rows],
+        latents,
+        np.array(routes, np.int64),
+        outputs,
+        np.array(tolerance * max(1.0, float(np.abs(latents).max()))),
+        np.array(tolerance * max(1.0, float(np.abs(outputs).max()))),
+    )
 
-    def _accuracy(self, number: int, labels: NDArray[Any]) -> float:
-        """Share of the measured samples that this device's gate and the experts it chooses get right."""
-        rules, rows = self.made.rules, self.source.measured
-        scores, outputs = self.system.scores[number % len(self.system.scores)][rows], self.system.outputs[rows]
-        right = 0
-        for row, experts in enumerate(route(scores, number, range(scores.shape[1]), rules.top_k).chosen):
-            answers = {expert: outputs[row, expert] for expert in experts}
-            weights = expert_weights(scores[row], experts)
-            right += int(combine(answers, weights, rules.combination).argmax() == labels[rows[row]])
-        return right / len(rows)
+
+def _clear_rows(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
+    """The samples of the self-test: the clearest route to each expert, then the second clearest to each, and so on.
+
+    They come from the clearer half of all routes, so that a last bit of another CPU does not choose another expert.
+    """
+    ranked = -np.sort(-scores, axis=1)[:, : top_k + 1]
+    gaps = ranked[:, :-1] - ranked[:, 1:]  # between the chosen experts too: their order counts
+    margin = gaps.min(axis=1, initial=np.inf)
+    clear = np.argsort(-margin, kind="stable")[: max(SELFTEST_ROWS, len(margin) // 2)]
+    seen = Counter[int]()
+    rounds = []
+    for favourite in scores[clear].argmax(axis=1).tolist():
+        rounds.append(seen[favourite])
+        seen[favourite] += 1
+    return clear[np.argsort(rounds, kind="stable")[:SELFTEST_ROWS]]
+
+
+def manifest_accuracy(simulation: Simulation, rules: Inference, device: int, labels: NDArray[Any]) -> float:
+    """The share of the measured samples that the device's gate and the experts it chooses get right.
+
+    It leaves out local-first answers and the class mix, which depend on the device's own data.
+    """
+    measured = simulation.source.measured
+    scores = simulation.scores_of(device)[measured]
+    outputs = simulation.outputs[measured]
+    right = 0
+    for row, experts in enumerate(route(scores, device, range(scores.shape[1]), rules.top_k).chosen):
+        answers = {expert: outputs[row, expert] for expert in experts}
+        answer = combine(answers, expert_weights(scores[row], experts), rules.combination)
+        right += int(answer.argmax() == labels[measured[row]])
+    return right / len(measured)

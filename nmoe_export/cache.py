@@ -1,6 +1,6 @@
-"""Ranges that were found before, of the same graph on the same samples, beside the user's other caches.
+"""Calibration ranges cached on disk, one JSON file for each graph, samples and recipe.
 
-A cache that is broken or cannot be written is no error: the ranges are found again.
+The cache never fails an export: when it cannot be read or written, the ranges are computed again.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ from nmoe_export.calibrate import Range, Recipe, ranges
 
 
 def cached_ranges(model: onnx.ModelProto, inputs: NDArray[Any], recipe: Recipe, symmetric: bool) -> dict[str, Range]:
-    """calibrate.ranges, looked up where they have been found before."""
+    """calibrate.ranges, from the cache when it has them."""
     folder = _folder()
     if folder is None:
         return ranges(model, inputs, recipe, symmetric)
-    facts = [asdict(recipe), symmetric, inputs.dtype.str, inputs.shape, [version(p) for p in ("nmoe", "onnxruntime")]]
+    versions = [version(package) for package in ("nmoe", "onnxruntime")]
+    facts = [asdict(recipe), symmetric, inputs.dtype.str, inputs.shape, versions]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(model.SerializeToString(deterministic=True))
     digest.update(np.ascontiguousarray(inputs).data)
     path = folder / f"{digest.hexdigest()}.json"
-    known = _read(path)
-    if known is None:
-        known = ranges(model, inputs, recipe, symmetric)
-        _write(path, known)
-    return known
+    found = _read(path)
+    if found is None:
+        found = ranges(model, inputs, recipe, symmetric)
+        _write(path, found)
+    return found
 
 
 def _folder() -> Path | None:
-    """None for a user without a home."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not home.is_absolute():  # which counts as none, as the specification of these folders says
+    """The cache folder; None when the user has no home directory."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification ignores relative paths
         try:
-            home = Path("~/.cache").expanduser()
+            base = Path("~/.cache").expanduser()
         except RuntimeError:
             return None
-    return home / "nmoe" / "calibration"
+    return base / "nmoe" / "calibration"
 
 
 def _read(path: Path) -> dict[str, Range] | None:
-    """The ranges of a file that is whole; None for any other."""
+    """The ranges in a cache file; None when it is missing or its checksum does not match."""
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         plain = json.loads(path.read_bytes())
-        if plain["sha256"] == _seal(plain["ranges"]):
+        if plain["sha256"] == _checksum(plain["ranges"]):
             return {name: (float(low), float(high)) for name, (low, high) in plain["ranges"].items()}
     return None
 
 
 def _write(path: Path, found: Mapping[str, Range]) -> None:
-    """Under another name first, so that nobody reads half of it."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"sha256": _seal(found), "ranges": found}, indent=1))
+        replace_file(path, json.dumps({"sha256": _checksum(found), "ranges": found}, indent=1))
 
 
-def _seal(found: Mapping[str, Any]) -> str:
+def _checksum(found: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

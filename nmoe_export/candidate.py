@@ -1,7 +1,8 @@
-"""One graph of a fleet, what it may become, and what it is at present."""
+"""One float graph of a fleet and what it can become: int8, with some nodes left in float, or float16."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,85 +10,97 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from nmoe_edge.common.progress import Count, Progress
 from nmoe_export.cache import cached_ranges
 from nmoe_export.calibrate import Range, Recipe
 from nmoe_export.fp16 import halved
-from nmoe_export.progress import Count, Say
 from nmoe_export.quantize import quantizable, quantize, simplified, unranged
 from nmoe_export.simulation import latents_of
 from nmoe_export.source import Source
 from nmoe_export.targets import Target
 
-GREATEST = 65504.0
-"""Number that float16 has."""
+FLOAT16_MAX = 65504.0
+"""The largest finite float16."""
+_NONE: frozenset[str] = frozenset()
 
 
 class Candidate:
-    """A float graph, its ranges, and which of its nodes stay in float."""
+    """A float graph, the precision it is reduced to, and what calibration found in it.
+
+    Methods that take `float_nodes` leave the nodes of these names in float. float16 ignores them.
+    """
 
     def __init__(self, name: str, graph: bytes, target: Target, wanted: Literal["int8", "fp16"]) -> None:
-        """wanted: what it becomes unless it goes back to float"""
-        self.name, self.graph, self.target, self.wanted = name, graph, target, wanted
-        self.floats: list[str] = []
-        """Nodes that stay in float."""
-        self.whole = False
-        """Whether it stays in float altogether."""
-        self.greatest = 0.0
-        """Number inside it, where it is to be float16."""
-        self.model = simplified(graph) if wanted == "int8" else None
+        """`name` is used in error messages; `wanted` is the precision to reduce `graph` to."""
+        self.name = name
+        self.graph = graph
+        self.wanted = wanted
+        self.largest = 0.0
+        """The largest magnitude inside the graph during calibration. Measured for float16 only."""
+        self._target = target
+        self._model = simplified(graph) if wanted == "int8" else None
         self._ranges: dict[str, Range] = {}
-        self._reduced: dict[tuple[str, ...], bytes] = {}
+        self._reduced: dict[frozenset[str], bytes] = {}
+
+    @property
+    def model(self) -> onnx.ModelProto | None:
+        """The simplified float graph that is quantized; None for float16."""
+        return self._model
 
     def calibrate(self, inputs: NDArray[Any], recipe: Recipe) -> None:
-        """Let it see what it will receive."""
-        if self.model is None:
-            found = cached_ranges(onnx.load_from_string(self.graph), inputs, replace(recipe, method="minmax"), False)
-            self.greatest = max((abs(edge) for both in found.values() for edge in both), default=0.0)
+        """Find the range of every tensor in the graph while it computes `inputs`."""
+        if self._model is None:
+            minmax = replace(recipe, method="minmax")
+            ranges = cached_ranges(onnx.load_from_string(self.graph), inputs, minmax, symmetric=False)
+            self.largest = max((max(abs(low), abs(high)) for low, high in ranges.values()), default=0.0)
         else:
-            self._ranges = cached_ranges(self.model, inputs, recipe, self.target.symmetric)
+            self._ranges = cached_ranges(self._model, inputs, recipe, self._target.symmetric)
             self._reduced = {}
 
     def fits(self) -> bool:
-        """Whether what it computes can be said: int8 has a scale, float16 has none."""
-        return self.greatest <= GREATEST
+        """Whether the wanted precision can represent every value. int8 has a scale and always can."""
+        return self.largest <= FLOAT16_MAX
 
     def nodes(self) -> list[str]:
-        """Those that could be int8 and could go back to float."""
-        if self.model is None:
+        """The nodes that int8 reduces and that can go back to float one by one."""
+        if self._model is None:
             return []
-        without = set(unranged(self.model, self._ranges))
-        return [node for node in quantizable(self.model) if node not in without]
+        without_range = set(unranged(self._model, self._ranges))
+        return [node for node in quantizable(self._model) if node not in without_range]
 
-    def left_float(self) -> list[str]:
-        """Nodes that are not int8 on purpose: they went back, or have no ranges."""
-        return [] if self.model is None else [*self.floats, *unranged(self.model, self._ranges)]
+    def nodes_in_float(self, float_nodes: Set[str]) -> list[str]:
+        """The nodes that int8 leaves in float: `float_nodes` and those without a range."""
+        if self._model is None:
+            return []
+        return [*sorted(float_nodes), *unranged(self._model, self._ranges)]
 
-    def reduced(self) -> bytes:
-        """As it is wanted, but for the nodes that stay in float."""
-        key = tuple(self.floats)
+    def reduced(self, float_nodes: Set[str] = _NONE) -> bytes:
+        """The graph in the wanted precision."""
+        key = frozenset(float_nodes)
         if key not in self._reduced:
-            made = halved(self.graph) if self.model is None else quantize(self.model, self._ranges, self.target, key)
-            self._reduced[key] = made
+            if self._model is None:
+                self._reduced[key] = halved(self.graph)
+            else:
+                self._reduced[key] = quantize(self._model, self._ranges, self._target, key)
         return self._reduced[key]
 
-    def precision(self) -> str:
-        """As the manifest says it."""
-        nothing = self.model is not None and set(self.nodes()) <= set(self.floats)
-        return "fp32" if self.whole or nothing else self.wanted
+    def precision(self, float_nodes: Set[str] = _NONE) -> str:
+        """`wanted`, or "fp32" when int8 would reduce no node at all."""
+        nothing_reduced = self._model is not None and set(self.nodes()) <= float_nodes
+        return "fp32" if nothing_reduced else self.wanted
 
-    def best(self) -> bytes:
-        """As it is to be written."""
-        return self.graph if self.precision() == "fp32" else self.reduced()
-
-    def noise(self, source: Source, inputs: NDArray[Any], say: Say) -> dict[str, float]:
-        """For each node that computes, the latents' power over that of its noise when it alone is int8, in dB."""
-        if self.model is None:
+    def noise(self, source: Source, inputs: NDArray[Any], progress: Progress) -> dict[str, float]:
+        """For each node of an extractor, the signal-to-noise ratio of the latents in dB when it alone is int8."""
+        if self._model is None:
             return {}
-        nodes, true = self.nodes(), latents_of(source, self.graph, inputs)
-        found = {}
+        nodes = self.nodes()
+        exact = latents_of(source, self.graph, inputs)
+        signal = max(float((exact**2).sum()), 1e-30)
+        ratios = {}
         for number, node in enumerate(nodes, 1):
-            alone = quantize(self.model, self._ranges, self.target, [other for other in nodes if other != node])
-            noise = float(((latents_of(source, alone, inputs) - true) ** 2).sum())
-            found[node] = round(10 * float(np.log10(max(float((true**2).sum()), 1e-30) / max(noise, 1e-30))), 2)
-            say(Count("node {} tried in int8 alone", number, len(nodes)))
-        return found
+            others = [other for other in nodes if other != node]
+            latents = latents_of(source, quantize(self._model, self._ranges, self._target, others), inputs)
+            error = max(float(((latents - exact) ** 2).sum()), 1e-30)
+            ratios[node] = round(10 * float(np.log10(signal / error)), 2)
+            progress(Count("int8 tried on node {} alone", number, len(nodes)))
+        return ratios

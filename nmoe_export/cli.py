@@ -1,4 +1,4 @@
-"""`nmoe-export`: from a training run to what travels to the devices."""
+"""`nmoe-export`: parses the command line, calls `export_fleet`, prints a summary."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import click
 
 from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
+from nmoe_edge.common.progress import ProgressLine
 from nmoe_edge.common.text import counted
 from nmoe_export.errors import ExportError, SourceError
-from nmoe_export.progress import Terminal
 
-_BROUGHT = ("torch", "torchvision", "safetensors", "sklearn", "onnx", "onnxscript", "onnxruntime", "PIL")
+_EXTRA_PACKAGES = ("torch", "torchvision", "safetensors", "sklearn", "onnx", "onnxscript", "onnxruntime", "PIL")
 RUNS = Path("runs")
 
 
@@ -33,26 +33,37 @@ Examples: nmoe-export
 @click.option(
     "--modules",
     metavar="MODULE:FACTORY",
-    help="Your own torch modules: fleet() of ./theirs.py is theirs:fleet; see README.",
+    help="Export your own torch modules: theirs:fleet is the function fleet() in ./theirs.py; see README.md.",
 )
-@click.option("--int8", "precision", flag_value="int8", help="Integer graphs, where they are faster and right.")
-@click.option("--fp16", "precision", flag_value="fp16", help="Float16 graphs: half the bytes, and for GPUs.")
-@click.option("--fp32", "precision", flag_value="fp32", help="Float graphs.  [default]")
-@click.option("--target", default="auto", show_default=True, help="Of int8: auto (this CPU), x86, pi or jetson.")
-@click.option("--calibration", default="default", show_default=True, help="Of int8: a recipe's name, or a file.toml.")
+@click.option("--int8", "precision", flag_value="int8", help="Integer graphs, where they are faster and accurate.")
+@click.option("--fp16", "precision", flag_value="fp16", help="Float16 graphs: half the size, made for GPUs.")
+@click.option("--fp32", "precision", flag_value="fp32", help="Float32 graphs.  [default]")
 @click.option(
-    "--max-drop", type=float, default=0.5, show_default=True, help="Points of accuracy that int8 or fp16 may cost."
+    "--target", default="auto", show_default=True, help="Device for --int8: auto (this CPU), x86, pi or jetson."
+)
+@click.option(
+    "--calibration",
+    default="default",
+    show_default=True,
+    help="For --int8: a recipe's name, or a file.toml.",
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Percentage points of accuracy that --int8 or --fp16 may cost.",
 )
 @click.option(
     "--latent",
     type=click.Choice(("float16", "int8", "float32")),
     default="float16",
     show_default=True,
-    help="What latents travel as.",
+    help="Type of the latents that devices send each other.",
 )
-@click.option("--devices", metavar="LIST", help="Whose folders to write, as 0,3-5.  [default: all]")
+@click.option("--devices", metavar="LIST", help="Devices to write folders for, such as 0,3-5.  [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), help="The fleet folder.  [default: bundles/<name of the run>]")
-@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print the contents of report.json.")
 @click.version_option(package_name="nmoe", message="%(prog)s %(version)s")
 def cli(
     run: Path | None,
@@ -66,85 +77,85 @@ def cli(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Turn RUN (default: the newest in runs/) into one verified ONNX bundle a device.
+    """Turn RUN (default: the newest in runs/) into verified ONNX bundles, one for each device.
 
-    The folder that is written holds a folder for each device and fleet.toml, which names them all. Edit the addresses
-    there, then copy a device's folder and fleet.toml to it. A second export keeps addresses and keys, and does nothing
-    when nothing has changed. What was measured stands in report.json.
+    The output folder holds a folder for each device and fleet.toml, which lists all of them. Edit the addresses in
+    fleet.toml, then copy a device's folder and fleet.toml to that device. Another export keeps addresses and keys, and
+    does nothing when the folder is up to date. report.json and report.html hold the measurements.
     """
     if run is not None and modules is not None:
-        raise SourceError("a run and --modules are two sources; name one")
-    if modules is None:
-        run = run if run is not None else _newest_run()
-    name = modules.partition(":")[0] if modules is not None else Path(os.path.abspath(run or "")).name
-    out = out if out is not None else Path("bundles") / name
+        raise SourceError("give either a run or --modules, not both")
+    if run is None and modules is None:
+        run = _newest_run()
+    if out is None:
+        out = Path("bundles") / (modules.partition(":")[0] if modules else Path(os.path.abspath(run or "")).name)
+    if not max_drop >= 0:  # NaN too
+        raise SourceError(f"--max-drop {max_drop}: expected 0 or more percentage points")
+    wanted = _parse_devices(devices) if devices is not None else None
 
     from nmoe_export.calibrate import read_recipe
-    from nmoe_export.export import Options, export_fleet, export_run
+    from nmoe_export.export import Options, export_fleet
     from nmoe_export.source import of_factory
     from nmoe_export.targets import target_of
 
-    if not max_drop >= 0:
-        raise SourceError(f"--max-drop {max_drop}: not a number from 0 on")
-    target_of(target)
-    chosen = _devices(devices) if devices is not None else None
-    options = Options(precision or "fp32", target, read_recipe(calibration), max_drop, latent, chosen)  # type: ignore[arg-type]
-    say = Terminal()
+    target_of(target)  # before a factory runs, which may take a while
+    options = Options(precision or "fp32", target, read_recipe(calibration), max_drop, latent, wanted)  # type: ignore[arg-type]
+    progress = ProgressLine()
     try:
-        if modules is not None:
-            done = export_fleet(of_factory(modules), out, options, say)
-        else:
-            done = export_run(run or "", out, options, say)
+        source = of_factory(modules) if modules is not None else run or ""
+        done = export_fleet(source, out, options, progress)
     finally:
-        say.end()
+        progress.end()
     if as_json:
         click.echo(json.dumps(done.report, indent=2))
         return
     if not done.changed:
-        click.echo(f"{out}: nothing has changed since it was exported")
+        click.echo(f"{out}: up to date, nothing was written")
     for line in _table(done.report):
         click.echo(line)
     bundles = sum(os.path.isdir(out / device.name) for device in done.fleet.device)
     click.echo(f"{out}: {counted(bundles, 'bundle')}; next: nmoe-edge inspect {out}")
 
 
-def _devices(text: str) -> tuple[int, ...]:
-    """The numbers of a list such as 0,3-5."""
-    found: list[int] = []
+def _parse_devices(text: str) -> tuple[int, ...]:
+    """The numbers in a list such as 0,3-5, without repetitions."""
+    numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        first = int(match[1]) if match else 1
+        last = int(match[2] or match[1]) if match else 0
         if last < first:
-            raise SourceError(f"--devices {text}: {part!r} is no number and no range such as 3-5")
-        found += range(first, last + 1)
-    return tuple(dict.fromkeys(found))
+            raise SourceError(f"--devices {text}: {part!r} is not a number or a range such as 3-5")
+        numbers += range(first, last + 1)
+    return tuple(dict.fromkeys(numbers))
 
 
 def _table(report: Mapping[str, Any]) -> list[str]:
-    """What int8 or float16 is worth, for people."""
+    """What int8 or float16 gains and costs, line by line; nothing for float32."""
     precision = report.get("precision")
     if precision not in ("int8", "fp16"):
         return []
     lines = [f"{'':<11}{'is':>6}{'float ms':>10}{precision + ' ms':>9}{'faster':>8}{'bytes':>13}"]
     for name in ("extractor", "gate", "expert"):
-        speed = report["speed"].get(name)
-        known = isinstance(speed, dict)
-        cells = [f"{speed[key]:.3f}" if known else "–" for key in ("float_ms", "written_ms")]
-        faster = f"{speed['times_faster']:.2f} ×" if known else "–"
-        size = f"{report['bytes'][f'{name}.onnx']:,}"
-        lines.append(f"{name:<11}{report['is'][name]:>6}{cells[0]:>10}{cells[1]:>9}{faster:>8}{size:>13}")
-    kind = "right answers" if report["measured_by"] == "labels" else "answers as float gives them"
+        timing = report["speed"].get(name)
+        if isinstance(timing, dict):
+            speed = f"{timing['float_ms']:>10.3f}{timing['written_ms']:>9.3f}{timing['times_faster']:>6.2f} ×"
+        else:
+            speed = f"{'–':>10}{'–':>9}{'–':>8}"
+        size = report["bytes"][f"{name}.onnx"]
+        lines.append(f"{name:<11}{report['is'][name]:>6}{speed}{size:>13,}")
+    measured_by = "right answers" if report["measured_by"] == "labels" else "same answers as float"
     lines.append(
-        f"{kind}: {report['accuracy_written']:.1f} %, {report['drop']:.2f} points below float;"
+        f"{measured_by}: {report['accuracy_written']:.1f} %, {report['drop']:.2f} points below float;"
         f" the gates agree on {report['gate_agreement']:.1%}"
     )
     worst = report["worst"]
-    lines.append(f"worst is {worst['device']}: {worst['drop']:.2f} points below float")
+    lines.append(f"worst device: {worst['device']}, {worst['drop']:.2f} points below float")
     fusion = report.get("fusion", {})
     if "convs" in fusion:
         lines.append(
             f"integer: {fusion['convs_integer']} of {fusion['convs']} convolutions, {fusion['adds_integer']} of"
-            f" {fusion['adds']} residual additions; {fusion['pairs_left']} nodes still round"
+            f" {fusion['adds']} residual additions; {fusion['pairs_left']} nodes convert between integer and float"
         )
     if report.get("reverted"):
         lines.append(f"back in float: {', '.join(entry['node'] for entry in report['reverted'])}")
@@ -154,10 +165,9 @@ def _table(report: Mapping[str, Any]) -> list[str]:
 def _newest_run() -> Path:
     runs = sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise SourceError(f"no run stands in {RUNS}/; name one, or train one with nmoe-train")
+        raise SourceError(f"there is no run in {RUNS}/; name one, or train one with nmoe-train")
     return runs[-1].parent
 
 
 def main() -> None:
-    """The entry point."""
-    run_program(cli, "nmoe-export", ExportError, "export", _BROUGHT)
+    run_program(cli, "nmoe-export", ExportError, "export", _EXTRA_PACKAGES)

@@ -1,25 +1,25 @@
-"""Everything that nmoe_export raises on purpose.
+"""The errors that nmoe_export raises on purpose. The text of each is one line that says what is wrong and what to do.
 
 ExportError
-├── SourceError   what is to be exported cannot be: a broken run, shapes that disagree
-├── GraphError    a module that the exporter cannot turn into a graph, or whose graph answers otherwise
-└── DropError     int8 that costs more than is allowed
+├── SourceError   the run, the modules, the options or the output folder cannot be used
+├── GraphError    torch cannot export a module, or its graph computes something else
+└── DropError     int8 or float16 costs more accuracy than is allowed
 """
 
 from __future__ import annotations
 
 
 class ExportError(Exception):
-    """The root: its text is one line that says what to do."""
+    """The root of the tree."""
 
 
 class SourceError(ExportError):
-    """What is to be exported is not in order."""
+    """The run, the modules, the options or the output folder cannot be used."""
 
 
 class GraphError(ExportError):
-    """A module has no graph that gives its answers."""
+    """A module has no ONNX graph that computes the same."""
 
 
 class DropError(ExportError):
-    """No int8 fleet stays within the drop that is allowed."""
+    """The fleet loses more accuracy in int8 or float16 than is allowed."""

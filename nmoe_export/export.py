@@ -1,15 +1,14 @@
-"""A source -> a fleet folder: one trunk, one expert a device, one bundle each.
+"""The one way through an export: a source -> graphs -> the precision that was asked for -> bundles in a fleet folder.
 
-What is written is written through nmoe_edge's own bundle, and read back by it before it counts. What stands there
-already and has not changed is not written again.
+Bundles are written by nmoe_edge's own code, read back and self-tested before the folder takes its place. A folder that
+is up to date is left alone.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,100 +18,131 @@ import onnxruntime
 import torch
 
 from nmoe_edge.bundle.fleet import FILES as FLEET_FILES
-from nmoe_edge.bundle.fleet import FLEET_FILE, Device, Fleet, read_fleet
+from nmoe_edge.bundle.fleet import FLEET_FILE, Device, Fleet
 from nmoe_edge.bundle.fleet import SCHEMA as FLEET_SCHEMA
-from nmoe_edge.bundle.folder import read_bundle, write_bundle
+from nmoe_edge.bundle.folder import Bundle, write_bundle
 from nmoe_edge.bundle.manifest import Manifest, sha256
 from nmoe_edge.common.folders import check_replaceable, staged_folder
+from nmoe_edge.common.progress import Count, Progress
+from nmoe_edge.common.text import counted
 from nmoe_edge.errors import EdgeError
 from nmoe_edge.models import Models, run_selftest
-from nmoe_export.assignment import KINDS
-from nmoe_export.bundles import Writer
+from nmoe_export.bundles import device_bundle
 from nmoe_export.calibrate import Recipe
 from nmoe_export.errors import SourceError
+from nmoe_export.existing import REPORT, Existing
 from nmoe_export.graphs import export_graph, refilled
-from nmoe_export.precision import Made, make_fp16, make_int8
-from nmoe_export.progress import Count, Say
 from nmoe_export.report import page
 from nmoe_export.samples import samples_of
-from nmoe_export.simulation import Graphs, latents_of
+from nmoe_export.search import Chosen, search_fp16, search_int8
+from nmoe_export.simulation import KINDS, Graphs, Simulation, latents_of
 from nmoe_export.source import Source, key_of, of_run
 from nmoe_export.targets import target_of
 from nmoe_train.errors import TrainError
 from nmoe_train.run import Run, read_run
 
 FIRST_PORT = 7101
-REPORT = "report.json"
 PAGE = "report.html"
 FILES = rf"{FLEET_FILES}|report\.(json|html)"
+"""What a fleet folder may hold, as a regular expression."""
+PACKAGES = ("nmoe", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+"""A new version of one of these makes an export out of date."""
+_EXAMPLES = 32
+"""Samples that the exporter traces a module with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is chosen at export."""
+    """How to export a fleet.
+
+    Example: `Options("int8", target="pi", max_drop=1.0, devices=(0, 3))`
+    """
 
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """The precision of the graphs. With int8, graphs and nodes that would be slow or inaccurate stay in float."""
     target: str = "auto"
+    """The device to quantize for: x86, pi, jetson, or auto for this machine's CPU. Used by int8."""
     recipe: Recipe = field(default_factory=Recipe)
+    """Which samples calibrate, and how ranges are chosen. Used by int8. `read_recipe` reads one from a file."""
     max_drop: float = 0.5
-    """Points of accuracy that int8 or fp16 may cost."""
+    """How many percentage points of accuracy int8 or fp16 may cost, the mean over devices."""
     latent: Literal["float16", "int8", "float32"] = "float16"
-    """What latents travel as: float16 is half of float32 and a thousandth of a latent's size away from it."""
+    """The type that latents travel as. float16 is half the size of float32 and within a thousandth of its values."""
     devices: tuple[int, ...] | None = None
-    """Whose folders are written; None for all. fleet.toml names every device all the same."""
+    """The devices to write a folder for; None writes all. fleet.toml names every device in any case."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "fp16", "int8"):
+            raise SourceError(f"precision is {self.precision!r}; expected fp32, fp16 or int8")
+        if self.latent not in ("float16", "int8", "float32"):
+            raise SourceError(f"latent is {self.latent!r}; expected float16, int8 or float32")
+        if not self.max_drop >= 0:  # NaN too
+            raise SourceError(f"max_drop is {self.max_drop}; expected 0 or more percentage points")
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an export leaves."""
+    """The result of an export."""
 
     fleet: Fleet
+    """The devices with their addresses, as fleet.toml has them."""
     report: dict[str, Any]
+    """The contents of report.json: precision, sizes in bytes, speed in milliseconds, accuracy in percent."""
     changed: bool
-    """Whether anything had to be made."""
+    """False when the folder was up to date, and nothing was written."""
 
 
-def export_run(run: Run | Path | str, out: Path, options: Options = Options(), say: Say = lambda _: None) -> Exported:
-    """Write the fleet of a run to `out`: it is there as a whole, or not at all."""
-    with _blamed(out):
-        run = run if isinstance(run, Run) else read_run(run)
-        # Before networks are built, which takes longer than all the rest of it.
-        same = _unchanged(key_of(run), run.record.experts, out, options)
-        if same is not None:
-            return same
-        source = of_run(run)
-    return export_fleet(source, out, options, say)
+def _silent(_line: str) -> None:
+    pass
 
 
-def export_fleet(source: Source, out: Path, options: Options = Options(), say: Say = lambda _: None) -> Exported:
-    """The same for any source."""
-    with _blamed(out):
-        same = _unchanged(source.key, len(source.experts), out, options)
-        if same is not None:
-            return same
-        key, written, before = _key(source.key, options), _written(len(source.experts), options), _Before(out)
+def export_fleet(
+    source: Source | Run | Path | str,
+    out: Path | str,
+    options: Options = Options(),
+    progress: Progress = _silent,
+) -> Exported:
+    """Export a fleet to the folder `out`: one verified bundle for each device, fleet.toml and a report.
+
+    Arguments:
+        source: a training run (its folder or a `Run`), or your own modules as `of_modules` returns them.
+        out: the fleet folder. It is written as a whole or not at all. An existing fleet there is replaced; its
+            addresses and keys are kept. When it is up to date nothing is written.
+        options: precision, target and so on.
+        progress: is called with each line of progress.
+
+    Raises ExportError: SourceError when the run, a module, the calibration samples or `out` cannot be used; GraphError
+    when torch cannot export a module; DropError when int8 or fp16 costs more than `options.max_drop`.
+
+    Example:
+        from nmoe_export import Options, export_fleet
+
+        done = export_fleet("runs/digits", "bundles/digits", Options("int8"), progress=print)
+        print(done.report["drop"], [device.name for device in done.fleet.device])
+    """
+    out = Path(out)
+    with _as_source_error(out):
+        if isinstance(source, (str, Path)):
+            source = read_run(source)
+        # The check comes before a run's networks are built, which takes longer.
+        if isinstance(source, Run):
+            key = _key(key_of(source), options)
+            up_to_date = _up_to_date(key, source.record.experts, out, options)
+        else:
+            key = _key(source.key, options)
+            up_to_date = _up_to_date(key, len(source.experts), out, options)
+        if up_to_date is not None:
+            return up_to_date
+        if isinstance(source, Run):
+            source = of_run(source)
+
+        existing = Existing(out)
         check_replaceable(out, FLEET_FILE, FILES)  # before the long work
-        made, report = _made(source, options, say)
-        target = target_of(options.target).name if options.precision == "int8" else "any"
-        writer = Writer(source, made, target, options.latent)
+        graphs_report, chosen = _chosen(source, options, progress)
         with staged_folder(out, FLEET_FILE, FILES) as staging:
-            devices = []
-            for number in range(len(source.experts)):
-                manifest, contents = writer.bundle(number)
-                name, digest = manifest.device, manifest.sealed(contents).digest
-                if number in written or before.holds(name, digest):
-                    try:
-                        bundle = write_bundle(staging / name, manifest, contents)
-                        if not run_selftest(Models(bundle), bundle).passed:
-                            raise SourceError(f"{name}: what was written does not pass its own self-test")
-                    except EdgeError as error:
-                        raise SourceError(str(error).replace(str(staging), str(out))) from error
-                    before.link(staging / name, bundle.manifest)
-                fresh = Device(name, number, f"tcp://127.0.0.1:{FIRST_PORT + number}", "0" * 64)
-                devices.append(replace(before.devices.get(name, fresh), expert=number, bundle=digest))
-                say(Count("device {} written", number + 1, len(source.experts)))
-            fleet = Fleet(FLEET_SCHEMA, tuple(devices))
-            report |= {"key": key, "is": made.precision, "bytes": writer.sizes}
+            fleet, sizes = _write_devices(source, chosen, options, existing, staging, progress)
+            report = graphs_report | chosen.report
+            report |= {"key": key, "is": chosen.precision, "bytes": sizes}
             (staging / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
             (staging / PAGE).write_text(page(report), encoding="utf-8")
             (staging / FLEET_FILE).write_text(fleet.render())
@@ -120,8 +150,8 @@ def export_fleet(source: Source, out: Path, options: Options = Options(), say: S
 
 
 @contextmanager
-def _blamed(out: Path) -> Iterator[None]:
-    """What goes wrong, as one line."""
+def _as_source_error(out: Path) -> Iterator[None]:
+    """Raise errors of the run, of bundles and of the file system as SourceError."""
     try:
         yield
     except (TrainError, EdgeError) as error:
@@ -130,111 +160,122 @@ def _blamed(out: Path) -> Iterator[None]:
         raise SourceError(f"{out}: cannot be written: {error}") from error
 
 
-def _unchanged(source_key: str, experts: int, out: Path, options: Options) -> Exported | None:
-    """What stands there, where it is what this export would write."""
-    before, written = _Before(out), _written(experts, options)
-    if before.fleet is None or before.report.get("key") != _key(source_key, options) or not before.intact(written):
+def _up_to_date(key: str, experts: int, out: Path, options: Options) -> Exported | None:
+    """The fleet in `out` when this export would write the same again; None otherwise."""
+    existing = Existing(out)
+    wanted = _wanted_devices(experts, options)
+    same_key = existing.report.get("key") == key
+    if existing.fleet is None or not same_key or not existing.intact(wanted):
         return None
-    return Exported(before.fleet, before.report, changed=False)
+    return Exported(existing.fleet, existing.report, changed=False)
 
 
 def _key(source_key: str, options: Options) -> str:
-    """Digest of everything that an export depends on."""
-    data, shown = options.recipe.data, ""
+    """The digest of everything that decides what an export writes."""
+    data = options.recipe.data
+    samples_digest = ""
     if data != "run":
+        path = Path(data.removeprefix("npz:"))
         try:
-            shown = sha256(Path(data.removeprefix("npz:")).read_bytes())
+            samples_digest = sha256(path.read_bytes())
         except OSError as error:
-            raise SourceError(f"{data.removeprefix('npz:')}: {error.strerror}") from error
-    packages = ("nmoe", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
-    # Which folders are written changes nothing in any of them.
+            raise SourceError(f"{path}: {error.strerror}") from error
+    # The choice of devices does not change the contents of any folder.
     chosen = asdict(options) | {"target": target_of(options.target).name, "devices": None}
-    return sha256(json.dumps([source_key, chosen, shown, [version(p) for p in packages]], sort_keys=True).encode())
+    versions = [version(package) for package in PACKAGES]
+    return sha256(json.dumps([source_key, chosen, samples_digest, versions], sort_keys=True).encode())
 
 
-def _written(experts: int, options: Options) -> Collection[int]:
-    """The devices whose folders are asked for."""
-    everybody = range(experts)
+def _wanted_devices(experts: int, options: Options) -> Collection[int]:
+    """The devices to write a folder for."""
+    every_device = range(experts)
     if options.devices is None:
-        return everybody
-    unknown = sorted(set(options.devices) - set(everybody))
-    if unknown or not options.devices:
-        what = f"no device {unknown[0]}" if unknown else "no device is named"
-        raise SourceError(f"{what}: there are 0 to {len(everybody) - 1}")
+        return every_device
+    if not options.devices:
+        raise SourceError(f"devices is empty; name at least one of 0 to {experts - 1}")
+    unknown = sorted(set(options.devices) - set(every_device))
+    if unknown:
+        raise SourceError(f"there is no device {unknown[0]}; this fleet has devices 0 to {experts - 1}")
     return options.devices
 
 
-class _Before:
-    """What stands at the fleet's place already."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self.fleet = read_fleet(out / FLEET_FILE) if (out / FLEET_FILE).exists() else None
-        self.devices = {device.name: device for device in self.fleet.device} if self.fleet else {}
-        """Somebody chose their addresses and keys, so they are kept."""
-        self.report: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # without a report that can be read, everything is made anew
-            report = json.loads((out / REPORT).read_bytes())
-            self.report = report if isinstance(report, dict) else {}
-        self._known: dict[str, Path] = {}
-
-    def intact(self, written: Collection[int]) -> bool:
-        """Whether the bundles of these devices, and whatever else is here, are byte for byte as the fleet says."""
-        due = [d for d in self.devices.values() if d.expert in written or os.path.lexists(self._out / d.name)]
-        return all(self.holds(device.name, device.bundle) for device in due)
-
-    def holds(self, name: str, digest: str) -> bool:
-        """Whether the very bundle of this digest is here."""
-        try:
-            return read_bundle(self._out / name).manifest.digest == digest
-        except EdgeError:
-            return False
-
-    def link(self, folder: Path, manifest: Manifest) -> None:
-        """Let files of a device that others have too, or that it had before, be one file on the disk."""
-        for name, entry in manifest.files.items():
-            path, old = folder / name, self._out / folder.name / name
-            twin = self._known.setdefault(entry.sha256, path)
-            same = old.is_file() and not old.is_symlink() and old.stat().st_mode == path.stat().st_mode
-            if twin is path and same and sha256(old.read_bytes()) == entry.sha256:
-                twin = old
-            if twin is not path:
-                staged = path.with_name(f"{name}.link")
-                with suppress(OSError):  # a file system without links keeps copies
-                    os.link(twin, staged)
-                    staged.replace(path)
-
-
-def _made(source: Source, options: Options, say: Say) -> tuple[Made, dict[str, Any]]:
-    """The graphs in the precision that was asked for, and what is to be reported."""
-    # Too few samples are known before the long work.
+def _chosen(source: Source, options: Options, progress: Progress) -> tuple[dict[str, Any], Chosen]:
+    """The first part of report.json, and the graphs in the precision that was asked for."""
+    # Fails on too few samples before the long work.
     samples = samples_of(source, options.recipe) if options.precision == "int8" else None
-    example = torch.from_numpy(source.inputs[:32].copy())
-    extractor = export_graph(source.extractor, "extractor", example)
-    say("extractor exported")
-    latents = torch.from_numpy(latents_of(source, extractor, source.inputs[:32]))
-    graphs = Graphs(
-        extractor,
-        _exported(source.gates, "gate", source.alike, latents, say),
-        _exported(source.experts, "expert", source.alike, latents, say),
-    )
-    sizes = {"extractor.onnx": len(extractor), "gate.onnx": len(graphs.gates[0]), "expert.onnx": len(graphs.experts[0])}
-    head = {"precision": options.precision, "onnxruntime": onnxruntime.__version__, "bytes_float": sizes}
+    graphs = _float_graphs(source, progress)
     target = target_of(options.target)
     if samples is not None:
-        made = make_int8(source, graphs, target, options.recipe, samples, options.max_drop, options.latent, say)
+        chosen = search_int8(
+            source, graphs, target, options.recipe, samples, options.max_drop, options.latent, progress
+        )
     elif options.precision == "fp16":
-        made = make_fp16(source, graphs, target, options.max_drop, options.latent, say)
+        chosen = search_fp16(source, graphs, target, options.max_drop, options.latent, progress)
     else:
-        made = Made(graphs, dict.fromkeys(KINDS, "fp32"), source.inference)
-    return made, head | made.report
+        simulation = Simulation(source, graphs, options.latent)
+        chosen = Chosen(simulation, dict.fromkeys(KINDS, "fp32"), source.inference)
+    report = {
+        "precision": options.precision,
+        "onnxruntime": onnxruntime.__version__,
+        "bytes_float": {f"{kind}.onnx": len(graphs.of(kind)[0]) for kind in KINDS},
+    }
+    return report, chosen
 
 
-def _exported(nets: Sequence[torch.nn.Module], name: str, alike: bool, latents: torch.Tensor, say: Say) -> list[bytes]:
-    """A graph for each: exported once, and filled with the others' weights where they are alike."""
-    graphs = [export_graph(nets[0], f"{name} 0", latents)]
-    for i, net in enumerate(nets[1:], 1):
-        again = refilled(graphs[0], net, f"{name} {i}", latents) if alike else None
-        graphs.append(again if again is not None else export_graph(net, f"{name} {i}", latents))
-    say(f"{len(graphs)} {name}{'s' * (len(graphs) > 1)} exported")
+def _float_graphs(source: Source, progress: Progress) -> Graphs:
+    examples = source.inputs[:_EXAMPLES]
+    extractor = export_graph(source.extractor, "extractor", torch.from_numpy(examples.copy()))
+    progress("extractor exported")
+    latents = torch.from_numpy(latents_of(source, extractor, examples))
+    gates = _exported(source.gates, "gate", source.alike, latents, progress)
+    experts = _exported(source.experts, "expert", source.alike, latents, progress)
+    return Graphs(extractor, gates, experts)
+
+
+def _exported(
+    nets: Sequence[torch.nn.Module], kind: str, alike: bool, latents: torch.Tensor, progress: Progress
+) -> list[bytes]:
+    """One graph for each module. Modules built alike are exported once; the others only replace the weights."""
+    first = export_graph(nets[0], f"{kind} 0", latents)
+    graphs = [first]
+    for number, net in enumerate(nets[1:], 1):
+        name = f"{kind} {number}"
+        graph = refilled(first, net, name, latents) if alike else None
+        graphs.append(export_graph(net, name, latents) if graph is None else graph)
+    progress(f"{counted(len(graphs), kind)} exported")
     return graphs
+
+
+def _write_devices(
+    source: Source, chosen: Chosen, options: Options, existing: Existing, staging: Path, progress: Progress
+) -> tuple[Fleet, dict[str, int]]:
+    """Write the bundles; the fleet, and the size in bytes of each file of the last device."""
+    experts = len(source.experts)
+    wanted = _wanted_devices(experts, options)
+    target = target_of(options.target).name if options.precision == "int8" else "any"
+    devices = []
+    sizes: dict[str, int] = {}
+    for number in range(experts):
+        manifest, contents = device_bundle(source, chosen, target, options.latent, number)
+        name = manifest.device
+        digest = manifest.sealed(contents).digest
+        if number in wanted or existing.holds(name, digest):
+            bundle = _write_verified(staging / name, existing.folder / name, manifest, contents)
+            existing.link(staging / name, bundle.manifest)
+        fresh = Device(name, number, f"tcp://127.0.0.1:{FIRST_PORT + number}", "0" * 64)
+        devices.append(replace(existing.devices.get(name, fresh), expert=number, bundle=digest))
+        sizes = {file: len(data) for file, data in contents.items()}
+        progress(Count("device {} written", number + 1, experts))
+    return Fleet(FLEET_SCHEMA, tuple(devices)), sizes
+
+
+def _write_verified(staged: Path, folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> Bundle:
+    """Write a bundle to `staged`, read it back and run its self-test. Errors name `folder`, its final place."""
+    try:
+        bundle = write_bundle(staged, manifest, contents)
+        passed = run_selftest(Models(bundle), bundle).passed
+    except EdgeError as error:
+        raise SourceError(str(error).replace(str(staged), str(folder))) from error
+    if not passed:
+        raise SourceError(f"{folder}: the bundle does not pass its own self-test")
+    return bundle

@@ -1,4 +1,4 @@
-"""What onnxruntime's optimizer makes of an int8 extractor on a CPU: the proof that it computes in integers."""
+"""Counts what onnxruntime's optimizer makes of an int8 extractor on a CPU, to show that it computes in integers."""
 
 from __future__ import annotations
 
@@ -14,47 +14,53 @@ from nmoe_export.quantize import optimised
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """Counts of a graph as it runs."""
+    """Operators of a graph after optimization. An addition is residual when both of its inputs are computed."""
 
     operators: Mapping[str, int]
-    """Of each kind."""
+    """How many there are of each kind."""
     convs: int
-    """That were to be integer."""
+    """Convolutions expected to be integer."""
     convs_integer: int
     adds: int
-    """Residual ones, of two tensors that are computed, that were to be integer."""
+    """Residual additions expected to be integer."""
     adds_integer: int
     pairs_left: int
-    """Nodes that still round or undo it: what the optimizer could not take into an integer operator."""
+    """QuantizeLinear and DequantizeLinear nodes that the optimizer did not merge into an integer operator."""
 
     def missing(self) -> str:
-        """A line about what is not integer and should be; empty where nothing is."""
-        convs, adds = self.convs - self.convs_integer, self.adds - self.adds_integer
-        if convs <= 0 and adds <= 0:
+        """A line that says what is expected to be integer and is not; empty when nothing is missing."""
+        convs = max(self.convs - self.convs_integer, 0)
+        adds = max(self.adds - self.adds_integer, 0)
+        if not convs and not adds:
             return ""
         return (
-            f"{max(convs, 0)} of {self.convs} convolutions and {max(adds, 0)} of {self.adds} residual additions"
+            f"{convs} of {self.convs} convolutions and {adds} of {self.adds} residual additions"
             " of the extractor are not computed in integers"
         )
 
 
-def fusion(graph: bytes, model: onnx.ModelProto, floats: Collection[str]) -> Fusion:
-    """Of an int8 graph that was made of `model`, whose nodes named in `floats` were to stay as they are."""
-    nodes = onnx.load_from_string(optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)).graph
+def fusion(graph: bytes, model: onnx.ModelProto, float_nodes: Collection[str]) -> Fusion:
+    """Count the operators of the int8 `graph` made from `model`, in which `float_nodes` stay in float on purpose."""
+    optimised_graph = optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
+    nodes = onnx.load_from_string(optimised_graph).graph
     counts = Counter(node.op_type for node in nodes.node)
-    due = [node for node in model.graph.node if node.name not in floats]
+    expected = [node for node in model.graph.node if node.name not in float_nodes]
     return Fusion(
         operators=dict(counts),
-        convs=sum(node.op_type == "Conv" for node in due),
+        convs=sum(node.op_type == "Conv" for node in expected),
         convs_integer=counts["QLinearConv"],
-        adds=sum(_of_two(model.graph, node, "Add", (0, 1)) for node in due),
-        # Its inputs are a tensor, a scale and a zero point, twice.
-        adds_integer=sum(_of_two(nodes, node, "QLinearAdd", (0, 3)) for node in nodes.node),
+        adds=sum(_is_residual(model.graph, node, "Add", (0, 1)) for node in expected),
+        # The inputs of QLinearAdd are a tensor, its scale and its zero point, twice.
+        adds_integer=sum(_is_residual(nodes, node, "QLinearAdd", (0, 3)) for node in nodes.node),
         pairs_left=counts["QuantizeLinear"] + counts["DequantizeLinear"],
     )
 
 
-def _of_two(graph: onnx.GraphProto, node: onnx.NodeProto, kind: str, places: tuple[int, int]) -> bool:
-    """Whether this operator takes two tensors that are computed, not a weight."""
-    computed = {name for other in graph.node for name in other.output}
-    return node.op_type == kind and all(node.input[place] in computed for place in places)
+def _is_residual(graph: onnx.GraphProto, node: onnx.NodeProto, kind: str, positions: tuple[int, int]) -> bool:
+    """Whether `node` is of this kind and its inputs at both positions are computed, not weights."""
+    if node.op_type != kind:
+        return False
+    computed: set[str] = set()
+    for other in graph.node:
+        computed.update(other.output)
+    return all(node.input[position] in computed for position in positions)

@@ -1,6 +1,7 @@
-"""A torch module -> one float ONNX graph that gives its answers.
+"""A torch module -> one float ONNX graph that computes the same, checked against torch.
 
-Opset 18 and IR version 8, which onnxruntime reads since 1.14: JetPack 5 and every Raspberry Pi OS are served.
+Graphs use opset 18 and IR version 8. onnxruntime reads both since 1.14, which runs on JetPack 5 and on every Raspberry
+Pi OS.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from nmoe_edge.errors import ModelError
 from nmoe_edge.models import Graph
 from nmoe_export.errors import GraphError
 
-OPSET, IR_VERSION = 18, 8
+OPSET = 18
+IR_VERSION = 8
 CHECKED_BATCHES = (1, 7, 32)
 MAX_DIFFERENCE = 1e-4
-"""Between torch and onnxruntime, absolute: a ResNet18 differs by 4.5e-6."""
+"""The largest absolute difference allowed between torch and onnxruntime; a ResNet18 differs by 4.5e-6."""
 
 
 def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
-    """The graph of `module`, whose rows are like those of `example`, checked against torch at several batch sizes."""
+    """Export `module` for rows shaped like those of `example`, with any number of rows.
+
+    Raises GraphError, which begins with `name`, when torch cannot export it or onnxruntime computes something else.
+    """
     rows = torch.export.Dim("rows")
     try:
         with _quiet(), torch.no_grad():
@@ -52,7 +57,7 @@ def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own deprecated parts and prints what it traced; what matters is in its error."""
+    """Hide what the exporter prints and logs: it warns about its own deprecated parts. Its errors hold what matters."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -64,20 +69,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what an error came of in the end."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # half a second, for an error only
+    """The first line of an error's root cause, with a hint where there is one."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # takes half a second to import
 
     while error.__cause__ is not None:
         error = error.__cause__
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     if isinstance(error, GuardOnDataDependentSymNode):
-        reason += "; values cannot decide what is computed: use torch.where"
+        reason += "; values cannot decide which code runs: use torch.where"
     return reason
 
 
 def refilled(graph: bytes, module: nn.Module, name: str, example: torch.Tensor) -> bytes | None:
-    """The same graph with the weights of another module of the same build; None where its weights cannot be told."""
-    model, state = onnx.load_from_string(graph), module.state_dict()
+    """The same graph with the weights of another module that is built alike.
+
+    Returns None when the graph's weights do not match the module's by name and shape.
+    """
+    model = onnx.load_from_string(graph)
+    state = module.state_dict()
     for tensor in model.graph.initializer:
         weight = state.pop(tensor.name, None)
         if weight is None:
@@ -94,7 +103,7 @@ def refilled(graph: bytes, module: nn.Module, name: str, example: torch.Tensor) 
 
 
 def cleaned(model: onnx.ModelProto) -> bytes:
-    """Without who made it and where the code stood, and of the IR version that old runtimes read."""
+    """The serialized model without the exporter's name and source paths, in the IR version that old runtimes read."""
     model.ir_version = IR_VERSION
     model.ClearField("producer_name")
     model.ClearField("producer_version")
@@ -109,7 +118,7 @@ def cleaned(model: onnx.ModelProto) -> bytes:
 
 
 def check_answers(module: nn.Module, name: str, data: bytes, example: torch.Tensor) -> None:
-    """onnxruntime must say what torch says, for one row and for many."""
+    """Compare onnxruntime with torch at several batch sizes. Raises GraphError when they differ."""
     for batch in CHECKED_BATCHES:
         repeats = -(-batch // len(example))
         rows = example.repeat(repeats, *[1] * (example.ndim - 1))[:batch]

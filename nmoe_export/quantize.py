@@ -1,4 +1,4 @@
-"""Ranges and a target -> an int8 graph: static, QDQ, a scale for each channel of the weights."""
+"""Ranges and a target -> an int8 graph: static quantization in QDQ form, with one scale per channel of the weights."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from nmoe_export.targets import Target
 
 COMPUTE = ("Conv", "Gemm", "MatMul", "Add")
 OPERATORS = (*COMPUTE, "Relu", "MaxPool", "GlobalAveragePool", "AveragePool", "Reshape", "Flatten")
-"""What is made integer; what normalises, and what makes of bytes a picture, stays in float."""
+"""Operators that become integer. Normalisation, and the scaling of image bytes, stay in float."""
 
 
 def simplified(graph: bytes) -> onnx.ModelProto:
-    """The same graph with constants folded and BatchNorm taken into its Conv."""
+    """The graph with constants folded and each BatchNorm merged into its Conv."""
     return onnx.load_from_string(optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC))
 
 
 def quantize(
-    model: onnx.ModelProto, ranges: Mapping[str, Range], target: Target, floats: Collection[str] = ()
+    model: onnx.ModelProto, ranges: Mapping[str, Range], target: Target, float_nodes: Collection[str] = ()
 ) -> bytes:
-    """An int8 graph; the nodes named in `floats`, and those that have no ranges, stay as they are."""
+    """The int8 graph of `model`. Nodes named in `float_nodes`, and nodes without a range, stay in float."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     known = {
@@ -46,28 +46,28 @@ def quantize(
         activation_qType=activations,
         tensors_range=TensorsData(CalibrationMethod.MinMax, known),
         nodes_to_quantize=[],
-        nodes_to_exclude=[*floats, *unranged(model, ranges)],
+        nodes_to_exclude=[*float_nodes, *unranged(model, ranges)],
         op_types_to_quantize=list(OPERATORS),
         extra_options={
             "ActivationSymmetric": target.symmetric,
             "WeightSymmetric": True,
-            "QuantizeBias": target.name != "jetson",  # TensorRT wants it in float
+            "QuantizeBias": target.name != "jetson",  # TensorRT wants the bias in float
         },
     )
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     if target.fuses_conv_with_next:
-        _unrounded_inside_fusions(quantizer.model.model.graph)
-    return cleaned(_plain(quantizer.model.model))
+        _drop_rounding_inside_fusions(quantizer.model.model.graph)
+    return cleaned(_without_unused_opsets(quantizer.model.model))
 
 
 def quantizable(model: onnx.ModelProto) -> list[str]:
-    """The nodes that compute, in their order: those that can go back to float."""
+    """The names of the nodes that compute, in graph order. Each of them can stay in float."""
     return [node.name for node in model.graph.node if node.op_type in COMPUTE]
 
 
 def unranged(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> list[str]:
-    """The nodes that touch a tensor without a range, or a weight that is infinite: no integer can say it."""
+    """The nodes that use a tensor without a range, or a weight that is not finite. Integers cannot represent these."""
     inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     without = {name for name in (*float_tensors(model), *inputs) if name not in ranges}
     for tensor in model.graph.initializer:
@@ -76,34 +76,54 @@ def unranged(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> list[str]:
     return [node.name for node in model.graph.node if without.intersection((*node.input, *node.output))]
 
 
-def _unrounded_inside_fusions(graph: onnx.GraphProto) -> None:
-    """Take out the rounding between a Conv and the Relu or Add that it is to be one kernel with.
+def _drop_rounding_inside_fusions(graph: onnx.GraphProto) -> None:
+    """Remove the rounding between a Conv and the Relu or Add that TensorRT fuses with it.
 
-    Of an Add's two branches only one is fused: the other keeps its rounding.
+    Only one of an Add's two branches is fused; the other keeps its rounding.
     """
-    makers = {name: node for node in graph.node for name in node.output}
+    makers: dict[str, onnx.NodeProto] = {}
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
+        for name in node.output:
+            makers[name] = node
         for name in node.input:
             users.setdefault(name, []).append(node)
-    gone: list[onnx.NodeProto] = []
+    removed: list[onnx.NodeProto] = []
     for node in graph.node:
-        for place, name in enumerate(node.input if node.op_type in ("Relu", "Add") else ()):
-            back = makers.get(name)
-            there = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
-            conv = makers.get(there.input[0]) if there is not None and there.op_type == "QuantizeLinear" else None
-            if back is None or there is None or conv is None or conv.op_type != "Conv":
+        if node.op_type not in ("Relu", "Add"):
+            continue
+        for position, name in enumerate(node.input):
+            rounding = _rounding_after_conv(name, makers)
+            if rounding is None:
                 continue
-            if all(len(users[output]) == 1 for output in (conv.output[0], there.output[0], back.output[0])):
-                node.input[place] = conv.output[0]
-                gone += [there, back]
+            conv, quantizer, dequantizer = rounding
+            outputs = (conv.output[0], quantizer.output[0], dequantizer.output[0])
+            if all(len(users[output]) == 1 for output in outputs):
+                node.input[position] = conv.output[0]
+                removed += [quantizer, dequantizer]
                 break
-    for node in gone:
+    for node in removed:
         graph.node.remove(node)
 
 
-def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without the operator sets that the optimizer stamps and nothing uses: older runtimes refuse them."""
+def _rounding_after_conv(
+    name: str, makers: Mapping[str, onnx.NodeProto]
+) -> tuple[onnx.NodeProto, onnx.NodeProto, onnx.NodeProto] | None:
+    """The Conv, QuantizeLinear and DequantizeLinear that compute the tensor `name`; None when others do."""
+    dequantizer = makers.get(name)
+    if dequantizer is None or dequantizer.op_type != "DequantizeLinear":
+        return None
+    quantizer = makers.get(dequantizer.input[0])
+    if quantizer is None or quantizer.op_type != "QuantizeLinear":
+        return None
+    conv = makers.get(quantizer.input[0])
+    if conv is None or conv.op_type != "Conv":
+        return None
+    return conv, quantizer, dequantizer
+
+
+def _without_unused_opsets(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Remove the operator sets that the optimizer declares and no node uses: older runtimes refuse them."""
     used = {node.domain for node in model.graph.node}
     kept = [opset for opset in model.opset_import if opset.domain in used]
     del model.opset_import[:]
@@ -112,11 +132,12 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def optimised(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
-    """What onnxruntime makes of a graph before it runs it."""
+    """The graph as onnxruntime's optimizer rewrites it at this level."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level, options.log_severity_level = level, 4
+        options.graph_optimization_level = level
+        options.log_severity_level = 4  # fatal errors only
         options.optimized_model_filepath = str(path)
         onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         return path.read_bytes()

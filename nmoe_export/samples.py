@@ -1,4 +1,4 @@
-"""The samples that an int8 fleet is calibrated on: the shown half of the run's own, or somebody's file."""
+"""The samples that calibrate an int8 fleet: half of the run's held-out samples, or the samples of a file."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from nmoe_export.source import Source
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """What calibrates extractor, gates and experts."""
+    """Calibration samples."""
 
     inputs: NDArray[Any]
-    """(n, …)"""
+    """(n, …), as the extractor takes them"""
     clients: NDArray[np.int64] | None
-    """Whose each is (n,); None where nobody knows."""
+    """(n,), the client each sample belongs to; None when unknown"""
 
 
 def samples_of(source: Source, recipe: Recipe) -> Samples:
-    """Those that the recipe takes; SourceError where there are too few."""
+    """The samples that `recipe` draws. Raises SourceError when there are too few."""
     if recipe.data != "run":
-        inputs = _inputs_of(Path(recipe.data.removeprefix("npz:")), source)
+        inputs = _read_inputs(Path(recipe.data.removeprefix("npz:")), source)
         return Samples(inputs[drawn(len(inputs), recipe)], None)
     try:
-        rows = source.shown[drawn(len(source.shown), recipe)]
+        rows = source.calibrating[drawn(len(source.calibrating), recipe)]
     except SourceError as error:
-        raise SourceError(f"{error}; the other half, {len(source.measured)}, measures") from error
+        others = f"the other {len(source.measured)} samples measure accuracy"
+        raise SourceError(f"{error}; {others}") from error
     return Samples(source.inputs[rows], None if source.clients is None else source.clients[rows])
 
 
-def _inputs_of(path: Path, source: Source) -> NDArray[Any]:
+def _read_inputs(path: Path, source: Source) -> NDArray[Any]:
     try:
         inputs = read_npz(path.read_bytes())["inputs"]
     except KeyError:
-        raise SourceError(f"{path}: holds no array called inputs") from None
+        raise SourceError(f"{path}: the array 'inputs' is missing") from None
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: {error}") from error
     if (inputs.dtype.name, inputs.shape[1:]) != (source.input.dtype, source.input.shape):
-        raise SourceError(
-            f"{path}: inputs are {inputs.dtype} {inputs.shape[1:]}, not {source.input.dtype} {source.input.shape}"
-        )
+        expected = f"{source.input.dtype} {source.input.shape}"
+        raise SourceError(f"{path}: each row of inputs is {inputs.dtype} {inputs.shape[1:]}; expected {expected}")
     if not np.isfinite(inputs).all():
-        raise SourceError(f"{path}: inputs hold NaN or infinity")
+        raise SourceError(f"{path}: inputs contain NaN or infinity")
     return inputs

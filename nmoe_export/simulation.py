@@ -1,13 +1,11 @@
-"""A fleet's graphs as devices run them: nmoe_edge's own sessions, latents as they travel, the run's rules.
+"""Runs a fleet's graphs as devices do: in nmoe_edge's sessions, with latents as they travel, under the run's rules.
 
-What it answers is measured here: accuracy, agreement with another precision, speed.
+A `Simulation` computes each graph's outputs for all samples once; its methods measure accuracy and routing from them.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,105 +19,113 @@ from nmoe_export.source import Source
 from nmoe_train.results.evaluation import DeviceRows, accuracy, answers, choose_threshold
 from nmoe_train.run import Inference
 
+KINDS = ("extractor", "gate", "expert")
 BATCH = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graphs:
-    """A fleet's graphs in one precision, or in the best of each."""
+    """The ONNX graphs of a fleet, as bytes."""
 
     extractor: bytes
     gates: Sequence[bytes]
     experts: Sequence[bytes]
 
+    def of(self, kind: str) -> Sequence[bytes]:
+        """Every graph of one of `KINDS`."""
+        return {"extractor": [self.extractor], "gate": self.gates, "expert": self.experts}[kind]
+
 
 class Simulation:
-    """What these graphs make of the source's samples."""
+    """What a fleet's graphs compute for the source's samples."""
 
-    def __init__(self, source: Source, graphs: Graphs, latent: str, latents: NDArray[np.float32] | None = None) -> None:
-        """latent: what latents travel as; latents: the extractor's, where they are known"""
-        self.source, self.graphs = source, graphs
-        self.latents = latents_of(source, graphs.extractor) if latents is None else latents
-        dim, experts = (source.latent_dim,), len(graphs.experts)
-        self.scores = [in_batches(Graph("gate", gate, dim, (experts,)), self.latents) for gate in graphs.gates]
-        """Of each gate (n, N)"""
-        travelled = np.array(Tensor.pack(self.latents, latent).unpack())
-        self.outputs = np.stack(
-            [in_batches(Graph("expert", e, dim, (source.outputs,)), travelled) for e in graphs.experts], 1
-        )
-        """(n, N, K)"""
+    def __init__(self, source: Source, graphs: Graphs, latent: str) -> None:
+        """`latent` is the type that latents travel as."""
+        self.source = source
+        self.graphs = graphs
+        self.latents = latents_of(source, graphs.extractor)
+        """(n, latent_dim), as the extractor returns them"""
+        self.scores = [gate_scores(source, gate, self.latents) for gate in graphs.gates]
+        """one array (n, experts) for each gate"""
+        received = np.array(Tensor.pack(self.latents, latent).unpack())
+        outputs = [_in_batches(expert_session(source, expert), received) for expert in graphs.experts]
+        self.outputs = np.stack(outputs, 1)
+        """(n, experts, outputs), of latents as they travel"""
+
+    def scores_of(self, device: int) -> NDArray[np.float32]:
+        """The scores of a device's gate, (n, experts)."""
+        return self.scores[device % len(self.scores)]
 
     def rows(self, device: int, chosen: NDArray[np.int64]) -> DeviceRows:
-        """What a device makes of some of the samples."""
-        labels = self.source.labels if self.source.labels is not None else np.zeros(len(self.latents), np.int64)
-        scores = self.scores[device % len(self.scores)]
-        return DeviceRows(*(torch.from_numpy(np.array(a[chosen])) for a in (scores, self.outputs, labels)))
+        """The samples numbered `chosen` as a device sees them. Without labels, all labels are 0."""
+        labels = self.source.labels
+        if labels is None:
+            labels = np.zeros(len(self.latents), np.int64)
+        arrays = (self.scores_of(device), self.outputs, labels)
+        return DeviceRows(*(torch.from_numpy(np.array(array[chosen])) for array in arrays))
 
     def load(self) -> list[float]:
-        """Share of the measured samples for which the gates prefer each expert, the mean over gates."""
-        experts, rows = len(self.graphs.experts), self.source.measured
-        shares = [np.bincount(scores[rows].argmax(1), minlength=experts) / len(rows) for scores in self.scores]
+        """The share of the measured samples for which the gates prefer each expert, averaged over gates."""
+        experts = len(self.graphs.experts)
+        measured = self.source.measured
+        shares = [np.bincount(scores[measured].argmax(1), minlength=experts) / len(measured) for scores in self.scores]
         return [float(share) for share in np.mean(shares, axis=0)]
 
     def threshold(self) -> Inference:
-        """The rules of the source, with local_first chosen again on these graphs where it is in use.
+        """The source's rules, with `local_first` chosen again for these graphs where it is in use.
 
-        The samples that are shown choose it; where a device has none of its own, the source's stays.
+        The calibration half of the samples chooses it. The source's threshold stays when a client has no sample there.
         """
-        rules, clients, shown = self.source.inference, self.source.clients, self.source.shown
+        rules = self.source.inference
+        clients = self.source.clients
         if rules.local_first is None or self.source.labels is None or clients is None:
             return rules
+        chosen = self.source.calibrating
         devices = range(len(self.graphs.experts))
-        own = [self.rows(i, shown[clients[shown] == i]) for i in devices]
+        own = [self.rows(device, chosen[clients[chosen] == device]) for device in devices]
         if not all(len(rows.y) for rows in own):
             return rules
-        return replace(rules, local_first=choose_threshold(own, [self.rows(i, shown) for i in devices], rules))
+        everything = [self.rows(device, chosen) for device in devices]
+        return replace(rules, local_first=choose_threshold(own, everything, rules))
 
     def answered(self, rules: Inference) -> NDArray[np.int64]:
-        """The class that each device answers to each measured sample (devices, n)."""
-        devices, measured = range(len(self.graphs.experts)), self.source.measured
-        return np.stack([answers(self.rows(i, measured), i, rules)[0].argmax(1).numpy() for i in devices])
+        """The class that each device answers for each measured sample, (devices, n)."""
+        measured = self.source.measured
+        devices = range(len(self.graphs.experts))
+        return np.stack(
+            [answers(self.rows(device, measured), device, rules)[0].argmax(1).numpy() for device in devices]
+        )
 
     def accuracies(self, rules: Inference) -> list[float]:
-        """Each device's share of right answers to the measured samples; needs labels."""
-        parts = [self.rows(i, self.source.measured) for i in range(len(self.graphs.experts))]
-        return [accuracy(answers(rows, i, rules)[0], rows.y) for i, rows in enumerate(parts)]
+        """Each device's share of right answers to the measured samples. The source must have labels."""
+        parts = [self.rows(device, self.source.measured) for device in range(len(self.graphs.experts))]
+        return [accuracy(answers(rows, device, rules)[0], rows.y) for device, rows in enumerate(parts)]
 
 
 def latents_of(source: Source, extractor: bytes, inputs: NDArray[Any] | None = None) -> NDArray[np.float32]:
-    """What this extractor makes of the source's samples, or of others."""
-    graph = Graph("extractor", extractor, source.input.shape, (source.latent_dim,))
-    return in_batches(graph, source.inputs if inputs is None else inputs)
+    """The latents (n, latent_dim) of `inputs`, by default of all the source's samples."""
+    session = Graph("extractor", extractor, source.input.shape, (source.latent_dim,))
+    return _in_batches(session, source.inputs if inputs is None else inputs)
 
 
-def in_batches(graph: Graph, rows: NDArray[Any]) -> NDArray[np.float32]:
-    """graph(rows), a bounded number at a time."""
+def gate_scores(source: Source, gate: bytes, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A gate's scores (n, experts)."""
+    return _in_batches(Graph("gate", gate, (source.latent_dim,), (len(source.experts),)), latents)
+
+
+def expert_session(source: Source, expert: bytes) -> Graph:
+    return Graph("expert", expert, (source.latent_dim,), (source.outputs,))
+
+
+def _in_batches(graph: Graph, rows: NDArray[Any]) -> NDArray[np.float32]:
+    """graph(rows), at most BATCH rows at a time."""
     return np.concatenate([graph(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)])
 
 
 def gate_agreement(one: Simulation, two: Simulation) -> float:
-    """Share of the measured samples for which both gates have the same favourite, the mean over gates."""
-    rows, both = one.source.measured, zip(one.scores, two.scores, strict=True)
-    return float(np.mean([(a[rows].argmax(1) == b[rows].argmax(1)).mean() for a, b in both]))
-
-
-def latencies(
-    graphs: Mapping[str, bytes],
-    row_in: tuple[int, ...],
-    row_out: tuple[int, ...],
-    row: NDArray[Any],
-    seconds: float = 0.4,
-) -> dict[str, float]:
-    """Median milliseconds for one row on one thread, the graphs taking turns so that noise meets them alike."""
-    sessions = {name: Graph(name, data, row_in, row_out) for name, data in graphs.items()}
-    took: dict[str, list[float]] = {name: [] for name in sessions}
-    for session in sessions.values():
-        for _ in range(3):
-            session(row)
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(took.values()))) < 9:
-        for name, session in sessions.items():
-            began = time.perf_counter()
-            session(row)
-            took[name].append((time.perf_counter() - began) * 1000)
-    return {name: statistics.median(values) for name, values in took.items()}
+    """The share of the measured samples for which both gates prefer the same expert, averaged over gates."""
+    measured = one.source.measured
+    shares = []
+    for first, second in zip(one.scores, two.scores, strict=True):
+        shares.append((first[measured].argmax(1) == second[measured].argmax(1)).mean())
+    return float(np.mean(shares))

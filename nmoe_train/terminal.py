@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from nmoe_edge.common.progress import ProgressLine
 
 if TYPE_CHECKING:
     from nmoe_train.stages.federation import Round
@@ -21,31 +22,34 @@ BASELINES = {"local": "local classifiers", "fedavg": "FedAvg classifier", "centr
 
 
 class Progress:
-    """Where a training stands, on stderr: one line that changes on a terminal, a line now and then elsewhere."""
+    """Shows each round of a training on stderr: one line rewritten in place, or in a log file a line every 5 s."""
 
     def __init__(self) -> None:
-        """The clock starts now."""
-        self._stage, self._began, self._said = "", time.monotonic(), 0.0
+        self._line = ProgressLine(every_s=5.0)
+        self._stage = ""
+        self._first_round = 0
+        self._began = time.monotonic()
 
-    def __call__(self, told: Round) -> None:
-        """After each round."""
+    def __call__(self, state: Round) -> None:
         now = time.monotonic()
-        if told.stage != self._stage:
-            self._stage, self._first, self._began = told.stage, told.round, now
-        line = f"{told.stage:<9} {told.round:>4}/{told.rounds}"
-        line += f"  loss {told.loss:.3f}" if told.loss is not None else "  nobody took part"
-        line += f"  accuracy {told.accuracy:.1%}" if told.accuracy is not None else ""
-        line += f"  ε {told.epsilon:.3g}" if told.epsilon is not None else ""
-        line += f"  without {', '.join(map(str, told.lost))}" if told.lost else ""
-        terminal, last = sys.stderr.isatty(), told.round == told.rounds
-        if told.round > self._first and not last:
-            left = (now - self._began) / (told.round - self._first) * (told.rounds - told.round)
-            line += f"  {left:.0f} s left" if left < 100 else f"  {left / 60:.0f} min left"
-        if terminal:
-            click.echo(f"\r\x1b[K{line}", err=True, nl=last)
-        elif last or now - self._said > 5:
-            click.echo(line, err=True)
-            self._said = now
+        if state.stage != self._stage:
+            self._stage = state.stage
+            self._first_round = state.round
+            self._began = now
+        last = state.round == state.rounds
+        line = f"{state.stage:<9} {state.round:>4}/{state.rounds}"
+        line += f"  loss {state.loss:.3f}" if state.loss is not None else "  no client took part"
+        if state.accuracy is not None:
+            line += f"  accuracy {state.accuracy:.1%}"
+        if state.epsilon is not None:
+            line += f"  ε {state.epsilon:.3g}"
+        if state.lost:
+            line += f"  without {', '.join(map(str, state.lost))}"
+        rounds_timed = state.round - self._first_round
+        if rounds_timed > 0 and not last:
+            left_s = (now - self._began) / rounds_timed * (state.rounds - state.round)
+            line += f"  {left_s:.0f} s left" if left_s < 100 else f"  {left_s / 60:.0f} min left"
+        self._line.update(line, last)
 
 
 def json_line(finished: Round) -> None:

@@ -23,6 +23,7 @@ EDGE = {
     "common.limits": "",
     "common.memory": "",
     "common.npz": "",
+    "common.progress": "",
     "common.public": "",
     "common.schema": "",
     "common.text": "",

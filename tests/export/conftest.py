@@ -1,4 +1,4 @@
-"""What the tests of the export share."""
+"""Fixtures for the tests of the export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from export.foreign import modules, pictures
 
-from nmoe_export import assignment, export, graphs
+from nmoe_export import export, graphs, speed
 from nmoe_export.source import of_modules
 
 
@@ -19,35 +19,35 @@ def images():
 
 @pytest.fixture(scope="session")
 def source(images):
-    """What the fleet itself answers is right, so that float is right always."""
+    """The labels are what the float fleet answers, so float is always right."""
     extractor, gate, experts = modules()
     with torch.no_grad():
         h = extractor(torch.from_numpy(images))
-        said = torch.stack([expert(h) for expert in experts], 1)
-        labels = said[torch.arange(len(h)), gate(h).argmax(1)].argmax(1).numpy()
+        outputs = torch.stack([expert(h) for expert in experts], 1)
+        labels = outputs[torch.arange(len(h)), gate(h).argmax(1)].argmax(1).numpy()
     return of_modules(extractor, gate, experts, images, labels=labels)
 
 
 @pytest.fixture(autouse=True)
 def int8_is_faster(monkeypatch):
-    """Whether it is is the machine's business, which no test may depend on; what follows from it is not."""
-    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
+    """Tests do not depend on how fast int8 is on this machine."""
+    monkeypatch.setattr(speed, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
 
 
 _EXPORTED = {}
 
 
 @pytest.fixture(autouse=True)
-def a_module_is_exported_once(monkeypatch):
-    """torch takes most of a second for a graph, and tests export the same few modules again and again.
+def each_module_is_exported_once(monkeypatch):
+    """Reuse exported graphs: torch takes most of a second for one, and the tests export the same few modules.
 
-    The same weights, build, answers and example give the same graph: test_export.py has a test of that.
+    Equal weights, structure, answers and examples give equal graphs; a test in test_export.py checks that.
     """
 
     def exported(module, name, example):
         with torch.no_grad():
-            said = module.eval()(example)
-        parts = [example, said, *module.state_dict().values()]
+            answers = module.eval()(example)
+        parts = [example, answers, *module.state_dict().values()]
         digest = hashlib.sha256(b"".join(part.detach().contiguous().numpy().tobytes() for part in parts)).hexdigest()
         key = (type(module), str(module), tuple(example.shape), digest)
         if key not in _EXPORTED:

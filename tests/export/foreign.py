@@ -1,4 +1,4 @@
-"""Modules that nobody here has trained: what a ResNet is made of, in a few kB."""
+"""Small torch modules with the building blocks of a ResNet, as a user might bring them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INT8 = Options("int8", max_drop=100.0)
 
 
 class Block(nn.Module):
-    """A convolution with BatchNorm, a residual one, and a pool."""
+    """A convolution with BatchNorm, a residual convolution and a pool."""
 
     def __init__(self):
         super().__init__()
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Attentive(nn.Module):
-    """Attention that looks back only: its mask is minus infinity."""
+    """Causal attention: its mask is minus infinity."""
 
     def __init__(self):
         super().__init__()
@@ -39,13 +39,13 @@ class Attentive(nn.Module):
 
 
 def pictures():
-    """Bytes of many brightnesses (80, 3, 8, 8)"""
+    """Images of different brightness, uint8 (80, 3, 8, 8)."""
     draw = np.random.default_rng(0)
     return (draw.integers(0, 256, (80, 3, 8, 8)) * draw.uniform(size=(80, 3, 1, 1)) ** 2).astype(np.uint8)
 
 
 def modules(seed=0, experts=3, gates=1):
-    """Extractor, gates and experts: none of them always says the same of the pictures."""
+    """Extractor, gates and experts. Biases are chosen so that answers differ between the pictures."""
     torch.manual_seed(seed)
     extractor = Block().eval()
     nets = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(experts)]

@@ -10,7 +10,8 @@ from export.foreign import INT8, modules
 
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.models import Graph
-from nmoe_export import assignment
+from nmoe_export import search
+from nmoe_export.assignment import Assignment
 from nmoe_export.calibrate import Recipe
 from nmoe_export.candidate import Candidate
 from nmoe_export.export import export_fleet
@@ -20,38 +21,45 @@ from nmoe_export.source import of_modules
 @pytest.mark.parametrize("kept", [(), ("extractor",), ("gate",)])
 @pytest.mark.parametrize(("gates", "known"), [(1, False), (3, True), (3, False)])
 def test_gates_and_experts_are_calibrated_on_what_they_will_receive(images, tmp_path, monkeypatch, kept, gates, known):
-    """The latents of the extractor that is written, sent where the gates that are written send them."""
+    """Experts see the latents of the written extractor that the written gates send to them."""
     extractor, gate, experts = modules(gates=gates)
     given = replace(of_modules(extractor, gate, experts, images), clients=np.arange(80) % 3 if known else None)
-    saw, true = {}, Candidate.calibrate
+    saw = {}
+    true = Candidate.calibrate
 
     def calibrate(self, inputs, recipe):
         saw[self.name] = np.array(inputs)
         true(self, inputs, recipe)
 
     monkeypatch.setattr(Candidate, "calibrate", calibrate)
-    monkeypatch.setattr(assignment.Assignment, "_faster", lambda self, kind: kind not in kept)
+
+    def compare_speed(source, kind, *_):
+        times_faster = 1.0 if kind in kept else 2.0
+        return {"float_ms": times_faster, "written_ms": 1.0, "times_faster": times_faster, "reduced_bytes": 1}
+
+    monkeypatch.setattr(search, "compare_speed", compare_speed)
     recipe = Recipe(least=5)
     done = export_fleet(given, tmp_path / "fleet", replace(INT8, recipe=recipe))
     assert [kind for kind, what in done.report["is"].items() if what == "fp32"] == list(kept)
     bundles = [read_bundle(tmp_path / "fleet" / f"device-0{i}").contents for i in range(3)]
-    assert np.array_equal(saw["extractor"], images[given.shown])
-    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.shown])
+    assert np.array_equal(saw["extractor"], images[given.calibrating])
+    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.calibrating])
     favourites = np.stack([Graph("gate", b["gate.onnx"], (8,), (3,))(latents).argmax(1) for b in bundles])
     for i in range(3):
         assert np.array_equal(saw[f"gate {i if gates > 1 else 0}"], latents)
         if known:
-            owners = given.clients[given.shown]
+            owners = given.clients[given.calibrating]
             sent = (favourites[owners, np.arange(len(owners))] == i) | (owners == i)
         else:
             sent = (favourites == i).any(0)
         assert np.array_equal(saw[f"expert {i}"], latents[sent] if sent.sum() >= 5 else latents), i
 
 
-def test_gate_and_expert_are_calibrated_on_the_latents_of_somebodys_file(source, images, tmp_path, monkeypatch):
+def test_gates_and_experts_are_calibrated_on_the_latents_of_a_samples_file(source, images, tmp_path, monkeypatch):
     path = tmp_path / "theirs.npz"
     np.savez(path, inputs=images[::2] // 2)
-    saw, true = {}, Candidate.calibrate
+    saw = {}
+    true = Candidate.calibrate
 
     def calibrate(self, inputs, recipe):
         saw[self.name] = np.array(inputs)
@@ -65,3 +73,16 @@ def test_gate_and_expert_are_calibrated_on_the_latents_of_somebodys_file(source,
     assert np.array_equal(saw["gate 0"], latents)
     for i in range(3):
         assert {row.tobytes() for row in saw[f"expert {i}"]} <= {row.tobytes() for row in latents}
+
+
+def test_an_assignment_changes_one_part_at_a_time():
+    start = Assignment()
+    changed = start.with_float("gate").with_float("conv1")
+    assert (changed.kinds, changed.nodes) == ({"gate"}, {"conv1"})
+    assert changed.holds("gate")
+    assert changed.holds("conv1")
+    assert not changed.holds("expert")
+    assert changed.without_float("conv1") == start.with_float("gate")
+    assert changed.without_float("gate").without_float("conv1") == start == Assignment()
+    assert changed.float_nodes("extractor") == {"conv1"}
+    assert changed.float_nodes("gate") == frozenset()

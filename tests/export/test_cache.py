@@ -1,4 +1,4 @@
-"""Ranges that were found before."""
+"""The cache of calibration ranges."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture
 def found(monkeypatch):
-    """How often ranges had to be found."""
+    """The calls that computed ranges."""
     calls = []
 
     def counted(*arguments):
@@ -42,7 +42,7 @@ def files():
     return sorted((Path(os.environ["XDG_CACHE_HOME"]) / "nmoe" / "calibration").iterdir())
 
 
-def test_the_same_graph_on_the_same_samples_is_looked_up(model, found):
+def test_ranges_of_the_same_graph_and_samples_come_from_the_cache(model, found):
     first = cached_ranges(model, ROWS, Recipe(), False)
     assert first == ranges(model, ROWS, Recipe())
     assert cached_ranges(model, ROWS.copy(), Recipe(), False) == first
@@ -51,7 +51,7 @@ def test_the_same_graph_on_the_same_samples_is_looked_up(model, found):
     assert path.suffix == ".json"
 
 
-def test_whatever_decides_a_range_belongs_to_the_key(model, found, monkeypatch):
+def test_everything_that_decides_a_range_is_part_of_the_key(model, found, monkeypatch):
     other = onnx.ModelProto()
     other.CopyFrom(model)
     other.graph.initializer[0].raw_data = bytes(48)
@@ -78,7 +78,7 @@ def test_whatever_decides_a_range_belongs_to_the_key(model, found, monkeypatch):
     ],
     ids=range(7),
 )
-def test_a_broken_cache_is_made_anew(model, found, damage):
+def test_a_damaged_cache_file_is_replaced(model, found, damage):
     first = cached_ranges(model, ROWS, Recipe(), False)
     (path,) = files()
     path.write_bytes(damage)
@@ -87,7 +87,7 @@ def test_a_broken_cache_is_made_anew(model, found, damage):
     assert len(found) == 2
 
 
-def test_one_changed_number_in_the_cache_is_not_believed(model, found):
+def test_a_cache_file_with_one_changed_number_is_not_used(model, found):
     first = cached_ranges(model, ROWS, Recipe(), False)
     (path,) = files()
     plain = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def test_one_changed_number_in_the_cache_is_not_believed(model, found):
 
 
 @pytest.mark.parametrize("trouble", ["a file is in the way", "the disk is full", "no home"])
-def test_a_cache_that_cannot_be_written_is_no_error(model, tmp_path, monkeypatch, trouble):
+def test_a_cache_that_cannot_be_written_does_not_fail_the_export(model, tmp_path, monkeypatch, trouble):
     if trouble == "a file is in the way":
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -120,7 +120,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(model, tmp_path, monkeypatch
         assert files() == []
 
 
-def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
+def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache._folder() == tmp_path / ".cache" / "nmoe" / "calibration"

@@ -1,4 +1,4 @@
-"""Ranges against numpy, and recipes."""
+"""Ranges compared with numpy, and recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRAW = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def model():
-    """One layer whose output is its input, negated where the column is odd."""
+    """One layer that negates every second column of its input."""
     layer = nn.Linear(4, 4, bias=False)
     layer.load_state_dict({"weight": torch.diag(torch.tensor([1.0, -1, 1, -1]))})
     return onnx.load_from_string(export_graph(layer, "layer", torch.zeros(2, 4)))
@@ -33,7 +33,7 @@ def only(found):
     return found[name]
 
 
-def test_minmax_is_the_least_and_the_greatest_over_all_batches(model):
+def test_minmax_is_the_minimum_and_maximum_over_all_batches(model):
     x = rows()
     out = x * [1, -1, 1, -1]
     found = ranges(model, x, Recipe(method="minmax"))
@@ -41,7 +41,7 @@ def test_minmax_is_the_least_and_the_greatest_over_all_batches(model):
     assert only(found) == pytest.approx((out.min(), out.max()))
 
 
-def test_a_percentile_leaves_as_many_out_on_either_side(model):
+def test_a_percentile_cuts_off_equally_many_on_either_side(model):
     x = rows(8000)
     low, high = ranges(model, x, Recipe(method="percentile", percentile=99.0))["rows"]
     assert np.percentile(x, 0.5) == pytest.approx(low, abs=0.02)
@@ -50,7 +50,7 @@ def test_a_percentile_leaves_as_many_out_on_either_side(model):
     assert wide == pytest.approx((x.min(), x.max()), abs=0.01)
 
 
-def test_mse_is_the_best_of_shrunken_ranges_by_brute_force(model):
+def test_mse_finds_the_range_that_brute_force_finds(model):
     x = DRAW.laplace(size=(2000, 4)).astype(np.float32)
     found = ranges(model, x, Recipe(method="mse"))["rows"]
 
@@ -64,7 +64,7 @@ def test_mse_is_the_best_of_shrunken_ranges_by_brute_force(model):
     assert error(found[1] / x.max()) <= error(1.0)
 
 
-def test_entropy_cuts_a_far_outlier_off_and_leaves_an_even_spread(model):
+def test_entropy_cuts_off_a_far_outlier_and_keeps_a_uniform_spread(model):
     even = DRAW.uniform(-1, 1, size=(4000, 4)).astype(np.float32)
     low, high = ranges(model, even, Recipe(method="entropy"))["rows"]
     assert high - low > 1.9
@@ -74,7 +74,7 @@ def test_entropy_cuts_a_far_outlier_off_and_leaves_an_even_spread(model):
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
 @pytest.mark.parametrize("kind", ["far from zero", "after a relu"])
-def test_next_to_nothing_is_cut_off_where_zero_is_no_centre(model, method, kind):
+def test_ranges_that_are_not_centred_on_zero_cut_off_at_most_about_one_percent(model, method, kind):
     x = DRAW.uniform(2, 5, (4000, 4)) if kind == "far from zero" else DRAW.laplace(size=(4000, 4)).clip(0)
     x = x.astype(np.float32)
     low, high = ranges(model, x, Recipe(method=method))["rows"]
@@ -83,22 +83,22 @@ def test_next_to_nothing_is_cut_off_where_zero_is_no_centre(model, method, kind)
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
-def test_a_tensor_that_never_changes_has_a_range(model, method):
+def test_a_constant_tensor_has_a_range(model, method):
     low, high = ranges(model, np.full((40, 4), 2, np.float32), Recipe(method=method))["rows"]
     assert low <= high
     assert np.isfinite([low, high]).all()
 
 
-def test_samples_are_drawn_by_the_seed_and_too_few_are_an_error_with_their_number():
+def test_the_seed_decides_which_samples_are_drawn_and_too_few_are_refused():
     assert np.array_equal(drawn(100, Recipe(samples=40)), drawn(100, Recipe(samples=40)))
     assert not np.array_equal(drawn(100, Recipe(samples=40)), drawn(100, Recipe(samples=40, seed=1)))
     assert np.array_equal(drawn(100, Recipe()), np.arange(100))
-    with pytest.raises(SourceError, match="20 calibration samples; the recipe asks for 32"):
+    with pytest.raises(SourceError, match="20 calibration samples are too few: the recipe needs at least 32; add"):
         drawn(20, Recipe())
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
-def test_a_symmetric_range_is_as_wide_on_either_side_and_weighed_as_such(model, method):
+def test_a_symmetric_range_is_equally_wide_on_either_side_and_optimal_for_its_step(model, method):
     x = DRAW.laplace(size=(2000, 4)).astype(np.float32).clip(-0.5, None)
     low, high = ranges(model, x, Recipe(method=method, percentile=99.0), symmetric=True)["rows"]
     assert low == -high
@@ -113,13 +113,13 @@ def test_a_symmetric_range_is_as_wide_on_either_side_and_weighed_as_such(model, 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("method", ["minmax", "mse"])
-def test_a_tensor_that_is_ever_infinite_has_no_range(model, method, value):
+def test_a_tensor_with_an_infinity_or_nan_has_no_range(model, method, value):
     x = rows(100)
     x[70, 1] = value
     assert not ranges(model, x, Recipe(method=method))
 
 
-def test_no_more_than_a_batch_is_held_at_a_time(model, monkeypatch):
+def test_at_most_one_batch_is_in_memory(model, monkeypatch):
     monkeypatch.setattr(calibrate, "BATCH", 8)
     held = []
     true = calibrate._Watched.batches
@@ -136,7 +136,7 @@ def test_no_more_than_a_batch_is_held_at_a_time(model, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(calibrate.FOLDER.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_recipe_that_is_there_is_read(path):
+def test_every_committed_recipe_can_be_read(path):
     assert read_recipe(path.stem) == read_recipe(str(path))
 
 
@@ -145,18 +145,18 @@ def test_every_recipe_that_is_there_is_read(path):
     [
         ('methd = "mse"', "unknown key 'methd' .did you mean 'method'"),
         ('method = "best"', "expected one of 'minmax'"),
-        ('data = "imagenet"', "no data is called 'imagenet'"),
-        ("percentile = 5.0", "percentile is 5.0"),
-        ("least = 9999999", "least is 9999999"),
+        ('data = "imagenet"', "data is 'imagenet'; expected run or npz:FILE"),
+        ("percentile = 5.0", "percentile is 5.0; expected more than 50"),
+        ("least = 9999999", "least is 9999999; expected 1..4096"),
         ("method =", "recipe.toml"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_one_line(tmp_path, text, reason):
+def test_an_invalid_recipe_is_refused_with_a_reason(tmp_path, text, reason):
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(SourceError, match=reason):
         read_recipe(str(tmp_path / "recipe.toml"))
 
 
-def test_an_unknown_recipe_names_those_that_there_are():
-    with pytest.raises(SourceError, match="there are default, entropy, minmax, percentile"):
+def test_the_error_for_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(SourceError, match="recipes by name: default, entropy, minmax, percentile; or give a file.toml"):
         read_recipe("nowhere")

@@ -1,3 +1,5 @@
+"""From a run to a fleet folder, and the command."""
+
 from __future__ import annotations
 
 import itertools
@@ -19,10 +21,12 @@ from nmoe_edge.bundle.fleet import read_fleet_folder
 from nmoe_edge.models import Models, run_selftest
 from nmoe_edge.protocol.exchange import Exchange
 from nmoe_edge.protocol.routing import route
+from nmoe_export import simulation
 from nmoe_export.cli import main
 from nmoe_export.errors import GraphError, SourceError
-from nmoe_export.export import Options, export_run
+from nmoe_export.export import Options, export_fleet
 from nmoe_export.graphs import export_graph
+from nmoe_export.source import of_run
 from nmoe_train.config import configure
 from nmoe_train.pipeline import train
 from nmoe_train.run import Inference, read_run, write_run
@@ -30,11 +34,11 @@ from nmoe_train.run import Inference, read_run, write_run
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
-    """The golden run, exported once for the tests that only look."""
+    """The golden run, exported once. Tests must not change it."""
     from conftest import TESTS
 
     folder = tmp_path_factory.mktemp("export") / "fleet"
-    export_run(TESTS / "golden" / "v1" / "run", folder)
+    export_fleet(TESTS / "golden" / "v1" / "run", folder)
     return folder
 
 
@@ -49,7 +53,7 @@ def test_every_device_gets_a_bundle_that_passes_its_selftest(fleet):
 
 
 def test_the_fleet_answers_as_the_networks_of_the_run_do(fleet, golden):
-    """Three bundles and the exchange say what torch says: the run's own modules, routed by hand."""
+    """Three bundles and the exchange compute what the run's torch modules compute, routed by hand."""
     run = read_run(golden / "run")
     _, bundles = read_fleet_folder(fleet)
     models = [Models(bundle) for bundle in bundles.values()]
@@ -61,15 +65,15 @@ def test_the_fleet_answers_as_the_networks_of_the_run_do(fleet, golden):
         expected = sum(best.values.softmax(1)[:, k, None] * experts[best.indices[:, k], range(12)] for k in range(2))
 
     latent = models[1].extractor(images)
-    found = route(models[1].gate(latent), 1, range(3), 2)
-    it = Exchange(found, 3, itertools.count(), deadline=1.0, combination="probabilities")
-    for call in it.start(0.0):
-        it.answered(call.request, call.expert, models[call.expert].expert(latent[list(call.rows)]), 0.5)
-    assert np.allclose(it.result()[0], expected, atol=1e-5)
+    routes = route(models[1].gate(latent), 1, range(3), 2)
+    exchange = Exchange(routes, 3, itertools.count(), deadline=1.0, combination="probabilities")
+    for call in exchange.start(0.0):
+        exchange.answered(call.request, call.expert, models[call.expert].expert(latent[list(call.rows)]), 0.5)
+    assert np.allclose(exchange.result()[0], expected, atol=1e-5)
 
 
-def test_what_the_run_chose_is_what_the_manifest_says(golden, tmp_path):
-    """Settings that differ from every default, and the accuracy that torch measures."""
+def test_the_manifest_has_the_inference_rules_of_the_run(golden, tmp_path):
+    """All settings differ from their defaults; the accuracy is what torch measures."""
     run = read_run(golden / "run")
     chosen = Inference(top_k=2, combination="outputs", local_first=0.25, adapt=False)
     other = write_run(
@@ -81,7 +85,7 @@ def test_what_the_run_chose_is_what_the_manifest_says(golden, tmp_path):
         calibration=run.calibration(),
         metrics={},
     )
-    export_run(other, tmp_path / "fleet")
+    export_fleet(other, tmp_path / "fleet")
     _, bundles = read_fleet_folder(tmp_path / "fleet")
     with torch.no_grad():
         latents = run.extractor()(torch.from_numpy(run.calibration()["inputs"].copy()))
@@ -102,7 +106,7 @@ def test_what_the_run_chose_is_what_the_manifest_says(golden, tmp_path):
             assert bundle.manifest.accuracy == {"held_out": pytest.approx(right)}
 
 
-def test_the_selftest_is_of_the_clearer_half_of_the_routes_and_every_expert_has_its_clearest_there(fleet, golden):
+def test_the_selftest_has_clear_routes_only_and_the_clearest_route_to_every_expert(fleet, golden):
     run = read_run(golden / "run")
     _, bundles = read_fleet_folder(fleet)
     with torch.no_grad():
@@ -112,15 +116,50 @@ def test_the_selftest_is_of_the_clearer_half_of_the_routes_and_every_expert_has_
             margins = best.values[:, 0] - best.values[:, 1]
             clear = margins.argsort(descending=True)[: max(8, len(margins) // 2)]
             tested = run.gate(i)(torch.from_numpy(bundle.selftest.latents.copy())).topk(2)
-            told = tested.values[:, 0] - tested.values[:, 1]
-            assert told.min() >= margins[clear].min() - 1e-4
+            tested_margins = tested.values[:, 0] - tested.values[:, 1]
+            assert tested_margins.min() >= margins[clear].min() - 1e-4
             favourites = best.indices[clear, 0]
             for expert in favourites.unique():
                 clearest = margins[clear][favourites == expert].max()
-                assert torch.isclose(told[tested.indices[:, 0] == expert].max(), clearest, atol=1e-4)
+                assert torch.isclose(tested_margins[tested.indices[:, 0] == expert].max(), clearest, atol=1e-4)
 
 
-def test_the_trunk_names_the_training_and_not_the_file(fleet):
+def test_the_selftest_reuses_what_the_chosen_graphs_computed(golden, tmp_path, monkeypatch):
+    """A float export runs the extractor over all samples once, and each device's bundle takes rows of that."""
+    calls = []
+    true = simulation.latents_of
+
+    def counted(source, extractor, inputs=None):
+        calls.append(inputs)
+        return true(source, extractor, inputs)
+
+    monkeypatch.setattr(simulation, "latents_of", counted)
+    export_fleet(golden / "run", tmp_path / "fleet")
+    assert calls == [None]
+
+
+def test_a_run_can_be_given_as_path_as_text_or_as_run(fleet, golden, tmp_path):
+    expected = read_fleet_folder(fleet)[0]
+    assert export_fleet(str(golden / "run"), str(tmp_path / "text")).fleet == expected
+    assert export_fleet(read_run(golden / "run"), tmp_path / "run").fleet == expected
+    assert not export_fleet(of_run(read_run(golden / "run")), tmp_path / "run").changed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"precision": "int4"}, "precision is 'int4'; expected fp32, fp16 or int8"),
+        ({"latent": "bfloat16"}, "latent is 'bfloat16'; expected float16"),
+        ({"max_drop": float("nan")}, "max_drop is nan; expected 0 or more"),
+        ({"max_drop": -1.0}, "max_drop is -1.0; expected 0 or more"),
+    ],
+)
+def test_options_with_an_invalid_value_are_refused(wrong, text):
+    with pytest.raises(SourceError, match=text):
+        Options(**wrong)
+
+
+def test_the_trunk_identifies_the_trained_extractor_and_not_its_file(fleet):
     _, bundles = read_fleet_folder(fleet)
     manifests = [bundle.manifest for bundle in bundles.values()]
     assert len({manifest.trunk for manifest in manifests}) == 1
@@ -130,34 +169,34 @@ def test_the_trunk_names_the_training_and_not_the_file(fleet):
 
 def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
     out = tmp_path / "fleet"
-    first = export_run(golden / "run", out).fleet
+    first = export_fleet(golden / "run", out).fleet
     key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
     moved = replace(first.device[1], address="tcp://192.0.2.7:9000", public_key=key)
     (out / "fleet.toml").write_text(replace(first, device=(first.device[0], moved, first.device[2])).render())
-    again = export_run(golden / "run", out).fleet
+    again = export_fleet(golden / "run", out).fleet
     assert again.device[1] == moved
     (out / "keys").mkdir()
     (out / "keys" / "secret").touch()
     with pytest.raises(SourceError, match="holds 'keys/secret', which would be lost"):
-        export_run(golden / "run", out, Options(latent="int8"))
+        export_fleet(golden / "run", out, Options(latent="int8"))
     assert (out / "keys" / "secret").exists()
 
 
-def test_a_run_that_has_not_changed_is_not_even_built(golden, tmp_path, monkeypatch):
-    first = export_run(golden / "run", tmp_path / "fleet")
+def test_the_networks_of_an_unchanged_run_are_not_built(golden, tmp_path, monkeypatch):
+    first = export_fleet(golden / "run", tmp_path / "fleet")
     monkeypatch.setattr("nmoe_export.export.of_run", None)
-    again = export_run(golden / "run", tmp_path / "fleet")
+    again = export_fleet(golden / "run", tmp_path / "fleet")
     assert (again.changed, again.fleet) == (False, first.fleet)
 
 
 def test_two_exports_are_the_same_bytes(fleet, golden, tmp_path):
-    export_run(golden / "run", tmp_path / "again")
+    export_fleet(golden / "run", tmp_path / "again")
     for path in fleet.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "again" / path.relative_to(fleet)).read_bytes(), path
 
 
-def test_graphs_carry_no_path_of_the_machine_that_made_them(fleet):
+def test_graphs_contain_no_path_of_the_machine_that_made_them(fleet):
     for path in fleet.rglob("*.onnx"):
         assert b".py" not in path.read_bytes()
 
@@ -191,7 +230,7 @@ class Noisy(nn.Module):
         (Noisy(), "onnxruntime and torch differ"),
     ],
 )
-def test_a_module_without_a_faithful_graph_is_refused_by_name(module, text, capfd):
+def test_a_module_without_an_equivalent_graph_is_refused_by_name(module, text, capfd):
     with pytest.raises(GraphError, match=f"mine: {text}") as refused:
         export_graph(module, "mine", torch.ones(2, 3))
     assert "\n" not in str(refused.value)
@@ -203,19 +242,19 @@ def broken(golden, tmp_path):
     return shutil.copytree(golden / "run", tmp_path / "broken")
 
 
-def test_a_broken_run_is_one_line_and_nothing_is_written(broken, tmp_path):
+def test_a_broken_run_is_refused_and_nothing_is_written(broken, tmp_path):
     (broken / "experts" / "01.safetensors").write_bytes(b"")
     with pytest.raises(SourceError, match=r"experts/01\.safetensors"):
-        export_run(broken, tmp_path / "out")
+        export_fleet(broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_do_not_fit_are_one_line_and_nothing_is_written(broken, tmp_path):
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(broken, tmp_path):
     plain = json.loads((broken / "run.json").read_text())
     plain["networks"]["gate"]["arguments"]["outputs"] = 4
     (broken / "run.json").write_text(json.dumps(plain))
     with pytest.raises(SourceError, match="does not fit the gate"):
-        export_run(broken, tmp_path / "out")
+        export_fleet(broken, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [broken]
 
 
@@ -228,9 +267,9 @@ def test_help_shows_an_example(nmoe_export):
     assert "Examples: nmoe-export" in nmoe_export("--help").output
 
 
-def test_without_a_run_the_newest_is_taken(nmoe_export, golden, tmp_path, monkeypatch):
+def test_without_an_argument_the_newest_run_is_exported(nmoe_export, golden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "no run stands in runs/" in nmoe_export().error
+    assert "there is no run in runs/" in nmoe_export().error
     shutil.copytree(golden / "run", tmp_path / "runs" / "mine")
     done = nmoe_export()
     assert done.exit_code == 0, done.error
@@ -238,14 +277,14 @@ def test_without_a_run_the_newest_is_taken(nmoe_export, golden, tmp_path, monkey
     assert read_fleet_folder(tmp_path / "bundles" / "mine")
 
 
-def test_a_place_that_cannot_be_made_is_refused_before_anything_is_exported(nmoe_export, golden, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_refused_before_the_export(nmoe_export, golden, tmp_path):
     (tmp_path / "thesis.txt").touch()
     done = nmoe_export(golden / "run", "--out", tmp_path / "thesis.txt" / "fleet")
     assert (done.exit_code, done.error.count("\n")) == (1, 1)
     assert "thesis.txt is not a folder; choose another place" in done.error
 
 
-def test_somebodys_folder_is_never_written_over(nmoe_export, golden, tmp_path):
+def test_a_folder_with_other_files_is_not_overwritten(nmoe_export, golden, tmp_path):
     (tmp_path / "thesis.txt").touch()
     done = nmoe_export(golden / "run", "--out", tmp_path)
     assert done.exit_code == 1
@@ -253,14 +292,14 @@ def test_somebodys_folder_is_never_written_over(nmoe_export, golden, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_missing_run_is_one_line(nmoe_export, tmp_path):
+def test_a_missing_run_is_refused_in_one_line(nmoe_export, tmp_path):
     done = nmoe_export(tmp_path / "nowhere")
     assert (done.exit_code, done.output) == (1, "")
     error = f"{tmp_path / 'nowhere'}: no such run; expected a folder that nmoe-train wrote"
     assert done.error == f"nmoe-export: {error}\n"
 
 
-def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_export, golden, monkeypatch):
+def test_without_the_export_extra_the_pip_command_is_printed(nmoe_export, golden, monkeypatch):
     for module in ("nmoe_export.graphs", "nmoe_export.export"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
@@ -273,10 +312,10 @@ def test_without_the_extra_the_pip_line_that_brings_it_is_printed(nmoe_export, g
     "gate", [{"method": "rangate", "shares": [0.7, 0.3]}, {"widths": [16]}, {"own": "weights"}], ids=str
 )
 def test_every_kind_of_gate_becomes_a_bundle(tmp_path, gate):
-    """Trained, not made up: what the exporter finds in a run is what training leaves there."""
+    """The run is a real, short training, so the exporter finds what training writes."""
     flags = {"data": {"clients": 2}, "extractor": {"rounds": 1}, "gate": {"rounds": 2, **gate}}
     run = train(configure(flags=flags), tmp_path / "run")
-    export_run(tmp_path / "run", tmp_path / "fleet")
+    export_fleet(tmp_path / "run", tmp_path / "fleet")
     _, bundles = read_fleet_folder(tmp_path / "fleet")
     images = run.calibration()["inputs"]
     for device, bundle in enumerate(bundles.values()):
@@ -291,8 +330,8 @@ def test_every_kind_of_gate_becomes_a_bundle(tmp_path, gate):
 EXPORT = [sys.executable, "-c", "from nmoe_export.cli import main; main()"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(golden, tmp_path):
-    """No file may grow over a kilobyte: what a full disk is to the one that is written when it is."""
+def test_a_full_disk_is_reported_in_one_line_and_leaves_nothing(golden, tmp_path):
+    """A limit of one kilobyte for each file stands in for a full disk."""
 
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -305,7 +344,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(golden, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(golden, tmp_path):
+def test_ctrl_c_during_an_export_leaves_nothing(golden, tmp_path):
     command = [*EXPORT, golden / "run", "--out", tmp_path / "fleet"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

@@ -1,4 +1,4 @@
-"""Fleets in int8 and float16: what goes back to float, what is refused, and on whose samples it is judged."""
+"""The search for int8 and float16: what goes back to float, what is refused, and which samples measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import nn
 from nmoe_edge.bundle.fleet import read_fleet_folder
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.models import Models, run_selftest
-from nmoe_export import assignment, precision
+from nmoe_export import search, speed, trial
+from nmoe_export.assignment import Candidates
 from nmoe_export.calibrate import Recipe
 from nmoe_export.candidate import Candidate
 from nmoe_export.errors import DropError, GraphError
@@ -38,7 +39,7 @@ def test_a_jetson_gets_signed_symmetric_activations_and_small_graphs_in_float16(
         assert values[node.input[2]] == 0
 
 
-def test_a_fleet_of_int8_bundles_passes_its_selftest_and_says_what_it_is(source, tmp_path):
+def test_int8_bundles_pass_their_selftest_and_the_manifest_says_int8(source, tmp_path):
     done = export_fleet(source, tmp_path / "fleet", replace(INT8, latent="int8"))
     assert done.changed
     _, bundles = read_fleet_folder(tmp_path / "fleet")
@@ -55,71 +56,69 @@ def test_a_fleet_of_int8_bundles_passes_its_selftest_and_says_what_it_is(source,
     assert min(report["signal_to_noise_db"].values()) > 10
 
 
-def test_what_int8_makes_no_faster_stays_in_float(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 1.0, "written": 1.0})
-    said = []
-    done = export_fleet(source, tmp_path / "fleet", INT8, said.append)
+def test_a_graph_that_int8_does_not_make_faster_stays_in_float(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "latencies", lambda *_: {"float": 1.0, "written": 1.0})
+    lines = []
+    done = export_fleet(source, tmp_path / "fleet", INT8, lines.append)
     assert set(done.report["is"].values()) == {"fp32"}
-    assert "extractor stays in float: int8 is 1.00 times as fast here" in said
+    assert "extractor stays in float: int8 is 1.00 times as fast here" in lines
 
 
-def test_nodes_go_back_to_float_until_the_drop_is_allowed_the_noisiest_first(source, tmp_path, monkeypatch):
-    """As if only the second node's rounding did harm, which no other can make good."""
+def test_nodes_go_back_to_float_noisiest_first_until_the_drop_is_allowed(source, tmp_path, monkeypatch):
+    """Only the rounding of node c costs accuracy here; that of the others costs nothing."""
     noise = {"a": 30.0, "b": 10.0, "c": 20.0}
     monkeypatch.setattr(Candidate, "noise", lambda *_: noise)
-    true = precision._worth
+    true = trial.percent_right
 
     def worth(system, rules, reference, float_rules):
         harmed = system is not reference and "c" not in seen[-1]
         return true(reference, float_rules, reference, float_rules) - 50 * harmed
 
     seen = [[]]
-    best = Candidate.best
+    graphs = Candidates.graphs
 
-    def watched(self):
-        if self.name == "extractor":
-            seen.append(list(self.floats))
-        return best(self)
+    def watched(self, assignment):
+        seen.append(assignment.nodes)
+        return graphs(self, assignment)
 
-    monkeypatch.setattr(precision, "_worth", worth)
-    monkeypatch.setattr(Candidate, "best", watched)
-    said = []
-    done = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5), said.append)
-    tried = [line.partition(" back")[0] for line in said if " back to float: " in line]
+    monkeypatch.setattr(trial, "percent_right", worth)
+    monkeypatch.setattr(Candidates, "graphs", watched)
+    lines = []
+    done = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5), lines.append)
+    tried = [line.partition(" back")[0] for line in lines if " back to float: " in line]
     assert tried == ["expert", "gate", "b", "c"]
-    # The first three did no good: they are int8 again.
+    # The first three did not help, so they are int8 again.
     assert [entry["node"] for entry in done.report["reverted"]] == ["c"]
     assert done.report["tried_again"] == ["expert", "gate", "b"]
     assert set(done.report["is"].values()) == {"int8"}
 
 
-def test_the_threshold_is_chosen_again_on_the_int8_system(source, tmp_path, monkeypatch):
-    """With clients and a threshold in use: the one that goes into the manifest is the int8 system's own."""
-    mine = replace(
+def test_the_local_first_threshold_is_chosen_again_for_int8(source, tmp_path, monkeypatch):
+    """With clients and a threshold in use, the manifest has the threshold that the int8 graphs choose."""
+    with_clients = replace(
         source,
         clients=np.arange(len(source.inputs)) % 3,
         inference=Inference(1, "probabilities", 0.5, False),
-        key="mine",
+        key="with clients",
     )
-    monkeypatch.setattr(
-        precision.Simulation, "threshold", lambda self: replace(self.source.inference, local_first=0.95)
-    )
-    export_fleet(mine, tmp_path / "fleet", INT8)
+    monkeypatch.setattr(trial.Simulation, "threshold", lambda self: replace(self.source.inference, local_first=0.95))
+    export_fleet(with_clients, tmp_path / "fleet", INT8)
     assert read_bundle(tmp_path / "fleet" / "device-01").manifest.routing.local_first == 0.95
     monkeypatch.undo()
-    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
+    monkeypatch.setattr(speed, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
     seen = []
     monkeypatch.setattr(
-        "nmoe_export.simulation.choose_threshold", lambda own, everybody, rules: seen.append((own, everybody)) or 0.7
+        "nmoe_export.simulation.choose_threshold", lambda own, everything, rules: seen.append((own, everything)) or 0.7
     )
-    done = export_fleet(mine, tmp_path / "other", INT8)
+    done = export_fleet(with_clients, tmp_path / "other", INT8)
     assert done.report["local_first"] == {"float": 0.5, "written": 0.7}
-    own, everybody = seen[0]
-    assert all(np.array_equal(rows.y.numpy(), mine.labels[mine.shown]) for rows in everybody)
+    own, everything = seen[0]
+    assert all(np.array_equal(rows.y.numpy(), with_clients.labels[with_clients.calibrating]) for rows in everything)
     for device, rows in enumerate(own):
-        shown = mine.shown[mine.clients[mine.shown] == device]
-        assert len(shown) == 13
-        assert np.array_equal(rows.y.numpy(), mine.labels[shown])
+        calibrating = with_clients.calibrating
+        own_rows = calibrating[with_clients.clients[calibrating] == device]
+        assert len(own_rows) == 13
+        assert np.array_equal(rows.y.numpy(), with_clients.labels[own_rows])
 
 
 def test_weights_have_a_scale_for_each_channel(source, tmp_path):
@@ -134,7 +133,7 @@ def test_weights_have_a_scale_for_each_channel(source, tmp_path):
     assert scales == [[8], [8]]
 
 
-def test_modules_that_look_alike_and_answer_otherwise_keep_their_answers(images, tmp_path):
+def test_modules_with_equal_layers_and_different_attributes_keep_their_answers(images, tmp_path):
     class Times(nn.Linear):
         def forward(self, h):
             return super().forward(h) * self.factor
@@ -150,22 +149,22 @@ def test_modules_that_look_alike_and_answer_otherwise_keep_their_answers(images,
     assert np.abs(bundle.selftest.outputs - expected).max() < 1e-4
 
 
-def test_a_drop_that_cannot_be_held_writes_nothing(source, tmp_path, monkeypatch):
-    true = precision._worth
-    monkeypatch.setattr(precision, "_worth", lambda s, r, ref, fr: true(s, r, ref, fr) - 50 * (s is not ref))
-    with pytest.raises(DropError, match=r"50\.00 points worse than float"):
+def test_a_fleet_that_loses_too_much_in_int8_is_not_written(source, tmp_path, monkeypatch):
+    true = trial.percent_right
+    monkeypatch.setattr(trial, "percent_right", lambda s, r, ref, fr: true(s, r, ref, fr) - 50 * (s is not ref))
+    with pytest.raises(DropError, match=r"int8 is 50\.00 points worse than float, and --max-drop allows 0\.5"):
         export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5))
     assert not list(tmp_path.iterdir())
 
 
-def test_without_labels_agreement_with_float_is_what_counts(images, tmp_path):
+def test_without_labels_accuracy_is_agreement_with_float(images, tmp_path):
     done = export_fleet(of_modules(*modules(), images), tmp_path / "fleet", INT8)
     assert done.report["measured_by"] == "agreement with float"
     assert done.report["accuracy_float"] == 100.0
     assert not read_bundle(tmp_path / "fleet" / "device-00").manifest.accuracy
 
 
-def test_an_unchanged_export_does_nothing_and_the_same_export_is_the_same_bytes(source, tmp_path):
+def test_an_up_to_date_export_does_nothing_and_equal_exports_have_equal_bytes(source, tmp_path):
     first = export_fleet(source, tmp_path / "fleet", INT8)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "fleet").rglob("*")}
     again = export_fleet(source, tmp_path / "fleet", INT8)
@@ -181,7 +180,7 @@ def test_an_unchanged_export_does_nothing_and_the_same_export_is_the_same_bytes(
     assert export_fleet(source, tmp_path / "fleet", replace(INT8, recipe=Recipe(method="minmax"))).changed
 
 
-def test_what_devices_have_in_common_is_one_file_and_one_changed_expert_rewrites_one(images, tmp_path):
+def test_equal_files_are_hard_links_and_a_changed_expert_changes_one_file(images, tmp_path):
     extractor, gate, experts = modules()
     float_ = Options()
     export_fleet(of_modules(extractor, gate, experts, images), tmp_path / "fleet", float_)
@@ -199,8 +198,8 @@ def test_what_devices_have_in_common_is_one_file_and_one_changed_expert_rewrites
     assert {name for name in before if before[name] != after[name]} == {"fleet/device-01/expert.onnx"}
 
 
-def test_a_network_of_somebody_else_becomes_a_fleet(tmp_path):
-    """torchvision's MobileNet as extractor: depthwise convolutions, hard swishes and all."""
+def test_a_torchvision_network_becomes_a_fleet(tmp_path):
+    """MobileNet as extractor has depthwise convolutions and hard swishes."""
     from nmoe_train.data.vision import models
 
     torch.manual_seed(0)
@@ -217,8 +216,8 @@ def test_a_network_of_somebody_else_becomes_a_fleet(tmp_path):
         assert bundle.labels == tuple("abcde")
 
 
-def test_what_is_measured_is_not_what_was_shown(source, tmp_path):
-    """Wrong labels on the samples that are shown change no figure; on the others they do."""
+def test_accuracy_is_measured_on_samples_that_did_not_calibrate(source, tmp_path):
+    """Wrong labels on the calibration half change no figure; on the measured half they do."""
 
     def figures(name, rows):
         labels = source.labels.copy()
@@ -228,58 +227,57 @@ def test_what_is_measured_is_not_what_was_shown(source, tmp_path):
         return [done.report[key] for key in ("accuracy_float", "accuracy_written", "drop", "worst")] + held_out
 
     true = figures("true", [])
-    assert figures("shown", source.shown) == true
+    assert figures("calibrating", source.calibrating) == true
     assert figures("measured", source.measured) != true
 
 
-def test_what_should_be_integer_and_is_not_is_said_and_shown(source, tmp_path, monkeypatch):
-    true = precision.fusion
-    monkeypatch.setattr(precision, "fusion", lambda *given: replace(true(*given), convs_integer=1, adds_integer=0))
-    said = []
-    done = export_fleet(source, tmp_path / "fleet", INT8, said.append)
+def test_missing_integer_operators_are_reported(source, tmp_path, monkeypatch):
+    true = search.fusion
+    monkeypatch.setattr(search, "fusion", lambda *given: replace(true(*given), convs_integer=1, adds_integer=0))
+    lines = []
+    done = export_fleet(source, tmp_path / "fleet", INT8, lines.append)
     line = "1 of 2 convolutions and 1 of 1 residual additions of the extractor are not computed in integers"
-    assert line in said
+    assert line in lines
     assert done.report["fusion"]["missing"] == line
     page = (tmp_path / "fleet" / "report.html").read_text()
     assert line in page
     assert "1 of 2 integer" in page
 
 
-def test_nodes_that_went_back_to_float_are_not_missed(source, tmp_path, monkeypatch):
-    """As if the first convolution's rounding did harm: it goes back, and the proof speaks of the others."""
-    true, first = precision._worth, []
+def test_nodes_that_went_back_to_float_are_not_missing_integers(source, tmp_path, monkeypatch):
+    """Only the first convolution costs accuracy here: it goes back, and the counts are of the others."""
+    true, first = trial.percent_right, []
 
     def worth(system, rules, reference, float_rules):
         harmed = system is not reference and not first[-1]
         return true(reference, float_rules, reference, float_rules) - 50 * harmed
 
-    best = Candidate.best
+    graphs = Candidates.graphs
 
-    def watched(self):
-        if self.name == "extractor":
-            first.append(self.nodes()[0] in self.floats)
-        return best(self)
+    def watched(self, assignment):
+        first.append(self.extractor.nodes()[0] in assignment.nodes)
+        return graphs(self, assignment)
 
-    monkeypatch.setattr(precision, "_worth", worth)
-    monkeypatch.setattr(Candidate, "best", watched)
+    monkeypatch.setattr(trial, "percent_right", worth)
+    monkeypatch.setattr(Candidates, "graphs", watched)
     found = export_fleet(source, tmp_path / "fleet", replace(INT8, max_drop=0.5)).report["fusion"]
     assert (found["convs"], found["convs_integer"], found["adds"], found["missing"]) == (1, 1, 1, "")
 
 
 def test_the_worst_device_is_named_with_its_drop(source, tmp_path, monkeypatch):
-    true = precision._worth
+    true = trial.percent_right
 
     def worth(system, rules, reference, float_rules):
         return true(reference, float_rules, reference, float_rules) - np.array([1, 7, 1]) * (system is not reference)
 
-    monkeypatch.setattr(precision, "_worth", worth)
+    monkeypatch.setattr(trial, "percent_right", worth)
     done = export_fleet(source, tmp_path / "fleet", INT8)
     assert done.report["worst"] == {"device": "device-01", "drop": 7.0}
     assert done.report["drop"] == pytest.approx(3)
     assert "device-01" in (tmp_path / "fleet" / "report.html").read_text()
 
 
-def test_attention_with_a_mask_of_minus_infinity_becomes_an_int8_fleet(tmp_path):
+def test_attention_with_an_infinite_mask_becomes_an_int8_fleet(tmp_path):
     torch.manual_seed(0)
     rows = np.random.default_rng(0).normal(size=(80, 4, 6)).astype(np.float32)
     fleet = of_modules(Attentive(), nn.Linear(8, 2), [nn.Linear(8, 3) for _ in range(2)], rows)
@@ -296,9 +294,9 @@ def test_attention_with_a_mask_of_minus_infinity_becomes_an_int8_fleet(tmp_path)
 FP16 = Options("fp16", max_drop=100.0)
 
 
-def test_a_float16_fleet_passes_its_selftest_and_says_what_it_costs(source, tmp_path, monkeypatch):
-    # Slower here is no reason to keep float32: it is for other machines.
-    monkeypatch.setattr(assignment, "latencies", lambda *_: {"float": 1.0, "written": 2.0})
+def test_float16_bundles_pass_their_selftest_and_the_report_has_their_cost(source, tmp_path, monkeypatch):
+    # float16 is for other machines, so it is written although it is slower here.
+    monkeypatch.setattr(speed, "latencies", lambda *_: {"float": 1.0, "written": 2.0})
     done = export_fleet(source, tmp_path / "fleet", FP16)
     assert set(done.report["is"].values()) == {"fp16"}
     assert done.report["speed"]["extractor"]["times_faster"] == 0.5
@@ -313,20 +311,20 @@ def test_a_float16_fleet_passes_its_selftest_and_says_what_it_costs(source, tmp_
         assert bundle.manifest.target == "any"
 
 
-def test_float16_that_costs_too_much_or_overflows_writes_nothing(source, images, tmp_path, monkeypatch):
+def test_float16_that_overflows_or_loses_too_much_is_not_written(source, images, tmp_path, monkeypatch):
     extractor, gate, experts = modules()
     experts[0] = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
     with torch.no_grad():
         for layer, scale in zip(experts[0], (2**12, 2**12, 2**-24), strict=True):
             layer.weight *= scale
-    with pytest.raises(GraphError, match="expert 0: numbers inside it go to .*, over the 65504 of float16; "):
+    with pytest.raises(GraphError, match="expert 0: values inside it reach .*, over the 65504 of float16; "):
         export_fleet(of_modules(extractor, gate, experts, images), tmp_path / "fleet", FP16)
     jetson = export_fleet(
         of_modules(extractor, gate, experts, images), tmp_path / "jetson", replace(INT8, target="jetson")
     )
     assert jetson.report["is"] == {"extractor": "int8", "gate": "fp16", "expert": "fp32"}
-    true = precision._worth
-    monkeypatch.setattr(precision, "_worth", lambda s, r, ref, fr: true(s, r, ref, fr) - 50 * (s is not ref))
+    true = trial.percent_right
+    monkeypatch.setattr(trial, "percent_right", lambda s, r, ref, fr: true(s, r, ref, fr) - 50 * (s is not ref))
     with pytest.raises(DropError, match=r"float16 is 50\.00 points worse"):
         export_fleet(source, tmp_path / "fleet", replace(FP16, max_drop=0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["jetson"]

@@ -1,4 +1,4 @@
-"""What is made integer or float16, and the proof of it."""
+"""Which operators become integer or float16."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_on_a_cpu_every_conv_and_residual_add_is_an_integer_operator(images):
         found = fusion(quantize(model, ranges(model, images, Recipe()), TARGETS[name]), model, [])
         assert (found.convs, found.convs_integer, found.adds, found.adds_integer) == (2, 2, 1, 1)
         assert not found.operators.keys() & {"Conv", "FusedConv", "Add"}
-        assert found.pairs_left == 2  # where bytes come in, and where floats go out
+        assert found.pairs_left == 2  # at the uint8 input and at the float output
         assert not found.missing()
 
 
-def test_an_int8_graph_is_a_quarter_and_near_the_float_one_and_plain(images):
+def test_an_int8_graph_is_a_quarter_of_the_size_and_needs_no_extra_operator_set(images):
     wide = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 64))
     rows = torch.randn(200, 64)
     graph = export_graph(wide, "wide", rows[:4])
@@ -43,7 +43,7 @@ def test_an_int8_graph_is_a_quarter_and_near_the_float_one_and_plain(images):
     assert parsed.ir_version == 8
 
 
-def test_nodes_that_are_named_stay_in_float(images):
+def test_named_nodes_stay_in_float(images):
     model = simplified(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
     everything = quantizable(model)
     assert len(everything) == 3
@@ -55,8 +55,8 @@ def test_nodes_that_are_named_stay_in_float(images):
 
 
 @pytest.mark.parametrize("name", ["jetson", "x86"])
-def test_only_a_jetson_has_nothing_rounded_between_a_conv_and_what_it_fuses_with(name):
-    """A ResNet18: of the two branches of a residual Add one comes straight from its Conv, the other is rounded."""
+def test_only_a_jetson_has_no_rounding_between_a_conv_and_the_node_it_fuses_with(name):
+    """In a ResNet18 one branch of each residual Add comes straight from its Conv, and the other is rounded."""
     torch.manual_seed(0)
     net = build(NetSpec("resnet18", {"channels": 3, "size": 16, "dim": 32, "norm": "batch"}))
     images = np.random.default_rng(0).integers(0, 256, (32, 3, 16, 16)).astype(np.uint8)
@@ -75,8 +75,8 @@ def test_only_a_jetson_has_nothing_rounded_between_a_conv_and_what_it_fuses_with
     onnx.checker.check_model(parsed, full_check=True)
 
 
-def test_what_should_be_integer_and_is_not_is_counted_and_said(images):
-    """A graph whose nodes all stayed in float, held against the wish that none does."""
+def test_missing_integer_operators_are_counted(images):
+    """All nodes of the graph are in float although none was expected to be."""
     model = simplified(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
     floats = quantize(model, ranges(model, images, Recipe()), target_of("x86"), quantizable(model))
     found = fusion(floats, model, [])
@@ -85,7 +85,7 @@ def test_what_should_be_integer_and_is_not_is_counted_and_said(images):
 
 
 def parameters(model, kind):
-    """The zero points of activations, or what every Conv has as its bias."""
+    """The zero points of activations, or the bias of every Conv."""
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     if kind == "zero points":
         return [values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
@@ -101,15 +101,15 @@ def test_each_target_has_its_own_activations_and_biases(images):
     for name in ("x86", "pi"):
         points = parameters(made[name], "zero points")
         assert {point.dtype for point in points} == {np.dtype(np.uint8)}
-        assert {int(point) for point in points} - {0, 128}  # what is below zero has a share of the range
-        assert parameters(made[name], "biases") == [None, None]  # it comes from a node that makes floats of int32
+        assert {int(point) for point in points} - {0, 128}  # negative values take a share of the range
+        assert parameters(made[name], "biases") == [None, None]  # a node computes it from int32
     points = parameters(made["jetson"], "zero points")
     assert {point.dtype for point in points} == {np.dtype(np.int8)}
     assert not any(points)
     assert [bias.dtype for bias in parameters(made["jetson"], "biases")] == [np.float32] * 2
 
 
-def test_a_mask_of_minus_infinity_stays_in_float_and_spoils_nothing():
+def test_an_infinite_mask_stays_in_float_and_the_rest_is_quantized():
     torch.manual_seed(0)
     rows = np.random.default_rng(0).normal(size=(80, 4, 6)).astype(np.float32)
     graph = export_graph(Attentive().eval(), "net", torch.from_numpy(rows[:4]))
@@ -130,7 +130,7 @@ def test_a_mask_of_minus_infinity_stays_in_float_and_spoils_nothing():
     }
 
 
-def test_float16_is_half_as_large_and_near_and_takes_bytes_as_they_are(images):
+def test_float16_is_half_the_size_and_accurate_and_takes_uint8_inputs(images):
     torch.manual_seed(0)
     net = build(NetSpec("resnet18", {"channels": 3, "size": 8, "dim": 32, "norm": "batch"}))
     graph = export_graph(net, "net", torch.from_numpy(images[:4]))

@@ -1,4 +1,4 @@
-"""A fleet's graphs as devices run them."""
+"""A fleet's graphs run as devices run them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nmoe_export.simulation import Graphs, Simulation, gate_agreement
 
 @pytest.fixture(scope="module")
 def graphs(source):
-    """Of the source, in float."""
+    """The source's float graphs."""
     rows = torch.from_numpy(source.inputs[:8])
     with torch.no_grad():
         h = source.extractor(rows)
@@ -27,7 +27,7 @@ def graphs(source):
     )
 
 
-def test_experts_are_measured_on_latents_as_they_travel_and_gates_on_latents_as_they_are(source, graphs):
+def test_experts_see_latents_as_they_travel_and_gates_see_the_exact_latents(source, graphs):
     system = Simulation(source, graphs, "int8")
     travelled = np.array(Tensor.pack(system.latents, "int8").unpack())
     assert np.abs(travelled - system.latents).max() > 0
@@ -36,18 +36,17 @@ def test_experts_are_measured_on_latents_as_they_travel_and_gates_on_latents_as_
     assert np.array_equal(system.scores[0], Graph("g", graphs.gates[0], (8,), (3,))(system.latents))
 
 
-def test_gates_agree_where_their_favourites_are_the_same_on_the_samples_that_measure(source, graphs):
+def test_gates_agree_when_they_prefer_the_same_expert_for_the_measured_samples(source, graphs):
     one, two = Simulation(source, graphs, "float32"), Simulation(source, graphs, "float32")
     assert gate_agreement(one, two) == 1
     others = source.measured[:10]
     two.scores[0][others] = np.roll(one.scores[0][others], 1, axis=1)
-    two.scores[0][source.shown] = np.roll(one.scores[0][source.shown], 1, axis=1)
+    two.scores[0][source.calibrating] = np.roll(one.scores[0][source.calibrating], 1, axis=1)
     assert gate_agreement(one, two) == pytest.approx(0.75)
     assert one.load() != two.load()
 
 
-def test_a_graph_is_measured_as_devices_run_it(source):
-    """Float graphs through the system answer what torch answers."""
+def test_float_graphs_answer_what_torch_answers(source):
     rows = torch.from_numpy(source.inputs)
     with torch.no_grad():
         h = source.extractor(rows)
@@ -65,7 +64,7 @@ def test_a_graph_is_measured_as_devices_run_it(source):
     assert (system.answered(source.inference)[0] == answered[source.measured]).mean() > 0.97
 
 
-def test_experts_of_one_build_share_an_exported_graph_with_their_own_weights():
+def test_a_graph_refilled_with_weights_equals_an_exported_graph():
     _, _, experts = modules()
     rows = torch.randn(8, 8)
     first = export_graph(experts[0], "expert 0", rows)

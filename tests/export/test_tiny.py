@@ -1,4 +1,4 @@
-"""The tiny fleet that is committed is the one that its script makes."""
+"""The committed tiny fleet is what its script makes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_committed_fleet_is_what_the_script_makes(tiny_fleet, tmp_path):
     assert [replace(d, bundle="0" * 64) for d in made.device] == [replace(d, bundle="0" * 64) for d in committed.device]
     for name, bundle in bundles.items():
         other = theirs[name]
-        # What another CPU computes may differ in the last bit, and with it the digests of what holds it.
+        # Another CPU may compute another last bit, which changes the digests of selftest.npz and the bundle.
         for field in ("inputs", "latents", "experts", "outputs", "latent_tolerance", "output_tolerance"):
             assert np.allclose(getattr(bundle.selftest, field), getattr(other.selftest, field), atol=1e-6), field
         computed = {"selftest.npz"}
