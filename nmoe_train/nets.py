@@ -93,7 +93,7 @@ class ResNet18(nn.Module):
         std: Sequence[float] = (0.5,),
     ) -> None:
         """mean, std: of each channel of the training images, with pixels scaled to 0..1"""
-        from nmoe_train.data.vision import models
+        from nmoe_train.vision import models
 
         super().__init__()
         norms: dict[str, Callable[[int], nn.Module]] = {

@@ -103,6 +103,20 @@ EDGE = {
     ),
     "__main__": "cli",
 }
+# The modules of the other packages, in an order in which each imports only modules before it.
+ORDER = {
+    "nmoe_export": (
+        "errors targets source graphs calibrate cache samples quantize fp16 fusion simulation speed candidate"
+        " assignment trial search bundles existing report export __init__ cli"
+    ),
+    "nmoe_train": (
+        "errors vision nets config settings data data.partition data.views data.datasets data.clients"
+        " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
+        " stages.gate checkpoint run results results.evaluation results.pages results.pages.svg results.pages.plane"
+        " results.pages.grid results.pages.charts results.pages.formats results.pages.render results.pages.run_page"
+        " trainer pipeline results.baselines results.paper terminal options __init__ cli"
+    ),
+}
 # Package -> what it may import of its sisters.
 SISTERS = {
     "nmoe_edge": (),
@@ -164,6 +178,24 @@ def test_a_module_of_the_edge_imports_only_what_the_plan_allows(name):
 
 def test_the_plan_names_every_module_of_the_edge():
     assert set(modules("nmoe_edge")) == set(EDGE)
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_a_module_imports_only_modules_before_it(package):
+    order = ORDER[package].split()
+    assert set(order) == set(modules(package))
+    for name, path in modules(package).items():
+        inside = {found.removeprefix(f"{package}.") for found in imports(path) if found.startswith(f"{package}.")}
+        late = [found for found in inside if order.index(found) >= order.index(name)]
+        assert not late, f"{package}.{name} imports {late}"
+
+
+def test_the_stages_of_training_know_neither_runs_nor_results():
+    allowed = ("nmoe_train.config", "nmoe_train.data.views", "nmoe_train.errors", "nmoe_train.stages.")
+    for name, path in modules("nmoe_train").items():
+        if name.startswith("stages"):
+            found = {module for module in imports(path) if module.startswith(("nmoe_train", "nmoe_edge"))}
+            assert all(module.startswith(allowed) for module in found), name
 
 
 def test_the_top_level_of_the_edge_has_at_most_twelve_files():

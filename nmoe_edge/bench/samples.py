@@ -17,7 +17,7 @@ LEAST_SAMPLES = {0.5: 1, 0.9: 64, 0.99: 662, 0.999: 6636}
 ALIKE = 1.05
 """A warm-up is over when the medians of its last blocks are within this factor of each other."""
 STEADY_BLOCKS = 3
-"""Consecutive blocks whose medians must agree to end a warm-up."""
+"""A warm-up ends when the medians of this many consecutive blocks agree."""
 BLOCK_S = 0.05
 """Length of a block of the warm-up."""
 MAX_WARM_S = 2.0

@@ -311,7 +311,7 @@ def _pixels(file: Path) -> NDArray[np.uint8]:
 
 
 def _torchvision(name: str) -> Dataset:
-    from nmoe_train.data.vision import fetched
+    from nmoe_train.vision import fetched
 
     try:
         train, test = fetched(name, ROOT)

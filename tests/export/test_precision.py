@@ -200,7 +200,7 @@ def test_equal_files_are_hard_links_and_a_changed_expert_changes_one_file(images
 
 def test_a_torchvision_network_becomes_a_fleet(tmp_path):
     """MobileNet as extractor has depthwise convolutions and hard swishes."""
-    from nmoe_train.data.vision import models
+    from nmoe_train.vision import models
 
     torch.manual_seed(0)
     net = models.mobilenet_v3_small(num_classes=16).eval()

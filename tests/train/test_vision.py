@@ -16,7 +16,7 @@ from nmoe_train.data.datasets import load
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
     """A mirror with a Fashion-MNIST of twenty images, and an empty data/ for the download."""
-    from nmoe_train.data.vision import datasets
+    from nmoe_train.vision import datasets
 
     utils = importlib.import_module("torchvision.datasets.utils")
 
@@ -49,7 +49,7 @@ def test_a_data_set_is_downloaded_once_and_prints_nothing_to_stdout(fashion, cap
 
 
 def test_output_of_torchvision_goes_to_stderr(fashion, capsys, monkeypatch):
-    from nmoe_train.data.vision import datasets
+    from nmoe_train.vision import datasets
 
     download = datasets.FashionMNIST.download
 
@@ -82,7 +82,7 @@ def test_a_failed_download_leaves_no_files_and_can_be_repeated(fashion):
 
 
 def test_an_interrupted_download_leaves_no_files(fashion, monkeypatch):
-    from nmoe_train.data.vision import datasets
+    from nmoe_train.vision import datasets
 
     def interrupted(self):
         (data.ROOT / next(data.ROOT.iterdir()) / "half").write_text("half")
