@@ -17,11 +17,6 @@ def line():
     return ProgressLine()
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-
-
 def count(line, upto=3, total=3):
     for number in range(1, upto + 1):
         line(Count("device {} written", number, total))
@@ -36,7 +31,8 @@ def test_in_a_log_file_only_the_last_count_of_a_series_is_written(line, capsys):
     assert capsys.readouterr() == ("", "begin\ndevice 3 of 3 written\nend\ndevice 2 of 3 written\n")
 
 
-def test_on_a_terminal_counts_overwrite_each_other(line, capsys, terminal):
+def test_on_a_terminal_counts_overwrite_each_other(line, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     count(line)
     count(line, upto=1)
     line("what comes next has a line of its own")
