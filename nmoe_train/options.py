@@ -137,9 +137,9 @@ PAPER = combined(
 
 def settings_of(given: Mapping[str, object], settings: Sequence[str] = ()) -> dict[str, Any]:
     """The given options as settings nested by section; options win over --set."""
-    from nmoe_train.settings import parsed
+    from nmoe_train.settings import parse_setting
 
-    values = [parsed(text) for text in settings]
+    values = [parse_setting(text) for text in settings]
     values += [(_SETTING_OF_OPTION.get(option, option), value) for option, value in given.items()]
     flags: dict[str, Any] = {}
     for setting, value in values:

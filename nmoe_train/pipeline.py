@@ -24,12 +24,12 @@ from nmoe_edge.common.folders import check_replaceable
 from nmoe_edge.common.schema import from_plain, to_plain
 from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claimed, difference, partial_folder
 from nmoe_train.config import Config, configure_from
-from nmoe_train.data.clients import Clients, deal
+from nmoe_train.data.clients import Clients, assign_samples
 from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import FILES, RUN_FILE, Run, RunRecord, read_run, write_run
-from nmoe_train.stages.gate import exported
+from nmoe_train.stages.gate import plain_gate
 from nmoe_train.trainer import STAGES, Progress, Trainer
 
 STAGE_OF_SECTION = {"extractor": "extractor", "fedsc": "extractor", "experts": "experts", "gate": "gate"}
@@ -221,7 +221,7 @@ def _refuse_finished(out: Path) -> None:
 
 def _load_and_split(config: Config) -> tuple[Dataset, Clients]:
     dataset = load(config.data.name)
-    return dataset, deal(dataset, config.data, config.seed)
+    return dataset, assign_samples(dataset, config.data, config.seed)
 
 
 def _evaluate(trainer: Trainer, checkpoint: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
@@ -241,7 +241,7 @@ def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, record: RunRecor
         record,
         extractor=trainer.net.extractor.state_dict(),
         heads=trainer.heads(checkpoint),
-        gates=[exported(gate) for gate in gates],
+        gates=[plain_gate(gate) for gate in gates],
         experts=checkpoint.states["experts"],
         calibration=_calibration(trainer.clients),
         metrics=metrics,

@@ -22,7 +22,7 @@ _WIDTH = 110
 """Longest line of a comment"""
 
 
-def parsed(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
     """Split `section.name=value` into name and value. A value that is not TOML is plain text."""
     name, equals, value = text.partition("=")
     if not equals or not all(part.isidentifier() for part in name.split(".")):

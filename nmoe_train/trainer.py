@@ -25,9 +25,9 @@ from nmoe_train.nets import NetSpec, build, probe
 from nmoe_train.results.evaluation import DeviceRows, adapted, choose_threshold, evaluate, measure
 from nmoe_train.run import DataRecord, Inference, Networks, Run, RunRecord
 from nmoe_train.stages.experts import train_experts
-from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, Shield, fedce_round, fedsc_round
-from nmoe_train.stages.federation import Round, State, generator, size
-from nmoe_train.stages.gate import Gate, fedgate_round, gate_samples, imported, rollgate_stop
+from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, MatrixNoise, fedce_round, fedsc_round
+from nmoe_train.stages.federation import Round, State, generator, size_bytes
+from nmoe_train.stages.gate import Gate, composed_gate, fedgate_round, gate_samples, rollgate_stop
 from nmoe_train.stages.weights import copied, selected, to_device
 
 STAGES = ("extractor", "experts", "gate", "evaluate")
@@ -80,8 +80,8 @@ class Trainer:
         own = config.gate.own if config.gate.method == "fedgate" else "nothing"
         self.gate = Gate(build(self.networks.gate), config.extractor.dim, self.count, own)
         self.net.to(device)
-        self.shield = Shield([len(y) for _, y in clients.train], config.extractor, config.fedsc)
-        self.rounds = config.extractor.rounds if fedce else self.shield.rounds
+        self.matrix_noise = MatrixNoise([len(y) for _, y in clients.train], config.extractor, config.fedsc)
+        self.rounds = config.extractor.rounds if fedce else self.matrix_noise.rounds
         """Rounds of the extractor stage; a privacy budget can end it early."""
         self._check_privacy()
         self._check_batch_norm()
@@ -92,7 +92,7 @@ class Trainer:
                 "fedsc.epsilon: a single release with this fedsc.sigma exceeds the budget;"
                 " raise fedsc.epsilon or fedsc.sigma"
             )
-        if self.shield.spent(self.rounds) == math.inf:
+        if self.matrix_noise.epsilon_after(self.rounds) == math.inf:
             raise ConfigError(
                 f"fedsc.sigma is {self.config.fedsc.sigma}: so little noise gives no privacy (ε is infinite); raise it"
             )
@@ -156,7 +156,7 @@ class Trainer:
             return [run.expert(i).state_dict() for i in devices]
         fresh_gate = copied(self.gate)
         own = {key: value for key, value in fresh_gate.items() if key.startswith("own.")}
-        return [imported(run.gate(i).state_dict(), own) for i in devices]
+        return [composed_gate(run.gate(i).state_dict(), own) for i in devices]
 
     def _extractor_states_of(self, run: Run) -> list[State]:
         extractor = {f"extractor.{key}": value for key, value in run.extractor().state_dict().items()}
@@ -237,7 +237,7 @@ class Trainer:
         )
         c = replace(c, history=[*c.history, *map(_history_entry, epochs)])
         if config.gate.method == "fedgate":  # FedGate needs every expert on every device
-            sent = size(states[0])
+            sent = size_bytes(states[0])
             last = replace(last, up=self.count * sent, down=self.count * (self.count - 1) * sent)
         return finish_round(c, states, last)
 
@@ -288,17 +288,17 @@ class Trainer:
         for name, parts in (("own", self.clients.own_test), ("iid", [self.clients.test])):
             frozen = [self.frozen_outputs(c, part) for part in parts]
             frozen *= self.count // len(frozen)  # the balanced test set is the same for every device
-            metrics[name] = evaluate(self.rows(c, frozen), rules)
+            metrics[name] = evaluate(self.device_rows(c, frozen), rules)
             if self.networks.head is not None:
                 metrics[name]["fedce"] = self._measure_classifier(c, frozen, rules)
-        metrics["split"] = self.clients.split(self.classes)
+        metrics["split"] = self.clients.class_counts(self.classes)
         metrics["bytes"] = {stage: _bytes_sent(c, stage) for stage in STAGES[:-1]}
         epsilons = [entry["epsilon"] for entry in c.history if "epsilon" in entry]
         if epsilons:
             metrics["privacy"] = {
                 "epsilon": epsilons[-1],
                 "delta": self.config.fedsc.delta,
-                "sigma": max(self.shield.sigmas),
+                "sigma": max(self.matrix_noise.sigmas),
                 "releases": len(epsilons),
             }
         return self._record(c, rules), metrics
@@ -315,8 +315,8 @@ class Trainer:
             torch.cat([part.expert_outputs for part in held_out]),
             torch.cat([part.y for part in held_out]),
         )
-        own_rows = self.rows(c, held_out)
-        pooled_rows = self.rows(c, [pooled] * self.count)
+        own_rows = self.device_rows(c, held_out)
+        pooled_rows = self.device_rows(c, [pooled] * self.count)
         return replace(rules, local_first=choose_threshold(own_rows, pooled_rows, rules))
 
     def _measure_classifier(self, c: Checkpoint, frozen: Sequence[FrozenOutputs], rules: Inference) -> dict[str, Any]:
@@ -332,7 +332,7 @@ class Trainer:
             ]
         return measure([adapted(q, rules) for q in p], [part.y for part in frozen])
 
-    def rows(self, c: Checkpoint, frozen: Sequence[FrozenOutputs]) -> list[DeviceRows]:
+    def device_rows(self, c: Checkpoint, frozen: Sequence[FrozenOutputs]) -> list[DeviceRows]:
         """Each device's part of the data, with the scores of its gate."""
         with torch.no_grad():
             return [

@@ -27,7 +27,7 @@ except RuntimeError as error:
 
 from torchvision import datasets, models
 
-__all__ = ["datasets", "fetched", "models"]
+__all__ = ["datasets", "load_or_download", "models"]
 
 _SETS = {
     "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
@@ -36,7 +36,7 @@ _SETS = {
 """Each data set's class, and the pattern of its downloaded archives inside the data folder."""
 
 
-def fetched(name: str, root: Path) -> tuple[Any, Any]:
+def load_or_download(name: str, root: Path) -> tuple[Any, Any]:
     """torchvision's train and test sets from the folder `root`; downloads them if they are missing or damaged.
 
     Raises torchvision's own errors: OSError, RuntimeError or HTTPException.

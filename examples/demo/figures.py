@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from processes import Row, Tests
 
-from nmoe_edge.bench.samples import LEAST_SAMPLES
+from nmoe_edge.bench.samples import MIN_SAMPLES
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.models import Models
 
@@ -150,7 +150,7 @@ def percentiles(values: list[float]) -> dict[str, float | int | None]:
     """The number of values and their percentiles; None where there are too few values for a percentile."""
     found: dict[str, float | int | None] = {"rows": len(values)}
     for name, q in PERCENTILES.items():
-        enough = len(values) >= LEAST_SAMPLES.get(q / 100, 1)
+        enough = len(values) >= MIN_SAMPLES.get(q / 100, 1)
         found[name] = float(np.percentile(values, q)) if enough else None
     return found
 

@@ -8,7 +8,7 @@ from statistics import median
 from nmoe_edge.bench.cells import dashed, milliseconds
 from nmoe_edge.bench.probe import WHOLE
 from nmoe_edge.bench.record import Record, Row
-from nmoe_edge.bench.samples import LEAST_SAMPLES, MAX_WARM_S, TOO_SPREAD, spread
+from nmoe_edge.bench.samples import MAX_WARM_S, MIN_SAMPLES, TOO_SPREAD, spread
 from nmoe_edge.common.text import counted
 
 _MAX_LOAD = 0.5
@@ -76,8 +76,8 @@ def _not_covered(record: Record) -> Iterator[str]:
         elif tally.at_home == 0:
             yield f"no row of {row.name} was answered locally: each one left the device or was degraded"
     measured = [row for row in record.rows if row.scenario != "start"]
-    if any(len(row.samples) < max(LEAST_SAMPLES.values()) for row in measured):
-        minimum = ", ".join(f"p{share * 100:g} {count:,}" for share, count in LEAST_SAMPLES.items() if count > 1)
+    if any(len(row.samples) < max(MIN_SAMPLES.values()) for row in measured):
+        minimum = ", ".join(f"p{share * 100:g} {count:,}" for share, count in MIN_SAMPLES.items() if count > 1)
         yield f"a percentile with a dash or without a column has too few samples ({minimum}): use a longer --duration"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-LEAST_SAMPLES = {0.5: 1, 0.9: 64, 0.99: 662, 0.999: 6636}
+MIN_SAMPLES = {0.5: 1, 0.9: 64, 0.99: 662, 0.999: 6636}
 """Percentile, as a share -> the fewest samples it needs: in 99 of 100 runs, at least two samples then lie beyond it."""
 ALIKE = 1.05
 """A warm-up is over when the medians of its last blocks are within this factor of each other."""
@@ -43,7 +43,7 @@ Verdict = Literal["same", "better", "worse", "cannot tell", "too few rounds"]
 
 def percentile(samples: Sequence[int], share: float) -> int | None:
     """The smallest sample that at least this share of the samples does not exceed; None if there are too few."""
-    if len(samples) < LEAST_SAMPLES[share]:
+    if len(samples) < MIN_SAMPLES[share]:
         return None
     return sorted(samples)[math.ceil(share * len(samples)) - 1]
 

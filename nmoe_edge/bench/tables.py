@@ -15,7 +15,7 @@ from nmoe_edge.bench.compare import Comparison
 from nmoe_edge.bench.notes import doubts, record_notes
 from nmoe_edge.bench.probe import WHOLE
 from nmoe_edge.bench.record import Record, Row
-from nmoe_edge.bench.samples import LEAST_SAMPLES, SAME_WITHIN, Change, percentile, spread
+from nmoe_edge.bench.samples import MIN_SAMPLES, SAME_WITHIN, Change, percentile, spread
 from nmoe_edge.common.text import one_line
 
 _MAX_NAMES = 3
@@ -181,13 +181,13 @@ def _latencies(rows: Iterable[Row]) -> str:
     lines = []
     for row in rows:
         samples = row.samples
-        quantiles = [milliseconds(percentile(samples, share)) for share in LEAST_SAMPLES]
+        quantiles = [milliseconds(percentile(samples, share)) for share in MIN_SAMPLES]
         apart = f"{spread(row.parts) - 1:.1%}" if len(row.parts) > 1 else DASH
         # Energy per row of input: the mean power of the board or its CPU, for the time of the median call.
         millijoules = None if row.mean_w is None else row.mean_w * median(samples) / row.rows / 1e6
         energy = [dashed(row.mean_w, ".2f"), dashed(millijoules, ".3f")]
         lines.append([row.what, row.setting, str(row.rows), f"{len(samples):,}", *quantiles, apart, *energy])
-    shares = [f"p{share * 100:g}" for share in LEAST_SAMPLES]
+    shares = [f"p{share * 100:g}" for share in MIN_SAMPLES]
     return table(["", "", "rows", "samples", *shares, "spread of rounds", "W", "mJ per row"], lines)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nmoe_train.config import DataConfig
 from nmoe_train.data.datasets import Dataset
-from nmoe_train.data.partition import sized, split
+from nmoe_train.data.partition import counts_for_size, draw_samples
 from nmoe_train.errors import DataError
 
 PAPER_SIZES = {"cifar10": (2500, 1000)}
@@ -40,7 +40,7 @@ class Clients:
     fingerprint: str
     """SHA-256 of the data set and of every client's training and held-out samples"""
 
-    def split(self, classes: int) -> dict[str, list[list[int]]]:
+    def class_counts(self, classes: int) -> dict[str, list[list[int]]]:
         """Sample counts as lists [client][class], for "train", "held_out" and "test"."""
         parts = {"train": self.train, "held_out": self.held_out, "test": self.own_test}
         return {name: [_class_counts(y, classes) for _, y in clients] for name, clients in parts.items()}
@@ -51,7 +51,7 @@ def _class_counts(y: Tensor, classes: int) -> list[int]:
     return counts
 
 
-def deal(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
+def assign_samples(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
     """Distribute a data set among the clients.
 
     DataError: there are too few samples for this partition, or for held-out samples.
@@ -62,8 +62,8 @@ def deal(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
     def parts(
         x: np.ndarray, y: np.ndarray, partition: str, wanted: int | None, maximum: int | None, shuffle_seed: int
     ) -> list[Part]:
-        counts = sized(y, partition, config.clients, classes, wanted, maximum, seed)
-        return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in split(y, counts, shuffle_seed)]
+        counts = counts_for_size(y, partition, config.clients, classes, wanted, maximum, seed)
+        return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in draw_samples(y, counts, shuffle_seed)]
 
     test_partition = config.test_partition or config.partition
     available = parts(dataset.x_train, dataset.y_train, config.partition, config.train_size, max_train, seed)

@@ -311,10 +311,10 @@ def _pixels(file: Path) -> NDArray[np.uint8]:
 
 
 def _torchvision(name: str) -> Dataset:
-    from nmoe_train.vision import fetched
+    from nmoe_train.vision import load_or_download
 
     try:
-        train, test = fetched(name, ROOT)
+        train, test = load_or_download(name, ROOT)
     except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split())
         raise DataError(

@@ -36,7 +36,7 @@ def class_counts(partition: str, clients: int, classes: int, size: int, seed: in
     return _apportion(_class_mixes(partition, clients, classes, seed), size)
 
 
-def split(y: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> list[Indices]:
+def draw_samples(y: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> list[Indices]:
     """Each client's samples as shuffled indices into `y`, with as many of each class as `counts` (clients, K) says."""
     _check_supply(y, counts)
     draw = np.random.default_rng([seed, 2])
@@ -78,7 +78,7 @@ def largest_size(
     return low
 
 
-def sized(
+def counts_for_size(
     y: NDArray[np.int64],
     partition: str,
     clients: int,

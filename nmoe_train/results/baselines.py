@@ -28,7 +28,7 @@ from nmoe_train.results.evaluation import DeviceRows, adapted, answers, measure
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import Inference, Run, write_unlisted
 from nmoe_train.stages.extractor import Headed, fedce_round, fedce_update
-from nmoe_train.stages.federation import Round, State, Update, check, cosine, generator, report
+from nmoe_train.stages.federation import Round, State, Update, cosine, generator, report, require_finite
 from nmoe_train.stages.losses import load_loss, mixture_loss
 from nmoe_train.stages.weights import to_device
 from nmoe_train.trainer import Progress, Trainer, encode
@@ -144,7 +144,7 @@ def _local_round(
         fedce_update(net, states[i], i, *data[i], rate, config, generator(seed, "extractor", round_, i))
         for i in range(len(data))
     ]
-    check("extractor", round_, updates)
+    require_finite("extractor", round_, updates)
     return [update.state for update in updates], report("local", round_, config.rounds, updates)
 
 
@@ -206,7 +206,7 @@ def _train_mixture(trainer: Trainer, h: Tensor, y: Tensor, progress: Progress) -
             total += loss.item() * len(rows)
         state = {key: value.detach() for key, value in mixture.experts.items()}
         updates = [Update(0, state, len(y), total / len(y))]
-        check("experts", epoch, updates)
+        require_finite("experts", epoch, updates)
         progress(report("mixture", epoch, epochs, updates))
     return mixture
 

@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import ExpertsConfig
-from nmoe_train.stages.federation import Round, State, Update, check, generator, report, stacked
+from nmoe_train.stages.federation import Round, State, Update, generator, report, require_finite, stacked
 
 SMOOTHING = 0.5
 """Added to every class count, so that a class a client has never seen keeps a small prior instead of zero."""
@@ -77,7 +77,7 @@ def train_experts(
         for i in range(clients):
             state = {key: value[i].detach() for key, value in theta.items()}
             updates.append(Update(i, state, len(data[i][1]), losses[i].item(), accuracies[i].item()))
-        check("experts", epoch, updates)
+        require_finite("experts", epoch, updates)
         summary = report("experts", epoch, config.epochs, updates)
         if epoch + 1 < config.epochs:
             progress(summary)

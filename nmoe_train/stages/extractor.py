@@ -45,11 +45,11 @@ from nmoe_train.stages.federation import (
     Update,
     active_clients,
     average,
-    check,
     cosine,
     generator,
     report,
-    size,
+    require_finite,
+    size_bytes,
 )
 from nmoe_train.stages.losses import correlation, means_of_others, shortened, spectral_loss
 from nmoe_train.stages.privacy import epsilon_spent, noise_for
@@ -143,10 +143,10 @@ def fedce_round(
     updates = [
         fedce_update(net, states[i], i, *data[i], rate, config, generator(seed, "extractor", round_, i)) for i in active
     ]
-    check("extractor", round_, updates)
+    require_finite("extractor", round_, updates)
     heads_stay = config.heads == "local"
     sent = {key: value for key, value in states[0].items() if not (heads_stay and _in_head(key))}
-    summary = report("extractor", round_, config.rounds, updates, dropped, size(sent))
+    summary = report("extractor", round_, config.rounds, updates, dropped, size_bytes(sent))
     if not updates:
         return list(states), summary
     shared = average(updates)
@@ -203,26 +203,26 @@ def fedsc_round(
     alpha = 1 - (1 - fedsc.alpha) * round_ / max(1, config.rounds - 1)
     active, dropped = active_clients(len(data), config.share, config.drop, seed, "extractor", round_)
     sizes = [len(x) for x, _ in data]
-    shield = Shield(sizes, config, fedsc)
+    noise = MatrixNoise(sizes, config, fedsc)
     matrices = []
     for i in active:
         r = matrix(net, states[i], data[i][0], fedsc, generator(seed, "matrix", round_, i))
-        matrices.append(shield.released(i, r, generator(seed, "noise", round_, i)))
+        matrices.append(noise.released(i, r, generator(seed, "noise", round_, i)))
     others = means_of_others(matrices, [sizes[i] for i in active])
     updates = []
     for i, mean in zip(active, others, strict=True):
         g = generator(seed, "extractor", round_, i)
         updates.append(fedsc_update(net, states[i], i, data[i][0], mean, alpha, rate, config, fedsc, g))
-    check("extractor", round_, updates)
-    matrix_bytes = size({"R": others[0]}) if others else 0
+    require_finite("extractor", round_, updates)
+    matrix_bytes = size_bytes({"R": others[0]}) if others else 0
     summary = report(
         "extractor",
         round_,
-        min(config.rounds, shield.rounds),
+        min(config.rounds, noise.rounds),
         updates,
         dropped,
-        size(states[0]) + matrix_bytes,
-        epsilon=shield.spent(round_ + 1),
+        size_bytes(states[0]) + matrix_bytes,
+        epsilon=noise.epsilon_after(round_ + 1),
     )
     after = [average(updates)] * len(data) if updates else list(states)
     return after, summary
@@ -241,7 +241,7 @@ def matrix(net: nn.Module, state: State, x: Tensor, fedsc: FedSCConfig, g: torch
     return total / fedsc.matrix_views
 
 
-class Shield:
+class MatrixNoise:
     """Differential privacy for the matrices: adds Gaussian noise to them and accounts for ε.
 
     Replacing one sample moves R by at most √2 μ/n in Frobenius norm: zzᵀ and z'z'ᵀ have norm at most μ, and the angle
@@ -268,7 +268,7 @@ class Shield:
             allowed = int((fedsc.sigma / sigma_for_one) ** 2 * (1 + 1e-9))
             self.rounds = min(config.rounds, allowed)
 
-    def spent(self, releases: int) -> float | None:
+    def epsilon_after(self, releases: int) -> float | None:
         """ε after this many releases; None without noise, which protects nothing."""
         if not any(self.sigmas):
             return None

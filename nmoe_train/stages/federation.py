@@ -107,7 +107,7 @@ def stacked(states: Sequence[State]) -> dict[str, Tensor]:
     return {key: torch.stack([state[key] for state in states]) for key in sorted(states[0])}
 
 
-def check(stage: str, round_: int, updates: Sequence[Update]) -> None:
+def require_finite(stage: str, round_: int, updates: Sequence[Update]) -> None:
     """Raise DivergedError, naming the client, if a loss or a weight is NaN or infinite."""
     for update in updates:
         finite = all(value.isfinite().all() for value in update.state.values() if value.is_floating_point())
@@ -153,7 +153,7 @@ def report(
     )
 
 
-def size(state: State) -> int:
+def size_bytes(state: State) -> int:
     """Bytes of a state when it is sent."""
     return sum(value.numel() * value.element_size() for value in state.values())
 

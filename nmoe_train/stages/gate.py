@@ -40,11 +40,11 @@ from nmoe_train.stages.federation import (
     Update,
     active_clients,
     average,
-    check,
     cosine,
     generator,
     report,
-    size,
+    require_finite,
+    size_bytes,
     stacked,
 )
 from nmoe_train.stages.losses import load_loss, mixture_loss
@@ -99,8 +99,8 @@ class Gate(nn.Module):
         return scores
 
 
-def exported(gate: State) -> dict[str, Tensor]:
-    """One device's gate as a plain network: the shared part with the own part added to its last layer."""
+def plain_gate(gate: State) -> dict[str, Tensor]:
+    """One device's gate as a plain network: the own part is folded into the last layer of the shared part."""
     state = {key.removeprefix("shared."): value for key, value in _shared_part(gate).items()}
     if "own.bias" in gate:
         last = max((key for key in state if key.endswith("bias")), key=lambda key: (len(key), key))
@@ -110,8 +110,8 @@ def exported(gate: State) -> dict[str, Tensor]:
     return state
 
 
-def imported(state: State, own: State) -> dict[str, Tensor]:
-    """The inverse of `exported`, with the own part inside the shared one; own: an own part of zeros."""
+def composed_gate(state: State, own: State) -> dict[str, Tensor]:
+    """The inverse of `plain_gate`: a plain network as a `Gate`, with its own part still folded in; own: zeros."""
     return {**{f"shared.{key}": value for key, value in state.items()}, **own}
 
 
@@ -126,8 +126,8 @@ def fedgate_round(
     rate = config.rate * cosine(round_, config.rounds)
     active, dropped = active_clients(len(data), config.share, config.drop, seed, "gate", round_)
     updates = _stacked_updates(net, gates, data, active, rate, round_, seed, config) if active else []
-    check("gate", round_, updates)
-    summary = report("gate", round_, config.rounds, updates, dropped, size(_shared_part(gates[0])))
+    require_finite("gate", round_, updates)
+    summary = report("gate", round_, config.rounds, updates, dropped, size_bytes(_shared_part(gates[0])))
     if not updates:
         return list(gates), summary
     shared = _shared_part(average(updates))
@@ -258,8 +258,8 @@ def rollgate_stop(
         loss_sum += loss.item() * len(batch)
         correct += int((scores.argmax(1) == labels[batch]).sum())
     update = Update(client, gate, len(h), loss_sum / len(h), correct / len(h))
-    check("gate", stop, [update])
-    summary = report("gate", stop, stops, [update], payload_bytes=size(_shared_part(gate)))
+    require_finite("gate", stop, [update])
+    summary = report("gate", stop, stops, [update], payload_bytes=size_bytes(_shared_part(gate)))
     return [gate] * experts, summary
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from nmoe_train.config import Config, configure, configure_from
 from nmoe_train.errors import ConfigError
-from nmoe_train.settings import as_toml, parsed
+from nmoe_train.settings import as_toml, parse_setting
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_a_run_json_can_serve_as_a_file_of_settings(golden, tmp_path):
     ],
 )
 def test_a_setting_is_toml_or_plain_text(text, name, value):
-    assert parsed(text) == (name, value)
+    assert parse_setting(text) == (name, value)
 
 
 @pytest.mark.parametrize("text", ["gate.rate", "=3", "gate..rate=1", "gate rate=1"])
 def test_a_setting_without_name_or_value_is_refused_in_one_line(text):
     with pytest.raises(ConfigError, match="section.name=value"):
-        parsed(text)
+        parse_setting(text)
 
 
 def test_a_configuration_with_some_settings_changed_keeps_the_rest():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nmoe_train.config import configure
-from nmoe_train.data.clients import deal
+from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
 from nmoe_train.pipeline import retrain_config, stopped_config, train
@@ -231,7 +231,7 @@ def stop_after(rounds):
 
 
 def test_the_threshold_is_chosen_on_held_out_samples_and_the_fleet_measured_on_test_sets(tmp_path, monkeypatch):
-    clients = deal(load("digits"), configure(flags=SHORT).data, 0)
+    clients = assign_samples(load("digits"), configure(flags=SHORT).data, 0)
     chosen, measured = [], []
 
     def choose(own, pooled, rules):
@@ -259,7 +259,7 @@ def test_the_figures_of_a_run_can_be_recomputed_from_its_files(tmp_path, recipe)
     """Rebuild the networks from the run, route the rows and count right answers by hand."""
     config = configure(recipe, flags=SHORT)
     run = train(config, tmp_path / "run")
-    rules, clients = run.record.inference, deal(load("digits"), config.data, 0)
+    rules, clients = run.record.inference, assign_samples(load("digits"), config.data, 0)
     assert (rules.adapt, rules.combination) == ((True, "probabilities") if recipe == "best" else (False, "outputs"))
     assert run.record.answers_carry_prior == (recipe == "paper")
     extractor, experts = run.extractor(), [run.expert(i) for i in range(3)]
@@ -293,7 +293,7 @@ def test_the_figures_of_a_run_can_be_recomputed_from_its_files(tmp_path, recipe)
 
 def test_calibration_samples_are_the_held_out_samples_of_each_client(tmp_path):
     run = train(configure(flags=SHORT), tmp_path / "run")
-    clients, calibration = deal(load("digits"), configure(flags=SHORT).data, 0), run.calibration()
+    clients, calibration = assign_samples(load("digits"), configure(flags=SHORT).data, 0), run.calibration()
     for client, (x, y) in enumerate(clients.held_out):
         mine = calibration["clients"] == client
         assert np.array_equal(calibration["inputs"][mine], x.numpy())

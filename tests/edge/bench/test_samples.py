@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from nmoe_edge.bench.samples import LEAST_SAMPLES, _cut, change, percentile, settle, spread
+from nmoe_edge.bench.samples import MIN_SAMPLES, _cut, change, percentile, settle, spread
 
 
 def rounds(rng, p50=1_000_000.0, between=0.01, count=5, samples=200):
@@ -36,7 +36,7 @@ def test_a_percentile_needs_enough_samples_for_two_beyond_it_99_times_in_100(sha
     def two_beyond(n):
         return 1 - share**n - n * (1 - share) * share ** (n - 1)
 
-    least = LEAST_SAMPLES[share]
+    least = MIN_SAMPLES[share]
     assert two_beyond(least - 1) < 0.99 <= two_beyond(least)
     assert percentile([5] * least, share) == 5
     assert percentile([5] * (least - 1), share) is None

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from nmoe_train.config import DataConfig
-from nmoe_train.data.clients import deal
+from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
 
 
@@ -19,7 +19,7 @@ def test_training_held_out_and_test_samples_are_disjoint():
         x_train=numbered(dataset.x_train, 0),
         x_test=numbered(dataset.x_test, len(dataset.x_train)),
     )
-    clients = deal(with_numbers, DataConfig(), 0)
+    clients = assign_samples(with_numbers, DataConfig(), 0)
 
     def numbers(parts):
         return [int(n) for x, _ in parts for n in number_of(x)]
@@ -50,8 +50,8 @@ def number_of(x):
 
 def test_own_test_sets_are_split_like_the_training_samples_or_by_test_partition():
     dataset = load("digits")
-    alike = deal(dataset, DataConfig(), 0)
-    assert alike.split(10)["test"][3][3] > 40
-    even = deal(dataset, DataConfig(test_partition="iid"), 0)
-    assert max(even.split(10)["test"][3]) - min(even.split(10)["test"][3]) <= 1
-    assert even.split(10)["train"] == alike.split(10)["train"]
+    alike = assign_samples(dataset, DataConfig(), 0)
+    assert alike.class_counts(10)["test"][3][3] > 40
+    even = assign_samples(dataset, DataConfig(test_partition="iid"), 0)
+    assert max(even.class_counts(10)["test"][3]) - min(even.class_counts(10)["test"][3]) <= 1
+    assert even.class_counts(10)["train"] == alike.class_counts(10)["train"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nmoe_train.data.partition import EXAMPLES, class_counts, largest_size, sized, split
+from nmoe_train.data.partition import EXAMPLES, class_counts, counts_for_size, draw_samples, largest_size
 from nmoe_train.errors import DataError
 from nmoe_train.results.evaluation import accuracy, auc, macro_f1
 
@@ -22,7 +22,7 @@ def test_every_split_gives_each_client_its_size_and_shares_no_sample(partition, 
     assert counts.dtype == np.int64
     assert counts.min() >= 0
     assert (counts.sum(1) == size).all()
-    parts = split(y, counts, seed=3)
+    parts = draw_samples(y, counts, seed=3)
     assert len(set(np.concatenate(parts).tolist())) == clients * size
     for part, expected in zip(parts, counts, strict=True):
         assert np.array_equal(np.bincount(y[part], minlength=classes), expected)
@@ -39,7 +39,7 @@ def test_counts_are_not_negative_and_sum_to_the_size(partition, size):
 @pytest.mark.parametrize("partition", EXAMPLES)
 def test_a_split_depends_on_the_seed_only(partition):
     def parts(seed):
-        return split(LABELS, class_counts(partition, 5, 10, 20, seed), seed)
+        return draw_samples(LABELS, class_counts(partition, 5, 10, 20, seed), seed)
 
     assert all(np.array_equal(a, b) for a, b in zip(parts(1), parts(1), strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(parts(1), parts(2), strict=True))
@@ -107,7 +107,7 @@ def constant_predictor(partition, size):
     """Accuracy, macro F1 and AUC of always predicting the dominant class, the mean over ten clients."""
     y_all = np.repeat(np.arange(10), 3000)
     measured = []
-    for client, part in enumerate(split(y_all, class_counts(partition, 10, 10, size, seed=0), seed=0)):
+    for client, part in enumerate(draw_samples(y_all, class_counts(partition, 10, 10, size, seed=0), seed=0)):
         y = torch.from_numpy(y_all[part])
         p = torch.zeros(len(y), 10)
         p[:, client] = 1
@@ -154,9 +154,9 @@ def test_an_impossible_partition_is_refused_in_one_line(partition, text):
 
 def test_too_few_samples_of_a_class_are_reported_with_their_number():
     with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200; .*data.train_size"):
-        split(LABELS, class_counts("iid", 10, 10, 400, seed=0), seed=0)
+        draw_samples(LABELS, class_counts("iid", 10, 10, 400, seed=0), seed=0)
     with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200; .*data.clients"):
-        sized(LABELS, "iid", 10, 10, wanted=400, usual=None, seed=0)
+        counts_for_size(LABELS, "iid", 10, 10, wanted=400, usual=None, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_split_that_leaves_a_client_fewer_than_two_samples_is_refused(labels, 
 
 def test_a_split_has_the_wanted_size_or_else_the_largest_up_to_the_usual_one():
     def size(wanted, usual):
-        (only,) = set(sized(LABELS, "noniid:0.5", 10, 10, wanted, usual, seed=0).sum(1))
+        (only,) = set(counts_for_size(LABELS, "noniid:0.5", 10, 10, wanted, usual, seed=0).sum(1))
         return only
 
     largest = largest_size(LABELS, "noniid:0.5", 10, 10, seed=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nmoe_train.config import configure
-from nmoe_train.data.clients import deal
+from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
 from nmoe_train.nets import build
 from nmoe_train.pipeline import train, trainer_of
@@ -33,7 +33,7 @@ def test_a_local_classifier_is_trained_by_one_client_and_gets_no_class_mix(made)
     run, found = made
     trainer, _ = trainer_of(run)
     config = configure(flags={**FLAGS, "extractor": {"rounds": 12, "local_epochs": 1}}).extractor
-    clients = deal(load("digits"), trainer.config.data, 0)
+    clients = assign_samples(load("digits"), trainer.config.data, 0)
     torch.manual_seed(0)
     net = type(trainer.net)(type(trainer.net.extractor)(**trainer.networks.extractor.arguments), run.head(0))
     torch.manual_seed(0)

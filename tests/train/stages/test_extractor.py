@@ -8,8 +8,8 @@ from torch import nn
 
 from nmoe_train.config import ExtractorConfig, FedSCConfig
 from nmoe_train.data.views import VIEWS, strong
-from nmoe_train.stages.extractor import Headed, Shield, fedce_round, fedsc_round, matrix
-from nmoe_train.stages.federation import active_clients, generator, size
+from nmoe_train.stages.extractor import Headed, MatrixNoise, fedce_round, fedsc_round, matrix
+from nmoe_train.stages.federation import active_clients, generator, size_bytes
 from nmoe_train.stages.losses import correlation, shortened, spectral_loss
 from nmoe_train.stages.privacy import epsilon_spent
 
@@ -54,8 +54,8 @@ def test_clients_that_are_not_scheduled_or_drop_out_do_not_influence_the_round()
         after, record = fedce_round(net, [begin(net)] * 4, data, round_, 0, config)
         assert record.lost == dropped
         assert (record.up, record.down) == (
-            size(begin(net)) * len(active),
-            size(begin(net)) * (len(active) + len(dropped)),
+            size_bytes(begin(net)) * len(active),
+            size_bytes(begin(net)) * (len(active) + len(dropped)),
         )
         other = [(x + 9, y) if i not in active else (x, y) for i, (x, y) in enumerate(data)]
         same, _ = fedce_round(net, [begin(net)] * 4, other, round_, 0, config)
@@ -146,7 +146,7 @@ def test_local_heads_stay_with_their_clients_and_an_absent_client_keeps_its_head
     assert torch.equal(after[absent]["head.bias"], states[absent]["head.bias"])
     assert not any(torch.equal(after[i]["head.bias"], states[i]["head.bias"]) for i in active)
     assert torch.equal(after[0]["extractor.0.weight"], after[2]["extractor.0.weight"])
-    assert record.up == 2 * size({k: v for k, v in states[0].items() if k.startswith("extractor.")})
+    assert record.up == 2 * size_bytes({k: v for k, v in states[0].items() if k.startswith("extractor.")})
 
 
 class Pixels(nn.Module):
@@ -211,18 +211,18 @@ def test_noise_changes_the_weights_and_epsilon_grows_with_every_round():
 
 def test_sigma_meets_the_budget_of_every_client_and_a_given_sigma_limits_the_rounds():
     config = ExtractorConfig(rounds=20)
-    shield = Shield([100, 50], config, FedSCConfig(epsilon=8.0))
-    for n, sigma in zip([100, 50], shield.sigmas, strict=True):
+    noise = MatrixNoise([100, 50], config, FedSCConfig(epsilon=8.0))
+    for n, sigma in zip([100, 50], noise.sigmas, strict=True):
         assert epsilon_spent(math.sqrt(2) * 4 / n, sigma, 20, 1e-5) == pytest.approx(8.0, rel=1e-6)
-    fixed = Shield([100, 50], config, FedSCConfig(epsilon=8.0, sigma=0.14))
+    fixed = MatrixNoise([100, 50], config, FedSCConfig(epsilon=8.0, sigma=0.14))
     assert 0 < fixed.rounds < 20
-    assert fixed.spent(fixed.rounds) <= 8.0 < fixed.spent(fixed.rounds + 1)
-    assert Shield([100], config, FedSCConfig()).spent(20) is None
+    assert fixed.epsilon_after(fixed.rounds) <= 8.0 < fixed.epsilon_after(fixed.rounds + 1)
+    assert MatrixNoise([100], config, FedSCConfig()).epsilon_after(20) is None
 
 
 def test_a_released_matrix_is_symmetric_and_has_noise_of_the_given_sigma():
-    shield = Shield([100], ExtractorConfig(), FedSCConfig(sigma=0.5))
-    r = shield.released(0, torch.zeros(200, 200), torch.Generator().manual_seed(0))
+    noise = MatrixNoise([100], ExtractorConfig(), FedSCConfig(sigma=0.5))
+    r = noise.released(0, torch.zeros(200, 200), torch.Generator().manual_seed(0))
     assert torch.equal(r, r.T)
     assert r.diagonal().std().item() == pytest.approx(0.5, rel=0.15)
     assert r.triu(1)[torch.ones(200, 200).triu(1) > 0].std().item() == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
@@ -278,7 +278,7 @@ def test_two_rounds_of_fedsc_match_a_naive_computation():
         for key, value in expected.items():
             assert torch.allclose(state[0][key], value, atol=1e-6), (round_, key)
         assert record.loss == pytest.approx(sum(n * loss for n, loss in zip(sizes, losses, strict=True)) / 60, rel=1e-4)
-        assert record.up == record.down == 3 * (size(expected) + 4 * 4 * 4)
+        assert record.up == record.down == 3 * (size_bytes(expected) + 4 * 4 * 4)
 
 
 def test_a_gradient_is_clipped_and_weights_decay():

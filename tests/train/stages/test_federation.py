@@ -10,12 +10,12 @@ from nmoe_train.stages.federation import (
     Update,
     active_clients,
     average,
-    check,
     cosine,
     generator,
     report,
+    require_finite,
     scheduled_clients,
-    size,
+    size_bytes,
 )
 
 g = torch.Generator().manual_seed(0)
@@ -61,11 +61,11 @@ def test_the_average_weighs_by_client_size_and_does_not_depend_on_the_order_of_u
 
 def test_a_nan_or_infinite_loss_or_weight_raises_an_error_that_names_round_and_client():
     good = Update(0, {"w": torch.ones(2)}, 1, 1.0)
-    check("gate", 2, [good])
+    require_finite("gate", 2, [good])
     with pytest.raises(DivergedError, match="gate, round 3, client 1: the loss is nan"):
-        check("gate", 2, [good, Update(1, {}, 1, math.nan)])
+        require_finite("gate", 2, [good, Update(1, {}, 1, math.nan)])
     with pytest.raises(DivergedError, match="gate, round 3, client 1: a weight is NaN or infinite"):
-        check("gate", 2, [good, Update(1, {"w": torch.tensor([1.0, math.inf])}, 1, 1.0)])
+        require_finite("gate", 2, [good, Update(1, {"w": torch.tensor([1.0, math.inf])}, 1, 1.0)])
 
 
 def test_a_round_reports_means_weighted_by_client_size_and_no_loss_without_updates():
@@ -77,7 +77,7 @@ def test_a_round_reports_means_weighted_by_client_size_and_no_loss_without_updat
 
 
 def test_the_size_of_a_state_is_in_bytes():
-    assert size({"w": torch.zeros(3, 2), "n": torch.zeros((), dtype=torch.int64)}) == 32
+    assert size_bytes({"w": torch.zeros(3, 2), "n": torch.zeros((), dtype=torch.int64)}) == 32
 
 
 def test_the_rate_warms_up_and_then_falls_along_a_cosine():

@@ -9,7 +9,15 @@ from torch import nn
 from nmoe_train.config import Config, GateConfig
 from nmoe_train.nets import MLP, NetSpec, build
 from nmoe_train.stages.federation import active_clients, generator
-from nmoe_train.stages.gate import Gate, client_at, exported, fedgate_round, gate_samples, imported, rollgate_stop
+from nmoe_train.stages.gate import (
+    Gate,
+    client_at,
+    composed_gate,
+    fedgate_round,
+    gate_samples,
+    plain_gate,
+    rollgate_stop,
+)
 from nmoe_train.stages.losses import load_loss, mixture_loss
 
 DIM = 4
@@ -135,10 +143,10 @@ def test_an_exported_gate_gives_the_same_scores_and_can_be_imported(shared):
     state = {key: torch.randn_like(value) for key, value in net.state_dict().items()}
     net.load_state_dict(state)
     expected = net(h)
-    shared.load_state_dict(exported(state))
+    shared.load_state_dict(plain_gate(state))
     assert torch.allclose(shared(h), expected, atol=1e-5)
     own = {key: torch.zeros_like(value) for key, value in state.items() if key.startswith("own.")}
-    net.load_state_dict(imported(exported(state), own))
+    net.load_state_dict(composed_gate(plain_gate(state), own))
     assert torch.allclose(net(h), expected, atol=1e-5)
 
 
