@@ -29,7 +29,7 @@ class Assignment:
     nodes: frozenset[str] = frozenset()
     """Nodes of the extractor."""
 
-    def holds(self, part: str) -> bool:
+    def is_float(self, part: str) -> bool:
         """Whether `part` stays in float."""
         return part in self.kinds or part in self.nodes
 
@@ -126,7 +126,7 @@ class Candidates:
         graphs = []
         for candidate in self.of(kind):
             in_float = _precision(candidate, kind, assignment) == "fp32"
-            graphs.append(candidate.graph if in_float else candidate.reduced(float_nodes))
+            graphs.append(candidate.graph if in_float else candidate.reduced_graph(float_nodes))
         return graphs
 
 

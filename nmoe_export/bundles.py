@@ -109,7 +109,7 @@ def manifest_accuracy(simulation: Simulation, rules: Inference, device: int, lab
 
     It leaves out local-first answers and the class mix, which depend on the device's own data.
     """
-    measured = simulation.source.measured
+    measured = simulation.source.measured_rows
     scores = simulation.scores_of(device)[measured]
     outputs = simulation.outputs[measured]
     right = 0

@@ -75,7 +75,7 @@ def read_recipe(name: str) -> Recipe:
         raise SourceError(f"{path}: {error}") from error
 
 
-def drawn(count: int, recipe: Recipe) -> NDArray[np.int64]:
+def draw_rows(count: int, recipe: Recipe) -> NDArray[np.int64]:
     """The numbers of the samples that a recipe draws out of `count`, sorted."""
     if count < recipe.least:
         raise SourceError(

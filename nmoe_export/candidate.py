@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from nmoe_edge.common.progress import Count, Progress
 from nmoe_export.cache import cached_ranges
 from nmoe_export.calibrate import Range, Recipe
-from nmoe_export.fp16 import halved
-from nmoe_export.quantize import quantizable, quantize, simplified, unranged
+from nmoe_export.fp16 import to_float16
+from nmoe_export.quantize import nodes_without_range, quantizable, quantize, simplify
 from nmoe_export.simulation import latents_of
 from nmoe_export.source import Source
 from nmoe_export.targets import Target
@@ -38,7 +38,7 @@ class Candidate:
         self.largest = 0.0
         """The largest magnitude inside the graph during calibration. Measured for float16 only."""
         self._target = target
-        self._model = simplified(graph) if wanted == "int8" else None
+        self._model = simplify(graph) if wanted == "int8" else None
         self._ranges: dict[str, Range] = {}
         self._reduced: dict[frozenset[str], bytes] = {}
 
@@ -65,21 +65,21 @@ class Candidate:
         """The nodes that int8 reduces and that can go back to float one by one."""
         if self._model is None:
             return []
-        without_range = set(unranged(self._model, self._ranges))
+        without_range = set(nodes_without_range(self._model, self._ranges))
         return [node for node in quantizable(self._model) if node not in without_range]
 
     def nodes_in_float(self, float_nodes: Set[str]) -> list[str]:
         """The nodes that int8 leaves in float: `float_nodes` and those without a range."""
         if self._model is None:
             return []
-        return [*sorted(float_nodes), *unranged(self._model, self._ranges)]
+        return [*sorted(float_nodes), *nodes_without_range(self._model, self._ranges)]
 
-    def reduced(self, float_nodes: Set[str] = _NONE) -> bytes:
+    def reduced_graph(self, float_nodes: Set[str] = _NONE) -> bytes:
         """The graph in the wanted precision."""
         key = frozenset(float_nodes)
         if key not in self._reduced:
             if self._model is None:
-                self._reduced[key] = halved(self.graph)
+                self._reduced[key] = to_float16(self.graph)
             else:
                 self._reduced[key] = quantize(self._model, self._ranges, self._target, key)
         return self._reduced[key]

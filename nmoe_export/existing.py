@@ -36,11 +36,11 @@ class Existing:
         """Whether the bundles of the wanted devices, and any others in the folder, are those that fleet.toml names."""
         for device in self.devices.values():
             expected = device.expert in wanted or os.path.lexists(self.folder / device.name)
-            if expected and not self.holds(device.name, device.bundle):
+            if expected and not self.has_bundle(device.name, device.bundle):
                 return False
         return True
 
-    def holds(self, name: str, digest: str) -> bool:
+    def has_bundle(self, name: str, digest: str) -> bool:
         """Whether the folder has a valid bundle with this name and digest."""
         try:
             return read_bundle(self.folder / name).manifest.digest == digest

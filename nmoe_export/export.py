@@ -31,7 +31,7 @@ from nmoe_export.bundles import device_bundle
 from nmoe_export.calibrate import Recipe
 from nmoe_export.errors import SourceError
 from nmoe_export.existing import REPORT, Existing
-from nmoe_export.graphs import export_graph, refilled
+from nmoe_export.graphs import export_graph, replace_weights
 from nmoe_export.report import page
 from nmoe_export.samples import samples_of
 from nmoe_export.search import Chosen, search_fp16, search_int8
@@ -240,7 +240,7 @@ def _exported(
     graphs = [first]
     for number, net in enumerate(nets[1:], 1):
         name = f"{kind} {number}"
-        graph = refilled(first, net, name, latents) if alike else None
+        graph = replace_weights(first, net, name, latents) if alike else None
         graphs.append(export_graph(net, name, latents) if graph is None else graph)
     progress(f"{counted(len(graphs), kind)} exported")
     return graphs
@@ -259,7 +259,7 @@ def _write_devices(
         manifest, contents = device_bundle(source, chosen, target, options.latent, number)
         name = manifest.device
         digest = manifest.sealed(contents).digest
-        if number in wanted or existing.holds(name, digest):
+        if number in wanted or existing.has_bundle(name, digest):
             bundle = _write_verified(staging / name, existing.folder / name, manifest, contents)
             existing.link(staging / name, bundle.manifest)
         fresh = Device(name, number, f"tcp://127.0.0.1:{FIRST_PORT + number}", "0" * 64)

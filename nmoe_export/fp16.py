@@ -10,7 +10,7 @@ import onnx
 from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-from nmoe_export.graphs import cleaned
+from nmoe_export.graphs import clean_model
 
 HEAVY = ("Conv", "Gemm", "MatMul", "Gather")
 """Operators that multiply by weights or look them up."""
@@ -19,7 +19,7 @@ WIDE = ("LayerNormalization", "GroupNormalization", "InstanceNormalization", "So
 float16 on a CPU."""
 
 
-def halved(graph: bytes) -> bytes:
+def to_float16(graph: bytes) -> bytes:
     """The graph in float16, with the inputs as they were and a float32 output.
 
     The nodes before the first weights, which scale the bytes of an image, stay in float32.
@@ -33,7 +33,7 @@ def halved(graph: bytes) -> bytes:
     whole = ONNXModel(half)
     whole.topological_sort()
     whole.clean_initializers()
-    return cleaned(whole.model)
+    return clean_model(whole.model)
 
 
 def _before_weights(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx
 import onnxruntime
 
-from nmoe_export.quantize import optimised
+from nmoe_export.quantize import optimise
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Fusion:
 
 def fusion(graph: bytes, model: onnx.ModelProto, float_nodes: Collection[str]) -> Fusion:
     """Count the operators of the int8 `graph` made from `model`, in which `float_nodes` stay in float on purpose."""
-    optimised_graph = optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
+    optimised_graph = optimise(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
     nodes = onnx.load_from_string(optimised_graph).graph
     counts = Counter(node.op_type for node in nodes.node)
     expected = [node for node in model.graph.node if node.name not in float_nodes]

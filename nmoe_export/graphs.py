@@ -50,7 +50,7 @@ def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
         raise GraphError(f"{name}: torch cannot export {type(module).__name__}: {_cause(error)}") from error
     if program is None:
         raise GraphError(f"{name}: torch exported nothing")
-    data = cleaned(program.model_proto)
+    data = clean_model(program.model_proto)
     check_answers(module, name, data, example)
     return data
 
@@ -80,7 +80,7 @@ def _cause(error: BaseException) -> str:
     return reason
 
 
-def refilled(graph: bytes, module: nn.Module, name: str, example: torch.Tensor) -> bytes | None:
+def replace_weights(graph: bytes, module: nn.Module, name: str, example: torch.Tensor) -> bytes | None:
     """The same graph with the weights of another module that is built alike.
 
     Returns None when the graph's weights do not match the module's by name and shape.
@@ -102,7 +102,7 @@ def refilled(graph: bytes, module: nn.Module, name: str, example: torch.Tensor) 
     return data
 
 
-def cleaned(model: onnx.ModelProto) -> bytes:
+def clean_model(model: onnx.ModelProto) -> bytes:
     """The serialized model without the exporter's name and source paths, in the IR version that old runtimes read."""
     model.ir_version = IR_VERSION
     model.ClearField("producer_name")

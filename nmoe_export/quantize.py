@@ -14,7 +14,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from nmoe_export.calibrate import Range, float_tensors
-from nmoe_export.graphs import cleaned
+from nmoe_export.graphs import clean_model
 from nmoe_export.targets import Target
 
 COMPUTE = ("Conv", "Gemm", "MatMul", "Add")
@@ -22,9 +22,9 @@ OPERATORS = (*COMPUTE, "Relu", "MaxPool", "GlobalAveragePool", "AveragePool", "R
 """Operators that become integer. Normalisation, and the scaling of image bytes, stay in float."""
 
 
-def simplified(graph: bytes) -> onnx.ModelProto:
+def simplify(graph: bytes) -> onnx.ModelProto:
     """The graph with constants folded and each BatchNorm merged into its Conv."""
-    return onnx.load_from_string(optimised(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC))
+    return onnx.load_from_string(optimise(graph, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC))
 
 
 def quantize(
@@ -46,7 +46,7 @@ def quantize(
         activation_qType=activations,
         tensors_range=TensorsData(CalibrationMethod.MinMax, known),
         nodes_to_quantize=[],
-        nodes_to_exclude=[*float_nodes, *unranged(model, ranges)],
+        nodes_to_exclude=[*float_nodes, *nodes_without_range(model, ranges)],
         op_types_to_quantize=list(OPERATORS),
         extra_options={
             "ActivationSymmetric": target.symmetric,
@@ -58,7 +58,7 @@ def quantize(
     quantizer.model.topological_sort()
     if target.fuses_conv_with_next:
         _drop_rounding_inside_fusions(quantizer.model.model.graph)
-    return cleaned(_without_unused_opsets(quantizer.model.model))
+    return clean_model(_without_unused_opsets(quantizer.model.model))
 
 
 def quantizable(model: onnx.ModelProto) -> list[str]:
@@ -66,7 +66,7 @@ def quantizable(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in COMPUTE]
 
 
-def unranged(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> list[str]:
+def nodes_without_range(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> list[str]:
     """The nodes that use a tensor without a range, or a weight that is not finite. Integers cannot represent these."""
     inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     without = {name for name in (*float_tensors(model), *inputs) if name not in ranges}
@@ -131,7 +131,7 @@ def _without_unused_opsets(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def optimised(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
+def optimise(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
     """The graph as onnxruntime's optimizer rewrites it at this level."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"

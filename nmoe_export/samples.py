@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nmoe_edge.common.npz import read_npz
-from nmoe_export.calibrate import Recipe, drawn
+from nmoe_export.calibrate import Recipe, draw_rows
 from nmoe_export.errors import SourceError
 from nmoe_export.source import Source
 
@@ -29,11 +29,11 @@ def samples_of(source: Source, recipe: Recipe) -> Samples:
     """The samples that `recipe` draws. Raises SourceError when there are too few."""
     if recipe.data != "run":
         inputs = _read_inputs(Path(recipe.data.removeprefix("npz:")), source)
-        return Samples(inputs[drawn(len(inputs), recipe)], None)
+        return Samples(inputs[draw_rows(len(inputs), recipe)], None)
     try:
-        rows = source.calibrating[drawn(len(source.calibrating), recipe)]
+        rows = source.calibration_rows[draw_rows(len(source.calibration_rows), recipe)]
     except SourceError as error:
-        others = f"the other {len(source.measured)} samples measure accuracy"
+        others = f"the other {len(source.measured_rows)} samples measure accuracy"
         raise SourceError(f"{error}; {others}") from error
     return Samples(source.inputs[rows], None if source.clients is None else source.clients[rows])
 

@@ -77,7 +77,7 @@ def search_int8(
     progress("measuring what int8 costs")
     trial = measure(assignment)
     noise: dict[str, float] = {}
-    if not assignment.holds("extractor"):
+    if not assignment.is_float("extractor"):
         noise = candidates.extractor.noise(source, samples.inputs[:SNR_SAMPLES], progress)
 
     noisiest_first = sorted(noise, key=lambda node: noise[node])
@@ -126,7 +126,7 @@ def search_fp16(
             candidate = Candidate(name, graph, target, "fp16")
             candidate.calibrate(inputs[::stride], Recipe(least=1))
             _check_float16(candidate)
-            halved[kind].append(candidate.reduced())
+            halved[kind].append(candidate.reduced_graph())
 
     progress("measuring what float16 costs")
     simulation = Simulation(source, Graphs(halved["extractor"][0], halved["gate"], halved["expert"]), latent)
@@ -166,7 +166,7 @@ def _timing(kind: str, candidates: Candidates, assignment: Assignment) -> dict[s
         return None
     source = candidates.source
     candidate = candidates.of(kind)[0]
-    reduced = candidate.reduced(assignment.float_nodes(kind))
+    reduced = candidate.reduced_graph(assignment.float_nodes(kind))
     no_latent = np.zeros((1, source.latent_dim), np.float32)  # the extractor is timed on a sample instead
     latent = no_latent if kind == "extractor" else candidates.latents(assignment)[:1]
     return compare_speed(source, kind, candidate.graph, reduced, latent)
@@ -174,7 +174,7 @@ def _timing(kind: str, candidates: Candidates, assignment: Assignment) -> dict[s
 
 def _extractor_lost_its_gain(candidates: Candidates, assignment: Assignment, speed: dict[str, Any]) -> bool:
     """Time the int8 extractor again, some of its nodes now in float: whether it is too slow to be worth it."""
-    if assignment.holds("extractor"):
+    if assignment.is_float("extractor"):
         return False
     timing = _timing("extractor", candidates, assignment)
     if timing is None:
@@ -194,7 +194,7 @@ def _back_to_float(
     for part in parts:
         if trial.drop <= max_drop:
             break
-        if trial.assignment.holds(part):
+        if trial.assignment.is_float(part):
             continue
         trial = measure(trial.assignment.with_float(part))
         reverted.append({"node": part, "drop": trial.drop})

@@ -67,7 +67,7 @@ class Simulation:
     def load(self) -> list[float]:
         """The share of the measured samples for which the gates prefer each expert, averaged over gates."""
         experts = len(self.graphs.experts)
-        measured = self.source.measured
+        measured = self.source.measured_rows
         shares = [np.bincount(scores[measured].argmax(1), minlength=experts) / len(measured) for scores in self.scores]
         return [float(share) for share in np.mean(shares, axis=0)]
 
@@ -80,7 +80,7 @@ class Simulation:
         clients = self.source.clients
         if rules.local_first is None or self.source.labels is None or clients is None:
             return rules
-        chosen = self.source.calibrating
+        chosen = self.source.calibration_rows
         devices = range(len(self.graphs.experts))
         own = [self.rows(device, chosen[clients[chosen] == device]) for device in devices]
         if not all(len(rows.y) for rows in own):
@@ -88,9 +88,9 @@ class Simulation:
         everything = [self.rows(device, chosen) for device in devices]
         return replace(rules, local_first=choose_threshold(own, everything, rules))
 
-    def answered(self, rules: Inference) -> NDArray[np.int64]:
+    def answered_classes(self, rules: Inference) -> NDArray[np.int64]:
         """The class that each device answers for each measured sample, (devices, n)."""
-        measured = self.source.measured
+        measured = self.source.measured_rows
         devices = range(len(self.graphs.experts))
         return np.stack(
             [answers(self.rows(device, measured), device, rules)[0].argmax(1).numpy() for device in devices]
@@ -98,7 +98,7 @@ class Simulation:
 
     def accuracies(self, rules: Inference) -> list[float]:
         """Each device's share of right answers to the measured samples. The source must have labels."""
-        parts = [self.rows(device, self.source.measured) for device in range(len(self.graphs.experts))]
+        parts = [self.rows(device, self.source.measured_rows) for device in range(len(self.graphs.experts))]
         return [accuracy(answers(rows, device, rules)[0], rows.y) for device, rows in enumerate(parts)]
 
 
@@ -124,7 +124,7 @@ def _in_batches(graph: Graph, rows: NDArray[Any]) -> NDArray[np.float32]:
 
 def gate_agreement(one: Simulation, two: Simulation) -> float:
     """The share of the measured samples for which both gates prefer the same expert, averaged over gates."""
-    measured = one.source.measured
+    measured = one.source.measured_rows
     shares = []
     for first, second in zip(one.scores, two.scores, strict=True):
         shares.append((first[measured].argmax(1) == second[measured].argmax(1)).mean())

@@ -61,12 +61,12 @@ class Source:
     """Whether all gates are built alike, and all experts, so that one exported graph serves every module of a kind."""
 
     @property
-    def calibrating(self) -> NDArray[np.int64]:
+    def calibration_rows(self) -> NDArray[np.int64]:
         """The numbers of the samples that calibrate graphs and choose thresholds."""
         return np.flatnonzero(self._halves() == 1)
 
     @property
-    def measured(self) -> NDArray[np.int64]:
+    def measured_rows(self) -> NDArray[np.int64]:
         """The numbers of the other samples. All reported accuracies come from these alone."""
         return np.flatnonzero(self._halves() == 0)
 

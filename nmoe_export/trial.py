@@ -44,7 +44,7 @@ class Trial:
             "drop": self.drop,
             "worst": {"device": f"device-{worst:02}", "drop": float(self._lost[worst])},
             "measured_by": "labels" if source.labels is not None else "agreement with float",
-            "measured_samples": len(source.measured),
+            "measured_samples": len(source.measured_rows),
             "gate_agreement": gate_agreement(self._reference, self.simulation),
             "load": {"float": self._reference.load(), "written": self.simulation.load()},
             "local_first": {"float": source.inference.local_first, "written": self.rules.local_first},
@@ -57,5 +57,5 @@ def percent_right(
     """Each device's percentage of right answers, (devices,). Without labels, the float fleet's answers are right."""
     if simulation.source.labels is not None:
         return 100 * np.array(simulation.accuracies(rules))
-    share: NDArray[np.float64] = (simulation.answered(rules) == reference.answered(float_rules)).mean(1)
+    share: NDArray[np.float64] = (simulation.answered_classes(rules) == reference.answered_classes(float_rules)).mean(1)
     return 100 * share

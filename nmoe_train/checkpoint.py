@@ -43,7 +43,7 @@ def partial_folder(out: Path) -> Path:
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[Path]:
+def claim_folder(out: Path) -> Iterator[Path]:
     """Lock `<out>.partial` for this process, and yield the path of its checkpoint.
 
     When the block ends and there is no checkpoint, the folder is removed unless it holds other files. Raises RunError

@@ -181,7 +181,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
 
 def build(spec: NetSpec) -> nn.Module:
     """Build a network with fresh weights, in eval mode. NetError if that fails."""
-    factory = _imported(spec.factory) if ":" in spec.factory else _registered(spec.factory)
+    factory = _import_factory(spec.factory) if ":" in spec.factory else _find_factory(spec.factory)
     try:
         net = factory(**spec.arguments)
     except Exception as error:  # a user's factory may raise anything
@@ -191,7 +191,7 @@ def build(spec: NetSpec) -> nn.Module:
     return net.eval()
 
 
-def _registered(name: str) -> Callable[..., nn.Module]:
+def _find_factory(name: str) -> Callable[..., nn.Module]:
     if name not in REGISTRY:
         close = difflib.get_close_matches(name, REGISTRY, 1)
         known = f"expected one of {', '.join(REGISTRY)}, or package.module:factory"
@@ -200,7 +200,7 @@ def _registered(name: str) -> Callable[..., nn.Module]:
     return REGISTRY[name]
 
 
-def _imported(path: str) -> Callable[..., nn.Module]:
+def _import_factory(path: str) -> Callable[..., nn.Module]:
     try:
         return import_path(path)
     except Exception as error:  # a user's module may raise anything when it is imported

@@ -22,7 +22,7 @@ import torch
 
 from nmoe_edge.common.folders import check_replaceable
 from nmoe_edge.common.schema import from_plain, to_plain
-from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claimed, difference, partial_folder
+from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claim_folder, difference, partial_folder
 from nmoe_train.config import Config, configure_from
 from nmoe_train.data.clients import Clients, assign_samples
 from nmoe_train.data.datasets import Dataset, load
@@ -72,7 +72,7 @@ def train(
     command = again[1] if again is not None else "run"
     device = _device(config)
     config = replace(config, device=device.type)  # the device affects the numbers, so the run records which one it was
-    with claimed(out) as checkpoint_path, torch_settings(config.threads):
+    with claim_folder(out) as checkpoint_path, torch_settings(config.threads):
         if resume and _is_written(out):
             checkpoint_path.unlink()
             return read_run(out)

@@ -22,13 +22,13 @@ from nmoe_train.data.clients import Clients, Part
 from nmoe_train.data.datasets import Dataset
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.nets import NetSpec, build, probe
-from nmoe_train.results.evaluation import DeviceRows, adapted, choose_threshold, evaluate, measure
+from nmoe_train.results.evaluation import DeviceRows, apply_class_mix, choose_threshold, evaluate, measure
 from nmoe_train.run import DataRecord, Inference, Networks, Run, RunRecord
 from nmoe_train.stages.experts import train_experts
 from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, MatrixNoise, fedce_round, fedsc_round
 from nmoe_train.stages.federation import Round, State, generator, size_bytes
 from nmoe_train.stages.gate import Gate, composed_gate, fedgate_round, gate_samples, rollgate_stop
-from nmoe_train.stages.weights import copied, selected, to_device
+from nmoe_train.stages.weights import copy_state, select_part, to_device
 
 STAGES = ("extractor", "experts", "gate", "evaluate")
 
@@ -127,7 +127,7 @@ class Trainer:
         stages before `stage` come from the run. Raises RunError when the run's data has changed.
         """
         checkpoint = replace(empty, fingerprint=self.clients.fingerprint)
-        fresh = {"extractor": [copied(self.net)] * self.count}
+        fresh = {"extractor": [copy_state(self.net)] * self.count}
         if again is None:
             return replace(checkpoint, states=fresh)
         run, stage = again
@@ -154,7 +154,7 @@ class Trainer:
             return self._extractor_states_of(run)
         if stage == "experts":
             return [run.expert(i).state_dict() for i in devices]
-        fresh_gate = copied(self.gate)
+        fresh_gate = copy_state(self.gate)
         own = {key: value for key, value in fresh_gate.items() if key.startswith("own.")}
         return [composed_gate(run.gate(i).state_dict(), own) for i in devices]
 
@@ -203,7 +203,7 @@ class Trainer:
 
     def _freeze_extractor(self, checkpoint: Checkpoint) -> None:
         """Load the extractor that stage 1 trained."""
-        self.net.extractor.load_state_dict(selected(checkpoint.states["extractor"][0], "extractor."))
+        self.net.extractor.load_state_dict(select_part(checkpoint.states["extractor"][0], "extractor."))
         self.net.eval()
 
     def _train_extractor(self, c: Checkpoint, finish_round: FinishRound, _progress: Progress) -> Checkpoint:
@@ -244,7 +244,7 @@ class Trainer:
     def _expert_starts(self, c: Checkpoint) -> Sequence[State]:
         """The state that each expert starts from: stage 1's head, or new weights."""
         if self.config.experts.start == "head":
-            return [selected(state, "head.") for state in c.states["extractor"]]
+            return [select_part(state, "head.") for state in c.states["extractor"]]
         starts = []
         for i in range(self.count):
             torch.manual_seed(generator(self.config.seed, "expert", i).initial_seed())
@@ -255,7 +255,7 @@ class Trainer:
         """Stage 3. RanGate trains nothing."""
         config = self.config.gate
         if "gate" not in c.states:
-            c = replace(c, states={**c.states, "gate": [copied(self.gate)] * self.count})
+            c = replace(c, states={**c.states, "gate": [copy_state(self.gate)] * self.count})
         rounds = {"rangate": 0, "rollgate": config.laps * self.count, "fedgate": config.rounds}[config.method]
         if c.round >= rounds:
             return c
@@ -321,7 +321,7 @@ class Trainer:
 
     def _measure_classifier(self, c: Checkpoint, frozen: Sequence[FrozenOutputs], rules: Inference) -> dict[str, Any]:
         """Figures of stage 1's classifier with each device's head, given the same class mix as the fleet."""
-        heads = [selected(state, "head.") for state in c.states["extractor"]]
+        heads = [select_part(state, "head.") for state in c.states["extractor"]]
         self.net.head.cpu()
         # A head that stayed with its client already carries the client's class mix.
         rules = replace(rules, adapt=rules.adapt and self.config.extractor.heads == "shared")
@@ -330,7 +330,7 @@ class Trainer:
                 functional_call(self.net.head, head, (part.latents,)).softmax(1)
                 for head, part in zip(heads, frozen, strict=True)
             ]
-        return measure([adapted(q, rules) for q in p], [part.y for part in frozen])
+        return measure([apply_class_mix(q, rules) for q in p], [part.y for part in frozen])
 
     def device_rows(self, c: Checkpoint, frozen: Sequence[FrozenOutputs]) -> list[DeviceRows]:
         """Each device's part of the data, with the scores of its gate."""
@@ -347,7 +347,7 @@ class Trainer:
         states = c.states["extractor"]
         if self.config.extractor.heads == "shared":
             states = states[:1]
-        return [selected(state, "head.") for state in states]
+        return [select_part(state, "head.") for state in states]
 
     def _record(self, c: Checkpoint, rules: Inference) -> RunRecord:
         config = self.config

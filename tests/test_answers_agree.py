@@ -23,7 +23,7 @@ from nmoe_edge.protocol.exchange import Exchange
 from nmoe_edge.protocol.routing import route
 from nmoe_export.bundles import manifest_accuracy
 from nmoe_export.simulation import Simulation
-from nmoe_train.results.evaluation import DeviceRows, accuracy, adapted, answers
+from nmoe_train.results.evaluation import DeviceRows, accuracy, answers, apply_class_mix
 from nmoe_train.run import Inference
 
 ROWS = 60
@@ -80,7 +80,7 @@ def answers_of_device(scores, outputs, rules):
 def simulation_of(scores, outputs, labels):
     """A Simulation that holds these arrays in place of what graphs computed. Every row is measured."""
     simulation = object.__new__(Simulation)
-    simulation.source = SimpleNamespace(labels=labels, measured=np.arange(len(scores)))
+    simulation.source = SimpleNamespace(labels=labels, measured_rows=np.arange(len(scores)))
     simulation.graphs = SimpleNamespace(experts=[b""] * EXPERTS)
     simulation.scores = [scores]
     simulation.outputs = outputs
@@ -105,7 +105,7 @@ def test_the_simulation_of_an_export_gives_the_answers_of_a_device(drawn, rules)
     combined, _ = answers_of_device(scores, outputs, rules)
     labels = np.random.default_rng(7).integers(0, CLASSES, ROWS)
     simulation = simulation_of(scores, outputs, labels)
-    assert np.array_equal(simulation.answered(rules)[DEVICE], combined.argmax(1))
+    assert np.array_equal(simulation.answered_classes(rules)[DEVICE], combined.argmax(1))
     assert simulation.accuracies(rules)[DEVICE] == pytest.approx((combined.argmax(1) == labels).mean())
 
 
@@ -142,5 +142,5 @@ def test_the_accuracy_in_a_manifest_ignores_the_class_mix_by_design(drawn):
     without_mix, experts = answers_of_training(scores, outputs, plain)
     with_mix, same_experts = answers_of_training(scores, outputs, adapting)
     assert same_experts == experts
-    assert np.array_equal(with_mix, adapted(torch.from_numpy(without_mix), adapting).numpy())
+    assert np.array_equal(with_mix, apply_class_mix(torch.from_numpy(without_mix), adapting).numpy())
     assert not np.array_equal(with_mix.argmax(1), without_mix.argmax(1))

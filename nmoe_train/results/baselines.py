@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from nmoe_edge.common.schema import parse_json
-from nmoe_train.checkpoint import Checkpoint, claimed
+from nmoe_train.checkpoint import Checkpoint, claim_folder
 from nmoe_train.config import ExtractorConfig, configure
 from nmoe_train.data.clients import Part
 from nmoe_train.errors import RunError
 from nmoe_train.nets import build
 from nmoe_train.pipeline import torch_settings, trainer_of
-from nmoe_train.results.evaluation import DeviceRows, adapted, answers, measure
+from nmoe_train.results.evaluation import DeviceRows, answers, apply_class_mix, measure
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import Inference, Run, write_unlisted
 from nmoe_train.stages.extractor import Headed, fedce_round, fedce_update
@@ -48,9 +48,9 @@ def baselines(run: Run, progress: Progress = lambda _: None) -> dict[str, Any]:
     call. The result maps a method to its figures on `own` and `iid`, as in metrics.json. Raises TrainError.
     """
     out = run.folder.with_name(f"{run.folder.name}-baselines")
-    with claimed(out) as path, torch_settings(run.record.config.get("threads", 1)):
+    with claim_folder(out) as path, torch_settings(run.record.config.get("threads", 1)):
         trainer, _ = trainer_of(run)
-        found = measured(run)
+        found = read_baselines(run)
         for name in METHODS:
             if name not in found:
                 found[name] = _train_and_measure(trainer, run, name, path, progress)
@@ -61,7 +61,7 @@ def baselines(run: Run, progress: Progress = lambda _: None) -> dict[str, Any]:
         return found
 
 
-def measured(run: Run) -> dict[str, Any]:
+def read_baselines(run: Run) -> dict[str, Any]:
     """What baselines.json holds so far, by method; empty when there is no such file."""
     path = run.folder / FILE
     try:
@@ -159,7 +159,7 @@ def _measure_classifiers(trainer: Trainer, net: Headed, states: Sequence[State],
         probabilities = []
         for state, (x, _) in zip(states, parts, strict=True):
             net.load_state_dict(state)
-            probabilities.append(adapted(encode(net, x).softmax(1), rules))
+            probabilities.append(apply_class_mix(encode(net, x).softmax(1), rules))
         figures[name] = measure(probabilities, [y for _, y in parts])
     return figures
 

@@ -51,10 +51,10 @@ def answers(rows: DeviceRows, device: int, rules: Inference) -> tuple[Tensor, Te
         confident = own.max(1).values > rules.local_first
         p[confident] = own[confident]
         routed[confident] = torch.eye(experts)[device]
-    return adapted(p, rules), routed
+    return apply_class_mix(p, rules), routed
 
 
-def adapted(p: Tensor, rules: Inference) -> Tensor:
+def apply_class_mix(p: Tensor, rules: Inference) -> Tensor:
     """Multiply in the device's class mix, where the rules adapt. (n, K) -> (n, K)
 
     Even rows get the mix estimated from odd rows, and odd rows the one from even rows.
@@ -165,7 +165,7 @@ def evaluate(parts: Sequence[DeviceRows], rules: Inference) -> dict[str, Any]:
     """
     networked = [answers(rows, i, rules) for i, rows in enumerate(parts)]
     # Experts alone get the class mix too: without it, the comparison would be unfair to adjusted experts.
-    alone = [adapted(rows.expert_outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
+    alone = [apply_class_mix(rows.expert_outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
     truth = [rows.y for rows in parts]
     routing = torch.stack([routed.mean(0) for _, routed in networked])  # (devices, N)
     asked = [(routed[:, i] < 1).float().mean() for i, (_, routed) in enumerate(networked)]

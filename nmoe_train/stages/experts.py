@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import ExpertsConfig
-from nmoe_train.stages.federation import Round, State, Update, generator, report, require_finite, stacked
+from nmoe_train.stages.federation import Round, State, Update, generator, report, require_finite, stack_states
 
 SMOOTHING = 0.5
 """Added to every class count, so that a class a client has never seen keeps a small prior instead of zero."""
@@ -51,7 +51,7 @@ def train_experts(
     progress: called after every epoch but the last
     """
     clients = len(data)
-    theta = {key: value.requires_grad_() for key, value in stacked(starts).items()}
+    theta = {key: value.requires_grad_() for key, value in stack_states(starts).items()}
     log_prior = torch.stack([class_prior(y, classes).log() for _, y in data])  # (clients, K)
     if config.loss == "plain":
         log_prior = torch.zeros_like(log_prior)

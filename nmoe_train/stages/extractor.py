@@ -51,7 +51,7 @@ from nmoe_train.stages.federation import (
     require_finite,
     size_bytes,
 )
-from nmoe_train.stages.losses import correlation, means_of_others, shortened, spectral_loss
+from nmoe_train.stages.losses import cap_length, correlation, means_of_others, spectral_loss
 from nmoe_train.stages.privacy import epsilon_spent, noise_for
 
 Data = Sequence[tuple[Tensor, Tensor]]
@@ -183,7 +183,7 @@ def fedsc_update(
     def loss(network: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, None]:
         images = x[batch]
         both = torch.cat([view(images, g), view(images, g)])  # (2B, C, H, W)
-        z = shortened(network(both).float(), fedsc.radius)  # (2B, d)
+        z = cap_length(network(both).float(), fedsc.radius)  # (2B, d)
         return spectral_loss(*z.chunk(2), alpha, others), None
 
     return local_sgd(net, state, client, len(x), loss, rate, config, g)
@@ -207,7 +207,7 @@ def fedsc_round(
     matrices = []
     for i in active:
         r = matrix(net, states[i], data[i][0], fedsc, generator(seed, "matrix", round_, i))
-        matrices.append(noise.released(i, r, generator(seed, "noise", round_, i)))
+        matrices.append(noise.apply(i, r, generator(seed, "noise", round_, i)))
     others = means_of_others(matrices, [sizes[i] for i in active])
     updates = []
     for i, mean in zip(active, others, strict=True):
@@ -237,7 +237,7 @@ def matrix(net: nn.Module, state: State, x: Tensor, fedsc: FedSCConfig, g: torch
         for _ in range(fedsc.matrix_views):
             for images in x.split(ENCODE_BATCH):
                 z = functional_call(net, dict(state), (view(images, g),)).float()  # (B, d)
-                total = total + correlation(shortened(z, fedsc.radius)) * (len(images) / len(x))
+                total = total + correlation(cap_length(z, fedsc.radius)) * (len(images) / len(x))
     return total / fedsc.matrix_views
 
 
@@ -275,7 +275,7 @@ class MatrixNoise:
         clients = zip(self._sensitivities, self.sigmas, strict=True)
         return max(epsilon_spent(sensitivity, sigma, releases, self._delta) for sensitivity, sigma in clients)
 
-    def released(self, client: int, r: Tensor, g: torch.Generator) -> Tensor:
+    def apply(self, client: int, r: Tensor, g: torch.Generator) -> Tensor:
         """The matrix that a client publishes: R plus symmetric noise. (d, d) -> (d, d)"""
         noise = torch.randn(r.shape, generator=g).to(r.device) * self.sigmas[client]
         return r + (noise + noise.T) / 2

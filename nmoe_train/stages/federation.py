@@ -102,7 +102,7 @@ def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     return shared
 
 
-def stacked(states: Sequence[State]) -> dict[str, Tensor]:
+def stack_states(states: Sequence[State]) -> dict[str, Tensor]:
     """The states of several clients as one, each weight (clients, …), in the order of their names."""
     return {key: torch.stack([state[key] for state in states]) for key in sorted(states[0])}
 

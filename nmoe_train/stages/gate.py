@@ -45,7 +45,7 @@ from nmoe_train.stages.federation import (
     report,
     require_finite,
     size_bytes,
-    stacked,
+    stack_states,
 )
 from nmoe_train.stages.losses import load_loss, mixture_loss
 
@@ -146,7 +146,7 @@ def _stacked_updates(
     config: GateConfig,
 ) -> list[Update]:
     """The local steps of all active clients at once; each client's numbers are those it would get alone."""
-    theta = stacked([gates[i] for i in active])
+    theta = stack_states([gates[i] for i in active])
     samples = [data[i] for i in active]
     generators = [generator(seed, "gate", round_, i) for i in active]
     total = torch.zeros(len(active))

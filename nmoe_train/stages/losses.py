@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 
-def shortened(z: Tensor, radius: float) -> Tensor:
+def cap_length(z: Tensor, radius: float) -> Tensor:
     """Every row scaled down to length √μ if it is longer; μ is `radius`. (n, d) -> (n, d)
 
     This bounds how far one sample can move a correlation matrix, which differential privacy requires.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from nmoe_train.stages.federation import State
 
 
-def copied(net: nn.Module) -> dict[str, Tensor]:
+def copy_state(net: nn.Module) -> dict[str, Tensor]:
     """A copy of a network's state on the CPU."""
     return {key: value.detach().cpu().clone() for key, value in net.state_dict().items()}
 
 
-def selected(state: State, prefix: str) -> dict[str, Tensor]:
+def select_part(state: State, prefix: str) -> dict[str, Tensor]:
     """The entries named `prefix`…, with the prefix removed from their names."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 

@@ -42,13 +42,13 @@ def test_gates_and_experts_are_calibrated_on_what_they_will_receive(images, tmp_
     done = export_fleet(given, tmp_path / "fleet", replace(INT8, recipe=recipe))
     assert [kind for kind, what in done.report["is"].items() if what == "fp32"] == list(kept)
     bundles = [read_bundle(tmp_path / "fleet" / f"device-0{i}").contents for i in range(3)]
-    assert np.array_equal(saw["extractor"], images[given.calibrating])
-    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.calibrating])
+    assert np.array_equal(saw["extractor"], images[given.calibration_rows])
+    latents = Graph("extractor", bundles[0]["extractor.onnx"], (3, 8, 8), (8,))(images[given.calibration_rows])
     favourites = np.stack([Graph("gate", b["gate.onnx"], (8,), (3,))(latents).argmax(1) for b in bundles])
     for i in range(3):
         assert np.array_equal(saw[f"gate {i if gates > 1 else 0}"], latents)
         if known:
-            owners = given.clients[given.calibrating]
+            owners = given.clients[given.calibration_rows]
             sent = (favourites[owners, np.arange(len(owners))] == i) | (owners == i)
         else:
             sent = (favourites == i).any(0)
@@ -79,9 +79,9 @@ def test_an_assignment_changes_one_part_at_a_time():
     start = Assignment()
     changed = start.with_float("gate").with_float("conv1")
     assert (changed.kinds, changed.nodes) == ({"gate"}, {"conv1"})
-    assert changed.holds("gate")
-    assert changed.holds("conv1")
-    assert not changed.holds("expert")
+    assert changed.is_float("gate")
+    assert changed.is_float("conv1")
+    assert not changed.is_float("expert")
     assert changed.without_float("conv1") == start.with_float("gate")
     assert changed.without_float("gate").without_float("conv1") == start == Assignment()
     assert changed.float_nodes("extractor") == {"conv1"}

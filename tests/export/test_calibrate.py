@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nmoe_export import calibrate
-from nmoe_export.calibrate import Recipe, drawn, ranges, read_recipe
+from nmoe_export.calibrate import Recipe, draw_rows, ranges, read_recipe
 from nmoe_export.errors import SourceError
 from nmoe_export.graphs import export_graph
 
@@ -90,11 +90,11 @@ def test_a_constant_tensor_has_a_range(model, method):
 
 
 def test_the_seed_decides_which_samples_are_drawn_and_too_few_are_refused():
-    assert np.array_equal(drawn(100, Recipe(samples=40)), drawn(100, Recipe(samples=40)))
-    assert not np.array_equal(drawn(100, Recipe(samples=40)), drawn(100, Recipe(samples=40, seed=1)))
-    assert np.array_equal(drawn(100, Recipe()), np.arange(100))
+    assert np.array_equal(draw_rows(100, Recipe(samples=40)), draw_rows(100, Recipe(samples=40)))
+    assert not np.array_equal(draw_rows(100, Recipe(samples=40)), draw_rows(100, Recipe(samples=40, seed=1)))
+    assert np.array_equal(draw_rows(100, Recipe()), np.arange(100))
     with pytest.raises(SourceError, match="20 calibration samples are too few: the recipe needs at least 32; add"):
-        drawn(20, Recipe())
+        draw_rows(20, Recipe())
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])

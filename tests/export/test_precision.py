@@ -113,9 +113,11 @@ def test_the_local_first_threshold_is_chosen_again_for_int8(source, tmp_path, mo
     done = export_fleet(with_clients, tmp_path / "other", INT8)
     assert done.report["local_first"] == {"float": 0.5, "written": 0.7}
     own, everything = seen[0]
-    assert all(np.array_equal(rows.y.numpy(), with_clients.labels[with_clients.calibrating]) for rows in everything)
+    assert all(
+        np.array_equal(rows.y.numpy(), with_clients.labels[with_clients.calibration_rows]) for rows in everything
+    )
     for device, rows in enumerate(own):
-        calibrating = with_clients.calibrating
+        calibrating = with_clients.calibration_rows
         own_rows = calibrating[with_clients.clients[calibrating] == device]
         assert len(own_rows) == 13
         assert np.array_equal(rows.y.numpy(), with_clients.labels[own_rows])
@@ -227,8 +229,8 @@ def test_accuracy_is_measured_on_samples_that_did_not_calibrate(source, tmp_path
         return [done.report[key] for key in ("accuracy_float", "accuracy_written", "drop", "worst")] + held_out
 
     true = figures("true", [])
-    assert figures("calibrating", source.calibrating) == true
-    assert figures("measured", source.measured) != true
+    assert figures("calibrating", source.calibration_rows) == true
+    assert figures("measured", source.measured_rows) != true
 
 
 def test_missing_integer_operators_are_reported(source, tmp_path, monkeypatch):

@@ -11,17 +11,17 @@ from torch import nn
 
 from nmoe_edge.models import Graph
 from nmoe_export.calibrate import Recipe, ranges
-from nmoe_export.fp16 import halved
+from nmoe_export.fp16 import to_float16
 from nmoe_export.fusion import fusion
 from nmoe_export.graphs import export_graph
-from nmoe_export.quantize import quantizable, quantize, simplified, unranged
+from nmoe_export.quantize import nodes_without_range, quantizable, quantize, simplify
 from nmoe_export.targets import TARGETS, target_of
 from nmoe_train.nets import NetSpec, build
 
 
 def test_on_a_cpu_every_conv_and_residual_add_is_an_integer_operator(images):
     graph = export_graph(Block().eval(), "block", torch.from_numpy(images[:4]))
-    model = simplified(graph)
+    model = simplify(graph)
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     for name in ("x86", "pi"):
         found = fusion(quantize(model, ranges(model, images, Recipe()), TARGETS[name]), model, [])
@@ -35,7 +35,7 @@ def test_an_int8_graph_is_a_quarter_of_the_size_and_needs_no_extra_operator_set(
     wide = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 64))
     rows = torch.randn(200, 64)
     graph = export_graph(wide, "wide", rows[:4])
-    model = simplified(graph)
+    model = simplify(graph)
     data = quantize(model, ranges(model, rows.numpy(), Recipe()), target_of("x86"))
     assert len(data) < 0.3 * len(graph)
     parsed = onnx.load_from_string(data)
@@ -44,7 +44,7 @@ def test_an_int8_graph_is_a_quarter_of_the_size_and_needs_no_extra_operator_set(
 
 
 def test_named_nodes_stay_in_float(images):
-    model = simplified(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
+    model = simplify(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
     everything = quantizable(model)
     assert len(everything) == 3
     found = ranges(model, images, Recipe())
@@ -60,7 +60,7 @@ def test_only_a_jetson_has_no_rounding_between_a_conv_and_the_node_it_fuses_with
     torch.manual_seed(0)
     net = build(NetSpec("resnet18", {"channels": 3, "size": 16, "dim": 32, "norm": "batch"}))
     images = np.random.default_rng(0).integers(0, 256, (32, 3, 16, 16)).astype(np.uint8)
-    model = simplified(export_graph(net, "net", torch.from_numpy(images[:4])))
+    model = simplify(export_graph(net, "net", torch.from_numpy(images[:4])))
     parsed = onnx.load_from_string(quantize(model, ranges(model, images, Recipe(method="minmax")), TARGETS[name]))
     makers = {output: node for node in parsed.graph.node for output in node.output}
     adds = [node for node in parsed.graph.node if node.op_type == "Add"]
@@ -77,7 +77,7 @@ def test_only_a_jetson_has_no_rounding_between_a_conv_and_the_node_it_fuses_with
 
 def test_missing_integer_operators_are_counted(images):
     """All nodes of the graph are in float although none was expected to be."""
-    model = simplified(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
+    model = simplify(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
     floats = quantize(model, ranges(model, images, Recipe()), target_of("x86"), quantizable(model))
     found = fusion(floats, model, [])
     assert (found.convs, found.convs_integer, found.adds, found.adds_integer) == (2, 0, 1, 0)
@@ -93,7 +93,7 @@ def parameters(model, kind):
 
 
 def test_each_target_has_its_own_activations_and_biases(images):
-    model = simplified(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
+    model = simplify(export_graph(Block().eval(), "block", torch.from_numpy(images[:4])))
     made = {
         name: onnx.load_from_string(quantize(model, ranges(model, images, Recipe(), target.symmetric), target))
         for name, target in TARGETS.items()
@@ -113,11 +113,11 @@ def test_an_infinite_mask_stays_in_float_and_the_rest_is_quantized():
     torch.manual_seed(0)
     rows = np.random.default_rng(0).normal(size=(80, 4, 6)).astype(np.float32)
     graph = export_graph(Attentive().eval(), "net", torch.from_numpy(rows[:4]))
-    model = simplified(graph)
+    model = simplify(graph)
     for method in ("minmax", "mse", "percentile", "entropy"):
         found = ranges(model, rows, Recipe(method=method))
         assert np.isfinite(list(found.values())).all()
-        infinite = [node.op_type for node in model.graph.node if node.name in unranged(model, found)]
+        infinite = [node.op_type for node in model.graph.node if node.name in nodes_without_range(model, found)]
         assert "Add" in infinite
         assert infinite.count("MatMul") + infinite.count("Gemm") == 0
         data = quantize(model, found, target_of("x86"))
@@ -134,7 +134,7 @@ def test_float16_is_half_the_size_and_accurate_and_takes_uint8_inputs(images):
     torch.manual_seed(0)
     net = build(NetSpec("resnet18", {"channels": 3, "size": 8, "dim": 32, "norm": "batch"}))
     graph = export_graph(net, "net", torch.from_numpy(images[:4]))
-    data = halved(graph)
+    data = to_float16(graph)
     assert len(data) < 0.52 * len(graph)
     parsed = onnx.load_from_string(data)
     assert [(opset.domain, opset.version) for opset in parsed.opset_import] == [("", 18)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from nmoe_edge.models import Graph
 from nmoe_edge.protocol.tensor import Tensor
-from nmoe_export.graphs import export_graph, refilled
+from nmoe_export.graphs import export_graph, replace_weights
 from nmoe_export.simulation import Graphs, Simulation, gate_agreement
 
 
@@ -39,9 +39,9 @@ def test_experts_see_latents_as_they_travel_and_gates_see_the_exact_latents(sour
 def test_gates_agree_when_they_prefer_the_same_expert_for_the_measured_samples(source, graphs):
     one, two = Simulation(source, graphs, "float32"), Simulation(source, graphs, "float32")
     assert gate_agreement(one, two) == 1
-    others = source.measured[:10]
+    others = source.measured_rows[:10]
     two.scores[0][others] = np.roll(one.scores[0][others], 1, axis=1)
-    two.scores[0][source.calibrating] = np.roll(one.scores[0][source.calibrating], 1, axis=1)
+    two.scores[0][source.calibration_rows] = np.roll(one.scores[0][source.calibration_rows], 1, axis=1)
     assert gate_agreement(one, two) == pytest.approx(0.75)
     assert one.load() != two.load()
 
@@ -61,13 +61,13 @@ def test_float_graphs_answer_what_torch_answers(source):
     system = Simulation(source, graphs, "float32")
     assert np.abs(system.outputs - expected.numpy()).max() < 1e-4
     answered = expected[torch.arange(len(asked)), asked].argmax(1).numpy()
-    assert (system.answered(source.inference)[0] == answered[source.measured]).mean() > 0.97
+    assert (system.answered_classes(source.inference)[0] == answered[source.measured_rows]).mean() > 0.97
 
 
 def test_a_graph_refilled_with_weights_equals_an_exported_graph():
     _, _, experts = modules()
     rows = torch.randn(8, 8)
     first = export_graph(experts[0], "expert 0", rows)
-    again = refilled(first, experts[2], "expert 2", rows)
+    again = replace_weights(first, experts[2], "expert 2", rows)
     assert again == export_graph(experts[2], "expert 2", rows)
-    assert refilled(first, nn.Linear(8, 4), "other", rows) is None
+    assert replace_weights(first, nn.Linear(8, 4), "other", rows) is None

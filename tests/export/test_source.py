@@ -125,19 +125,19 @@ def test_samples_of_modules_are_not_called_held_out(source, tmp_path, run_main):
 
 
 def test_every_second_sample_of_each_client_calibrates_and_the_others_measure(source):
-    assert np.array_equal(source.calibrating, np.arange(1, 80, 2))
-    assert np.array_equal(source.measured, np.arange(0, 80, 2))
+    assert np.array_equal(source.calibration_rows, np.arange(1, 80, 2))
+    assert np.array_equal(source.measured_rows, np.arange(0, 80, 2))
     dealt = replace(source, clients=np.repeat([0, 1, 2], [25, 1, 54]))
-    assert [np.isin(dealt.calibrating, np.flatnonzero(dealt.clients == client)).sum() for client in range(3)] == [
+    assert [np.isin(dealt.calibration_rows, np.flatnonzero(dealt.clients == client)).sum() for client in range(3)] == [
         12,
         0,
         27,
     ]
-    both = np.concatenate([dealt.calibrating, dealt.measured])
+    both = np.concatenate([dealt.calibration_rows, dealt.measured_rows])
     assert np.array_equal(np.sort(both), np.arange(80))
     samples = samples_of(dealt, Recipe())
-    assert np.array_equal(samples.inputs, dealt.inputs[dealt.calibrating])
-    assert np.array_equal(samples.clients, dealt.clients[dealt.calibrating])
+    assert np.array_equal(samples.inputs, dealt.inputs[dealt.calibration_rows])
+    assert np.array_equal(samples.clients, dealt.clients[dealt.calibration_rows])
 
 
 def test_the_error_for_too_few_samples_counts_both_halves(images):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claimed, difference, partial_folder
+from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claim_folder, difference, partial_folder
 from nmoe_train.errors import RunError
 
 
@@ -43,13 +43,13 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
 
 
 def test_only_one_process_at_a_time_claims_a_folder(tmp_path):
-    with claimed(tmp_path / "run") as path:
+    with claim_folder(tmp_path / "run") as path:
         assert path == tmp_path / "run.partial" / CHECKPOINT_FILE
-        with pytest.raises(RunError, match="another process"), claimed(tmp_path / "run"):
+        with pytest.raises(RunError, match="another process"), claim_folder(tmp_path / "run"):
             pass
     assert not partial_folder(tmp_path / "run").exists()
-    with claimed(tmp_path / "run") as path:
+    with claim_folder(tmp_path / "run") as path:
         path.touch()
     assert path.exists()
-    with claimed(tmp_path / "run"):
+    with claim_folder(tmp_path / "run"):
         pass

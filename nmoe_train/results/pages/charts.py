@@ -26,7 +26,7 @@ from nmoe_train.results.pages.svg import (
     drawing,
     element,
     group,
-    joined,
+    join,
     message,
     polyline,
     rect,
@@ -75,7 +75,7 @@ def heat_map(
         top = max(largest, 1)
         scale = 1
         unit = ""
-    values = [[measured(value) or 0.0 for value in row] for row in matrix]
+    values = [[finite_number(value) or 0.0 for value in row] for row in matrix]
 
     grid = Grid.fit(rows, columns, axes)
     longest_text = max((len(f"{scale * value:.0f}") for row in values for value in row), default=0)
@@ -90,7 +90,7 @@ def heat_map(
     shares = {f"{scale * top * share:.0f}{unit}": share for share in LEGEND}
     legend_drawn = grid.legend(list(shares), list(shares.values()))
     width = max(grid.right, grid.left + LEGEND_STEP * len(shares)) + 6
-    return drawing(width, grid.bottom + 42, joined([grid.names(), *cells, legend_drawn]), caption)
+    return drawing(width, grid.bottom + 42, join([grid.names(), *cells, legend_drawn]), caption)
 
 
 def curves(
@@ -123,7 +123,7 @@ def curves(
     drawn = [legend_drawn, plane.shaded(bands), plane.axes(x_ticks, x_label, y_label)]
     for i, (name, line) in enumerate(lines.items()):
         drawn.append(group(_curve(plane, line, i), f"{name}: {_ends(line)}"))
-    return drawing(WIDTH, plane.foot, joined(drawn), caption)
+    return drawing(WIDTH, plane.foot, join(drawn), caption)
 
 
 def dots(
@@ -158,8 +158,8 @@ def dots(
         if heights:
             stem = f"M{x:.1f} {min(heights):.1f}V{max(heights):.1f}"
             marks.insert(0, element("path", d=stem, stroke="currentColor", opacity=".5"))
-        drawn.append(group(joined(marks), f"{x_label} {name}: {', '.join(hover)}"))
-    return drawing(WIDTH, plane.foot, joined(drawn), caption)
+        drawn.append(group(join(marks), f"{x_label} {name}: {', '.join(hover)}"))
+    return drawing(WIDTH, plane.foot, join(drawn), caption)
 
 
 def bars(shares: Sequence[float], names: Sequence[str], x_label: str, caption: str) -> Markup:
@@ -174,7 +174,7 @@ def bars(shares: Sequence[float], names: Sequence[str], x_label: str, caption: s
         bar = rect(plane.x(position) - width / 2, y, width, plane.floor - y, COLOURS[0])
         drawn.append(group(bar, f"{x_label} {names[position]}: {percent:.1f} %"))
     drawn.append(polyline([(plane.left, plane.y(equal)), (plane.right, plane.y(equal))], 1))
-    return drawing(WIDTH, plane.foot, joined(drawn), caption)
+    return drawing(WIDTH, plane.foot, join(drawn), caption)
 
 
 def stacks(
@@ -211,8 +211,8 @@ def stacks(
                 hover.append(f"{key} {amount:.4g}")
             height += amount
         if parts:
-            drawn.append(group(joined(parts), f"{x_label} {name}: {', '.join(hover)}"))
-    return drawing(WIDTH, plane.foot, joined(drawn), caption)
+            drawn.append(group(join(parts), f"{x_label} {name}: {', '.join(hover)}"))
+    return drawing(WIDTH, plane.foot, join(drawn), caption)
 
 
 def table_bar(value: float, largest: float) -> Markup:
@@ -224,7 +224,7 @@ def table_bar(value: float, largest: float) -> Markup:
     return element("svg", bar, viewBox=view_box, width=BAR_LENGTH, height=10, aria_hidden="true")
 
 
-def measured(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """A finite number as a float; None for anything else."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if number else None
@@ -234,7 +234,7 @@ def _drawable(points: Iterable[tuple[float, float]], log: bool) -> list[tuple[fl
     """The points that can be drawn, thinned out where there are very many."""
     kept = []
     for x, y in points:
-        known = measured(x) is not None and measured(y) is not None
+        known = finite_number(x) is not None and finite_number(y) is not None
         if known and (y > 0 or not log):
             kept.append((float(x), float(y)))
     return _thinned(kept)

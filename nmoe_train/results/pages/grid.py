@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from nmoe_train.results.pages.plane import spaced
-from nmoe_train.results.pages.svg import WIDTH, element, group, joined, label, rect, text_width
+from nmoe_train.results.pages.svg import WIDTH, element, group, join, label, rect, text_width
 
 DAY = ((247, 250, 253), (92, 160, 212), (8, 48, 107))
 """Colours on a light page, from share 0 to 1: each darker than the last, so that a grey printer keeps the order."""
@@ -87,7 +87,7 @@ class Grid:
                 drawn.append(label(x + 4, self.top - 6, name, "start", upright=True))
             else:
                 drawn.append(label(x, self.top - 6, name))
-        return joined(drawn)
+        return join(drawn)
 
     def legend(self, texts: Sequence[str], shares: Sequence[float]) -> Markup:
         """Colours under the grid, each above its text."""
@@ -99,7 +99,7 @@ class Grid:
             colours.append(coloured(x, y, LEGEND_STEP, 10, share))
             words.append(label(x + LEGEND_STEP / 2, y + 24, text))
         # In a <g> of their own: `night_style` colours a text that follows a rectangle as a number on that rectangle.
-        return joined([*colours, element("g", *words)])
+        return join([*colours, element("g", *words)])
 
 
 def coloured(x: float, y: float, width: float, height: float, share: float) -> Markup:

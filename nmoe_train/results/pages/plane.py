@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from nmoe_train.results.pages.svg import LETTER, WIDTH, element, joined, label, rect, shortened, text_width
+from nmoe_train.results.pages.svg import LETTER, WIDTH, element, join, label, rect, shorten, text_width
 
 ABOVE = 20
 """Height between the legend and the plane, for the y label and the names of bands."""
@@ -69,7 +69,7 @@ class Plane:
             width = self.x(end) - x
             drawn.append(rect(x, self.ceiling, width, self.height, "currentColor", opacity=".12"))
             drawn.append(label(x + width / 2, self.top + 14, name))
-        return joined(drawn)
+        return join(drawn)
 
     def axes(self, x_ticks: Mapping[float, str], x_label: str, y_label: str) -> Markup:
         """Both labels, the ticks of x, and a line across for every tick of y."""
@@ -83,7 +83,7 @@ class Plane:
             drawn.append(element("path", d=line, stroke="currentColor", opacity=".2"))
             drawn.append(label(self.left - 6, y + 4, f"{value:g}", "end"))
         drawn += [label(self.x(value), self.floor + 17, text) for value, text in x_ticks.items()]
-        return joined(drawn)
+        return join(drawn)
 
 
 def legend(names: Iterable[str], symbol: Callable[[int, float, float], Markup]) -> tuple[Markup, float]:
@@ -95,14 +95,14 @@ def legend(names: Iterable[str], symbol: Callable[[int, float, float], Markup]) 
     x = 0.0
     y = 13.0
     for series, name in enumerate(names):
-        shown = shortened(name, 60)
+        shown = shorten(name, 60)
         width = 32 + LETTER * len(shown) + 14
         if x > 0 and x + width > WIDTH:
             x = 0.0
             y += 18
         drawn += [symbol(series, x, y - 4), label(x + 32, y, shown, "start")]
         x += width
-    return joined(drawn), y + 8
+    return join(drawn), y + 8
 
 
 def span(values: Sequence[float]) -> tuple[float, float]:
@@ -142,4 +142,4 @@ def spaced(names: Sequence[str], unit: float, needed: float | None = None) -> di
     if needed is None:
         needed = text_width(names) + 6
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * unit >= needed), 200)
-    return {position: shortened(name) for position, name in enumerate(names) if position % step == 0}
+    return {position: shorten(name) for position, name in enumerate(names) if position % step == 0}

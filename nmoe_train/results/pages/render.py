@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nmoe_edge.common.text import counted
 from nmoe_train.results.pages import formats
 from nmoe_train.results.pages.grid import night_style
-from nmoe_train.results.pages.svg import escaped
+from nmoe_train.results.pages.svg import escape_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 FIGURES = TEMPLATES / "figures.html"
@@ -46,7 +46,7 @@ def _environment(folder: Path) -> Environment:
         loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=escaped,  # unprintable characters become spaces, which autoescape alone would not do
+        finalize=escape_text,  # unprintable characters become spaces, which autoescape alone would not do
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

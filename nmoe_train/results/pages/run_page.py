@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nmoe_train.results.pages.charts import Figure, bars, curves, dots, figure, heat_map, measured
+from nmoe_train.results.pages.charts import Figure, bars, curves, dots, figure, finite_number, heat_map
 from nmoe_train.results.pages.formats import MISSING, percentage
 from nmoe_train.results.pages.render import TEMPLATES, render
 
@@ -110,7 +110,7 @@ def _comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> Com
     shares = {}
     for method in methods:
         figures = {part: found[part].get(method) or {} for part in parts}
-        shares[method] = [measured(figures[part].get(measure)) for part, measure in columns]
+        shares[method] = [finite_number(figures[part].get(measure)) for part, measure in columns]
     best = [_best(column) for column in zip(*shares.values(), strict=True)]
     rows = []
     for method in methods:
@@ -128,7 +128,7 @@ def _best(column: Sequence[float | None]) -> str | None:
 
 def _kept_local(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:
     """(share of samples answered locally, name of the test set)"""
-    shares = [(measured((metrics.get(part) or {}).get("kept_local")), name) for part, name in SETS.items()]
+    shares = [(finite_number((metrics.get(part) or {}).get("kept_local")), name) for part, name in SETS.items()]
     return [(share, name) for share, name in shares if share is not None]
 
 
@@ -178,9 +178,11 @@ def _learning_figures(history: Sequence[Mapping[str, Any]]) -> list[Figure]:
         by_stage.setdefault(str(entry.get("stage")), []).append(entry)
     figures = []
     for stage, entries in by_stage.items():
-        rounds = [entry for entry in entries if measured(entry.get("round"))]
+        rounds = [entry for entry in entries if finite_number(entry.get("round"))]
         for key, (scale, y_label, caption) in CURVES.items():
-            points = [(entry["round"], scale * entry[key]) for entry in rounds if measured(entry.get(key)) is not None]
+            points = [
+                (entry["round"], scale * entry[key]) for entry in rounds if finite_number(entry.get(key)) is not None
+            ]
             if points:
                 series = {stage: points}
                 figures.append(figure(curves, series, "round", y_label, caption=caption.format(stage)))
@@ -266,7 +268,7 @@ def _privacy(spent: Mapping[str, Any]) -> dict[str, str] | None:
     """Four significant digits of each figure."""
     if not spent:
         return None
-    figures = {key: measured(spent.get(key)) for key in ("releases", "sigma", "epsilon", "delta")}
+    figures = {key: finite_number(spent.get(key)) for key in ("releases", "sigma", "epsilon", "delta")}
     return {key: MISSING if value is None else f"{value:.4g}" for key, value in figures.items()}
 
 

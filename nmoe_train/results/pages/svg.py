@@ -23,12 +23,12 @@ LETTER = 6.8
 """Upper estimate of the average letter width at font size 12."""
 
 
-def escaped(value: Any) -> Markup:
+def escape_text(value: Any) -> Markup:
     """`value` as text of a page: markup is escaped, unprintable characters become spaces. Markup passes unchanged."""
     return value if isinstance(value, Markup) else escape(printable(str(value)))
 
 
-def joined(parts: Sequence[Markup]) -> Markup:
+def join(parts: Sequence[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
@@ -36,11 +36,11 @@ def element(name: str, *children: Markup, **attributes: str | float) -> Markup:
     """<name attributes>children</name>. `text_anchor` becomes text-anchor, `class_` becomes class."""
     opening = name
     for key, value in attributes.items():
-        text = escaped(value) if isinstance(value, str) else _number(value)
+        text = escape_text(value) if isinstance(value, str) else _number(value)
         opening += f' {key.rstrip("_").replace("_", "-")}="{text}"'
     if not children:
         return Markup(f"<{opening}/>")  # noqa: S704  # every attribute is escaped above
-    return Markup(f"<{opening}>{joined(children)}</{name}>")  # noqa: S704  # and children are markup already
+    return Markup(f"<{opening}>{join(children)}</{name}>")  # noqa: S704  # and children are markup already
 
 
 def drawing(width: float, height: float, content: Markup, caption: str) -> Markup:
@@ -66,7 +66,7 @@ def message(text: str, caption: str) -> Markup:
 
 def group(content: Markup, hover: str) -> Markup:
     """Elements with a tooltip."""
-    return element("g", content, element("title", escaped(hover)))
+    return element("g", content, element("title", escape_text(hover)))
 
 
 def label(x: float, y: float, text: str, anchor: str = "middle", colour: str = "", upright: bool = False) -> Markup:
@@ -74,7 +74,7 @@ def label(x: float, y: float, text: str, anchor: str = "middle", colour: str = "
     options = {"fill": colour} if colour else {}
     if upright:
         options["transform"] = f"rotate(-90 {x:.1f} {y:.1f})"
-    return element("text", escaped(text), x=x, y=y, text_anchor=anchor, **options)
+    return element("text", escape_text(text), x=x, y=y, text_anchor=anchor, **options)
 
 
 def rect(x: float, y: float, width: float, height: float, fill: str, **options: str | float) -> Markup:
@@ -105,13 +105,13 @@ def colour_of(series: int) -> str:
     return COLOURS[series % len(COLOURS)]
 
 
-def shortened(name: str, longest: int = 14) -> str:
+def shorten(name: str, longest: int = 14) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def text_width(names: Sequence[str]) -> float:
     """Width of the longest shortened name."""
-    return LETTER * max((len(shortened(name)) for name in names), default=1)
+    return LETTER * max((len(shorten(name)) for name in names), default=1)
 
 
 def _number(value: float) -> str:

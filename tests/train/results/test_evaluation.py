@@ -5,8 +5,8 @@ import torch
 
 from nmoe_train.results.evaluation import (
     DeviceRows,
-    adapted,
     answers,
+    apply_class_mix,
     auc,
     choose_threshold,
     class_mix,
@@ -55,11 +55,11 @@ def test_the_class_mix_of_a_row_is_estimated_from_other_rows():
     """Even rows are of class 0 and odd rows of class 1; each half is weighted with the mix of the other half."""
     p = torch.full((40, 2), 0.5)
     p[::2], p[1::2] = torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.9])
-    weighted = adapted(p, Inference(1, "probabilities", adapt=True))
+    weighted = apply_class_mix(p, Inference(1, "probabilities", adapt=True))
     assert weighted[0, 0] < 0.9
     assert weighted[1, 1] < 0.9
     assert torch.allclose(weighted.sum(1), torch.ones(40))
-    assert adapted(p, Inference(1, "probabilities", adapt=False)) is p
+    assert apply_class_mix(p, Inference(1, "probabilities", adapt=False)) is p
 
 
 def test_the_best_threshold_is_chosen_and_among_equals_the_one_with_most_local_answers():

@@ -10,7 +10,7 @@ from nmoe_train.config import ExtractorConfig, FedSCConfig
 from nmoe_train.data.views import VIEWS, strong
 from nmoe_train.stages.extractor import Headed, MatrixNoise, fedce_round, fedsc_round, matrix
 from nmoe_train.stages.federation import active_clients, generator, size_bytes
-from nmoe_train.stages.losses import correlation, shortened, spectral_loss
+from nmoe_train.stages.losses import cap_length, correlation, spectral_loss
 from nmoe_train.stages.privacy import epsilon_spent
 
 
@@ -179,7 +179,7 @@ def test_a_correlation_matrix_is_the_mean_over_views_and_has_a_bounded_norm():
     assert r.norm() <= 0.01 + 1e-6
     assert torch.trace(r).item() == pytest.approx(0.01, rel=1e-4)  # every row is longer than √0.01 and gets cut
     g = torch.Generator().manual_seed(5)
-    naive = sum(correlation(shortened(net(strong(x, g)), 0.01)) for _ in range(3)) / 3
+    naive = sum(correlation(cap_length(net(strong(x, g)), 0.01)) for _ in range(3)) / 3
     assert torch.allclose(r, naive, atol=1e-7)
 
 
@@ -222,7 +222,7 @@ def test_sigma_meets_the_budget_of_every_client_and_a_given_sigma_limits_the_rou
 
 def test_a_released_matrix_is_symmetric_and_has_noise_of_the_given_sigma():
     noise = MatrixNoise([100], ExtractorConfig(), FedSCConfig(sigma=0.5))
-    r = noise.released(0, torch.zeros(200, 200), torch.Generator().manual_seed(0))
+    r = noise.apply(0, torch.zeros(200, 200), torch.Generator().manual_seed(0))
     assert torch.equal(r, r.T)
     assert r.diagonal().std().item() == pytest.approx(0.5, rel=0.15)
     assert r.triu(1)[torch.ones(200, 200).triu(1) > 0].std().item() == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
@@ -262,7 +262,7 @@ def test_two_rounds_of_fedsc_match_a_naive_computation():
             torch.manual_seed(0)
             rows = torch.randperm(len(x), generator=g)
             views = [VIEWS["crop"](x[rows], g) for _ in range(2)]
-            z = [shortened(torch.func.functional_call(net, theta, (view,)), 0.02) for view in views]
+            z = [cap_length(torch.func.functional_call(net, theta, (view,)), 0.02) for view in views]
             loss = spectral_loss(*z, alpha, others)
             gradients = torch.autograd.grad(loss, list(theta.values()))
             length = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nmoe_train.stages.losses import correlation, load_loss, means_of_others, mixture_loss, shortened, spectral_loss
+from nmoe_train.stages.losses import cap_length, correlation, load_loss, means_of_others, mixture_loss, spectral_loss
 
 g = torch.Generator().manual_seed(3)
 
@@ -18,7 +18,7 @@ def rows(*shape):
 
 def test_rows_longer_than_the_root_of_the_radius_are_cut_and_shorter_ones_kept():
     z = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert torch.allclose(shortened(z, 4.0), torch.tensor([[1.2, 1.6], [0.3, 0.4], [0.0, 0.0]]))
+    assert torch.allclose(cap_length(z, 4.0), torch.tensor([[1.2, 1.6], [0.3, 0.4], [0.0, 0.0]]))
 
 
 def test_a_correlation_matrix_is_the_mean_of_outer_products():
