@@ -3,7 +3,7 @@
     with Client("tcp://127.0.0.1:7101") as client:
         answers = client.infer(rows)
 
-Below it, a Line is one connection of one thread, for callers that keep track of time themselves.
+Below it, a Connection is for callers that keep track of time themselves. One thread at a time may use it.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def budget_of(deadline_s: float) -> int:
     return max(1, int(deadline_s * 1000))
 
 
-class Line:
-    """One connection to a device: messages out, messages in. One thread at a time may use it."""
+class Connection:
+    """Sends messages to a device and receives its replies. One thread at a time may use it."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Line:
         """Connect to `address`, tcp://HOST:PORT; CallError when the address is malformed or no socket is available.
 
         keys, server_key: as for Client. connections: how many TCP connections take turns, as if as many clients
-        asked. context: shared with the caller, who closes it; by default the line has its own.
+        asked. context: shared with the caller, who closes it; by default the connection has its own.
         """
         if not port_of(address):
             raise CallError(
@@ -202,7 +202,7 @@ class Client:
         self._keys = keys
         self._server_key = server_key
         self._context = zmq.Context()
-        self._idle: list[Line] = []
+        self._idle: list[Connection] = []
         self._in_use = 0
         self._lock = threading.Lock()
         self._closed = False
@@ -248,8 +248,8 @@ class Client:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for line in idle:
-            line.close()
+        for connection in idle:
+            connection.close()
         if not self._in_use:  # otherwise the last call that finishes closes the context
             self._context.term()
 
@@ -266,26 +266,26 @@ class Client:
         number = next(self._numbers)
         message = question(number)
         until = time.monotonic() + wait_s
-        with self._borrowed_line() as line:
-            line.send(message, wait_s)  # if the device cannot be reached, the error below says so
-            while (left := until - time.monotonic()) > 0 and (reply := line.receive(left)) is not None:
+        with self._borrow_connection() as connection:
+            connection.send(message, wait_s)  # if the device cannot be reached, the error below says so
+            while (left := until - time.monotonic()) > 0 and (reply := connection.receive(left)) is not None:
                 if getattr(reply, "request", None) == number:
                     return reply
             hint = ", and does it know this key?" if self._keys is not None else _NO_KEYS_HINT
             raise CallError(f"{self.address}: no answer within {wait_s:.3g} s; is it serving{hint}")
 
     @contextlib.contextmanager
-    def _borrowed_line(self) -> Iterator[Line]:
-        """A line for one call. It is used again when the call succeeds, and closed otherwise."""
-        line = self._take_line()
+    def _borrow_connection(self) -> Iterator[Connection]:
+        """A connection for one call. It is used again when the call succeeds, and closed otherwise."""
+        connection = self._take_connection()
         succeeded = False
         try:
-            yield line
+            yield connection
             succeeded = True
         finally:
-            self._return_line(line, succeeded)
+            self._return_connection(connection, succeeded)
 
-    def _take_line(self) -> Line:
+    def _take_connection(self) -> Connection:
         if self._process != os.getpid():
             # After a fork libzmq's threads are missing, and closing the parent's sockets would wait for them forever.
             # We keep a reference to them and start afresh.
@@ -298,20 +298,20 @@ class Client:
         with self._lock:
             if self._closed:
                 raise CallError("the client is closed")
-            line = self._idle.pop() if self._idle else self._new_line()
+            connection = self._idle.pop() if self._idle else self._new_connection()
             self._in_use += 1
-            return line
+            return connection
 
-    def _return_line(self, line: Line, succeeded: bool) -> None:
+    def _return_connection(self, connection: Connection, succeeded: bool) -> None:
         with self._lock:
             self._in_use -= 1
             if succeeded and not self._closed:
-                self._idle.append(line)
+                self._idle.append(connection)
                 return
-            line.close()
+            connection.close()
             is_last = self._closed and not self._in_use
         if is_last:
             self._context.term()
 
-    def _new_line(self) -> Line:
-        return Line(self.address, self._keys, self._server_key, context=self._context)
+    def _new_connection(self) -> Connection:
+        return Connection(self.address, self._keys, self._server_key, context=self._context)

@@ -97,7 +97,7 @@ def read_moment(root: Path = ROOT) -> Moment:
     governors = {_text(path) for path in cpus.glob("cpu[0-9]*/cpufreq/scaling_governor")}
     zones = _numbers(root / "sys/class/thermal", "thermal_zone*/temp")
     return Moment(
-        load=_parsed(float, (_text(root / "proc/loadavg") or "").partition(" ")[0]),
+        load=_parse(float, (_text(root / "proc/loadavg") or "").partition(" ")[0]),
         governor=", ".join(sorted(filter(None, governors))) or None,
         mhz=_largest(_numbers(cpus, "cpu[0-9]*/cpufreq/scaling_cur_freq"), 1000),
         most_mhz=_largest(_numbers(cpus, "cpu[0-9]*/cpufreq/cpuinfo_max_freq"), 1000),
@@ -181,7 +181,7 @@ class Meter:
 def _throttled(root: Path) -> str | None:
     """The flags of a Raspberry Pi, or how often Intel cores were throttled by heat."""
     for path in root.glob("sys/devices/platform/soc*/*firmware/get_throttled"):
-        bits = _parsed(lambda text: int(text, 16), _text(path))
+        bits = _parse(lambda text: int(text, 16), _text(path))
         if bits is not None:
             now = [flag for bit, flag in enumerate(_PI_FLAGS) if bits >> bit & 1]
             before = [f"{flag} since boot" for bit, flag in enumerate(_PI_FLAGS) if bits >> (bit + _SINCE_BOOT) & 1]
@@ -212,7 +212,7 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _parsed(parse: Callable[[str], T], text: str | None) -> T | None:
+def _parse(parse: Callable[[str], T], text: str | None) -> T | None:
     try:
         return None if not text else parse(text)
     except ValueError:
@@ -220,7 +220,7 @@ def _parsed(parse: Callable[[str], T], text: str | None) -> T | None:
 
 
 def _number(path: Path) -> float | None:
-    return _parsed(float, _text(path))
+    return _parse(float, _text(path))
 
 
 def _numbers(folder: Path, pattern: str) -> list[float]:

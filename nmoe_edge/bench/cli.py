@@ -243,13 +243,13 @@ def compare(old: Path, new: Path) -> None:
     A peer or a fleet is also worse if its missing, refused or degraded answers rise by more than one point beyond
     chance. Another bundle or machine in B gives a warning. Exits 1 as well if no row has a verdict.
     """
-    from nmoe_edge.bench.compare import compared
+    from nmoe_edge.bench.compare import compare_records
     from nmoe_edge.bench.record import read_record
     from nmoe_edge.bench.tables import comparison_tables
     from nmoe_edge.errors import BenchError
 
     first, second = read_record(old), read_record(new)
-    comparison = compared(first, second)
+    comparison = compare_records(first, second)
     click.echo(comparison_tables(first, second, comparison))
     if not comparison.times:
         raise BenchError(f"{old} and {new} have no row in common: measure both with the same options")

@@ -41,7 +41,7 @@ class Comparison:
         return [item.verdict for _, _, item in self.times] + [item.verdict for _, item in self.memory]
 
 
-def compared(old: Record, new: Record) -> Comparison:
+def compare_records(old: Record, new: Record) -> Comparison:
     """Compare the rows of the same name."""
     after = {row.name: row for row in new.rows}
     pairs = [(row, after[row.name]) for row in old.rows if row.name in after]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nmoe_edge.bench.board import Meter
 from nmoe_edge.bench.samples import BLOCK_S, MAX_SAMPLES, settle
 from nmoe_edge.bundle.manifest import Manifest
-from nmoe_edge.client import Line, refusal
+from nmoe_edge.client import Connection, refusal
 from nmoe_edge.errors import BenchError
 from nmoe_edge.protocol.messages import Answer, Ask, Hello, Infer, Message, Refuse, Result, Welcome
 from nmoe_edge.protocol.tensor import Tensor
@@ -52,7 +52,7 @@ class Drive:
     unsent: int = 0
     """Unanswered requests that were never sent."""
     rows: int = 0
-    at_home: int = 0
+    local_rows: int = 0
     """Rows answered locally, by the device's own expert."""
     degraded: int = 0
     answer: Message | None = None
@@ -70,7 +70,7 @@ class _Open:
 
 
 def drive(
-    line: Line,
+    connection: Connection,
     request: MakeRequest,
     numbers: Iterator[int],
     seconds: float,
@@ -97,9 +97,9 @@ def drive(
     def send(scheduled: int, now: int) -> None:
         number = next(numbers)
         too_late = now - scheduled > _GIVE_UP_NS
-        sent = not too_late and line.send(request(number), _SEND_S if found.asked else _CONNECT_S)
+        sent = not too_late and connection.send(request(number), _SEND_S if found.asked else _CONNECT_S)
         if not sent and not found.asked:
-            raise BenchError(f"{line.address}: no connection within {_CONNECT_S:.0f} s; is the device serving?")
+            raise BenchError(f"{connection.address}: no connection within {_CONNECT_S:.0f} s; is the device serving?")
         found.asked += 1
         if sent:
             open_requests[number] = _Open(scheduled, clock())
@@ -128,7 +128,7 @@ def drive(
             wake = min(arrival, now + _CHECK_NS) if sending else now + _CHECK_NS
         else:
             return found
-        reply = line.receive((wake - now) / 1e9)
+        reply = connection.receive((wake - now) / 1e9)
         if reply is not None:
             _count(found, reply, open_requests.pop(getattr(reply, "request", -1), None), own)
 
@@ -147,16 +147,17 @@ def _count(found: Drive, reply: Message, asked: _Open | None, own: int) -> None:
         found.rows += len(outputs)
         if isinstance(reply, Result):
             found.degraded += sum(row.degraded for row in reply.rows)
-            found.at_home += sum(row.experts == (own,) and not row.degraded for row in reply.rows)
+            found.local_rows += sum(row.experts == (own,) and not row.degraded for row in reply.rows)
 
 
-def settled(line: Line, request: MakeRequest, numbers: Iterator[int], clients: int) -> bool:
+def warm_up(connection: Connection, request: MakeRequest, numbers: Iterator[int], clients: int) -> bool:
     """Warm up with requests and return whether their latency settled; BenchError if none is answered."""
 
     def block() -> array[int]:
-        found = drive(line, request, numbers, BLOCK_S, clients=clients)
+        found = drive(connection, request, numbers, BLOCK_S, clients=clients)
         if not found.took_ns:
-            raise BenchError(f"{line.address}: {found.refusal or 'no answer in time; is the device still serving?'}")
+            reason = found.refusal or "no answer in time; is the device still serving?"
+            raise BenchError(f"{connection.address}: {reason}")
         return found.took_ns
 
     return settle(block, time.monotonic)
@@ -171,20 +172,25 @@ def poisson(rate: float, seed: int) -> Iterator[float]:
         yield at
 
 
-def greet(line: Line, manifest: Manifest) -> Welcome:
+def greet(connection: Connection, manifest: Manifest) -> Welcome:
     """Introduce this bundle's device to a peer with a Hello; BenchError if the peer does not welcome it."""
     hello = Hello(manifest.device, manifest.expert, manifest.trunk_bytes, (), bundle=manifest.digest)
-    reply = line.receive(_CONNECT_S) if line.send(hello, _CONNECT_S) else None
+    reply = connection.receive(_CONNECT_S) if connection.send(hello, _CONNECT_S) else None
     if isinstance(reply, Refuse):
-        raise BenchError(f"{line.address}: the peer refuses {manifest.device}: {refusal(reply)}")
+        raise BenchError(f"{connection.address}: the peer refuses {manifest.device}: {refusal(reply)}")
     if not isinstance(reply, Welcome):
         received = "no answer" if reply is None else f"an unexpected {type(reply).__name__}"
-        raise BenchError(f"{line.address}: {received} to Hello; is a device serving there, and does it know this key?")
+        raise BenchError(
+            f"{connection.address}: {received} to Hello; is a device serving there, and does it know this key?"
+        )
     return reply
 
 
-def asking(latents: NDArray[Any], dtype: str, rows: int, expert: int, trunk: bytes) -> MakeRequest:
-    """Makes Asks of a remote expert, each with the next `rows` latents, in a cycle. latents: (n, latent)"""
+def make_asks(latents: NDArray[Any], dtype: str, rows: int, expert: int, trunk: bytes) -> MakeRequest:
+    """Returns a function that makes Asks of a remote expert, each with the next `rows` latents, in a cycle.
+
+    latents: (n, latent)
+    """
     batches = [latents.take(range(i, i + rows), axis=0, mode="wrap") for i in range(len(latents))]
 
     def request(number: int) -> Ask:
@@ -194,8 +200,8 @@ def asking(latents: NDArray[Any], dtype: str, rows: int, expert: int, trunk: byt
     return request
 
 
-def inferring(inputs: NDArray[Any]) -> MakeRequest:
-    """Makes Infers of one row each, with the inputs in a cycle. inputs: (n, ...)"""
+def make_infers(inputs: NDArray[Any]) -> MakeRequest:
+    """Returns a function that makes Infers of one row each, with the inputs in a cycle. inputs: (n, ...)"""
 
     def request(number: int) -> Infer:
         i = number % len(inputs)

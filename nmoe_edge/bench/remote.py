@@ -17,13 +17,23 @@ from statistics import mean
 from typing import IO, Any, Literal
 
 from nmoe_edge.bench.board import Meter
-from nmoe_edge.bench.load import Drive, MakeRequest, asking, drive, greet, inferring, message_bytes, poisson, settled
+from nmoe_edge.bench.load import (
+    Drive,
+    MakeRequest,
+    drive,
+    greet,
+    make_asks,
+    make_infers,
+    message_bytes,
+    poisson,
+    warm_up,
+)
 from nmoe_edge.bench.plan import SOURCE_ROOT, Plan, Say
 from nmoe_edge.bench.probe import BATCHES
 from nmoe_edge.bench.record import Row, Tally
 from nmoe_edge.bundle.fleet import Device, read_fleet
 from nmoe_edge.bundle.folder import Bundle
-from nmoe_edge.client import Client, Line
+from nmoe_edge.client import Client, Connection
 from nmoe_edge.common.text import counted
 from nmoe_edge.errors import BenchError, CallError
 from nmoe_edge.keys import address_of, keys_to
@@ -45,7 +55,7 @@ class Series:
     what: str
     setting: str
     rows: int
-    line: Line
+    connection: Connection
     request: MakeRequest
     clients: int = 1
     rate: float | None = None
@@ -64,12 +74,19 @@ class Series:
 
     def measure(self, numbers: Iterator[int], seconds: float) -> None:
         """Measure one round. numbers: fresh request numbers; BenchError if no request is answered."""
-        self.settled &= settled(self.line, self.request, numbers, self.clients)
+        self.settled &= warm_up(self.connection, self.request, numbers, self.clients)
         meter = Meter(time.monotonic_ns())
         arrivals = None if self.rate is None else poisson(self.rate, seed=len(self.drives))
         clients = self.clients if arrivals is None else 0
         found = drive(
-            self.line, self.request, numbers, seconds, clients=clients, arrivals=arrivals, own=self.own, meter=meter
+            self.connection,
+            self.request,
+            numbers,
+            seconds,
+            clients=clients,
+            arrivals=arrivals,
+            own=self.own,
+            meter=meter,
         )
         if not found.took_ns:
             raise BenchError(
@@ -102,7 +119,7 @@ class Series:
             unanswered=sum(found.unanswered for found in self.drives),
             unsent=sum(found.unsent for found in self.drives),
             rows=sum(found.rows for found in self.drives),
-            at_home=sum(found.at_home for found in self.drives),
+            at_home=sum(found.local_rows for found in self.drives),
             degraded=sum(found.degraded for found in self.drives),
         )
 
@@ -119,13 +136,13 @@ def peer_series(plan: Plan, bundle: Bundle, target: str, stack: contextlib.ExitS
     stack: closes the connection.
     """
     manifest = bundle.manifest
-    line = Line(address_of(target, plan.fleet), *keys_to(target, plan.fleet, plan.key, manifest.device))
-    stack.callback(line.close)
-    welcome = greet(line, manifest)
+    connection = Connection(address_of(target, plan.fleet), *keys_to(target, plan.fleet, plan.key, manifest.device))
+    stack.callback(connection.close)
+    welcome = greet(connection, manifest)
     for dtype in plan.latents:
         for rows in BATCHES:
-            request = asking(bundle.selftest.latents, dtype, rows, welcome.expert, manifest.trunk_bytes)
-            yield Series("peer", f"ask of expert {welcome.expert}", dtype, rows, line, request)
+            request = make_asks(bundle.selftest.latents, dtype, rows, welcome.expert, manifest.trunk_bytes)
+            yield Series("peer", f"ask of expert {welcome.expert}", dtype, rows, connection, request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +151,7 @@ class ServedDevice:
 
     client: Client
     access: tuple[Any, ...]
-    """The key pair to ask with and the device's public key, as Line takes them."""
+    """The key pair to ask with and the device's public key, as Connection takes them."""
     setting: str
     peers: int
     alive: int
@@ -176,12 +193,12 @@ def served_device(plan: Plan, bundle: Bundle, fleet: Path, say: Say) -> Iterator
 def fleet_series(plan: Plan, bundle: Bundle, device: ServedDevice, stack: contextlib.ExitStack) -> Iterator[Series]:
     """Requests through the fleet: a closed loop, and with --rate an open loop. stack: closes the connections."""
     manifest = bundle.manifest
-    request = inferring(bundle.selftest.inputs)
+    request = make_infers(bundle.selftest.inputs)
 
     def series(what: str, clients: int, rate: float | None) -> Series:
-        line = Line(device.client.address, *device.access, connections=clients)
-        stack.callback(line.close)
-        return Series("fleet", what, device.setting, 1, line, request, clients, rate, manifest.expert)
+        connection = Connection(device.client.address, *device.access, connections=clients)
+        stack.callback(connection.close)
+        return Series("fleet", what, device.setting, 1, connection, request, clients, rate, manifest.expert)
 
     yield series(f"closed loop, {counted(plan.clients, 'client')}", plan.clients, None)
     if plan.rate is not None:

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from edge.bench.records import ALIKE, CALM, cells, changed
 
-from nmoe_edge.bench.compare import compared
+from nmoe_edge.bench.compare import compare_records
 from nmoe_edge.bench.tables import comparison_tables, record_tables
 
 
 def shown_beside(old, new):
-    return comparison_tables(old, new, compared(old, new))
+    return comparison_tables(old, new, compare_records(old, new))
 
 
 def test_a_comparison_shows_the_change_of_every_row(record):
@@ -56,19 +56,19 @@ def test_a_fleet_that_answers_fewer_requests_is_worse_whatever_its_latency(recor
     for what in ("refused", "unanswered", "degraded"):
         tally = replace(fleet.tally, **{what: 60})
         other = replace(record, rows=(*record.rows[:-1], replace(fleet, tally=tally)))
-        comparison = compared(record, other)
+        comparison = compare_records(record, other)
         assert comparison.worse
         assert f"WORSE: {fleet.name}: " in comparison_tables(record, other, comparison)
         assert f"% {what} before, 6" in comparison_tables(record, other, comparison)
-        assert not compared(other, record).worse
+        assert not compare_records(other, record).worse
 
 
 def test_more_memory_is_worse(record):
     (start,) = record.starts
     (*stages, steady) = start.stages
     larger = replace(start, stages=(*stages, replace(steady, rss=(70 * 2**20,) * 5)))
-    comparison = compared(record, replace(record, starts=(larger,)))
+    comparison = compare_records(record, replace(record, starts=(larger,)))
     assert comparison.worse
     assert cells(comparison_tables(record, record, comparison), "| steady, 1 thread")[-1] == "worse"
     unknown = replace(start, stages=(*stages, replace(steady, rss=(None,) * 5)))
-    assert not compared(record, replace(record, starts=(unknown,))).worse
+    assert not compare_records(record, replace(record, starts=(unknown,))).worse
