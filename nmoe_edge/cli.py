@@ -202,7 +202,7 @@ def serve(
         sys.stdout.flush()
     with discovery(node) if discover else nullcontext():
         wait_until_ended(node)
-    sys.exit(1 if node.broke else 0)
+    sys.exit(1 if node.failed else 0)
 
 
 def _fleet_of(bundle: Path, fleet: Path | None) -> Path | None:
@@ -257,7 +257,7 @@ def infer(
 
     Prints one line per row: the label, the confidence, the experts that answered with their weights, and the time.
     """
-    from nmoe_edge.bundle.image import outside, read_rows
+    from nmoe_edge.bundle.image import range_warning, read_rows
     from nmoe_edge.bundle.manifest import InputSpec
     from nmoe_edge.common.schema import from_plain
     from nmoe_edge.device.node import Node
@@ -277,7 +277,7 @@ def infer(
         spec = from_plain(InputSpec, facts["input"])
         for path in files:
             rows = read_rows(path, spec)
-            if unlike := outside(rows, spec):
+            if unlike := range_warning(rows, spec):
                 click.echo(f"nmoe-edge: warning: {one_line(f'{path}: {unlike}')}", err=True)
             rows_per_call = max(1, min(_MAX_ROWS_PER_CALL, _MAX_BYTES_PER_CALL // rows[0].nbytes))
             for start in range(0, len(rows), rows_per_call):

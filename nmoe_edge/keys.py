@@ -137,7 +137,7 @@ def _find_device(path: Path, target: str) -> tuple[Fleet, Device]:
     """Read the fleet.toml at `path` and find the device with the name or address `target`."""
     fleet = read_fleet(path)
     try:
-        return fleet, fleet.at(target)
+        return fleet, fleet.find(target)
     except FleetError as error:
         raise FleetError(f"{path}: {error}") from None
 

@@ -132,19 +132,19 @@ class Models:
         self.labels = bundle.labels
         latent = (manifest.latent.dim,)
 
-        def opened(name: str, row_in: tuple[int, ...], row_out: tuple[int, ...]) -> Graph:
+        def open_graph(name: str, row_in: tuple[int, ...], row_out: tuple[int, ...]) -> Graph:
             file = f"{name}.onnx"
-            graph = _opened(file, bundle.contents[file], row_in, row_out, threads, provider)
+            graph = _open_graph(file, bundle.contents[file], row_in, row_out, threads, provider)
             on_open(name)
             return graph
 
-        self.extractor = opened("extractor", manifest.input.shape, latent)
+        self.extractor = open_graph("extractor", manifest.input.shape, latent)
         """inputs (rows, *input) -> latents (rows, latent)"""
         if self.extractor.dtype != np.dtype(manifest.input.dtype):
             raise ModelError(f"extractor.onnx: takes {self.extractor.dtype}, the manifest says {manifest.input.dtype}")
-        self.gate = opened("gate", latent, (manifest.experts,))
+        self.gate = open_graph("gate", latent, (manifest.experts,))
         """latents (rows, latent) -> scores (rows, experts)"""
-        self.expert = opened("expert", latent, (manifest.outputs,))
+        self.expert = open_graph("expert", latent, (manifest.outputs,))
         """latents (rows, latent) -> outputs (rows, outputs)"""
 
     @property
@@ -162,7 +162,7 @@ def check_installed(provider: str) -> None:
         raise ModelError(f"provider {provider} is not installed{_INSTALL_GPU}")
 
 
-def _opened(
+def _open_graph(
     name: str, data: bytes, row_in: tuple[int, ...], row_out: tuple[int, ...], threads: int, provider: str
 ) -> Graph:
     """Open a graph on the given provider, or with `auto` on the first that works on this machine."""
@@ -195,10 +195,10 @@ def run_selftest(models: Models, bundle: Bundle) -> SelfTestResult:
     return compare_answers(test, bundle.manifest, latents, scores, outputs)
 
 
-def open_bundle(folder: Path, threads: int, provider: str, force: bool, say: Callable[[str], None]) -> Models:
+def open_bundle(folder: Path, threads: int, provider: str, force: bool, warn: Callable[[str], None]) -> Models:
     """Verify a bundle, open its sessions and run its self-test.
 
-    ModelError if the self-test fails; with `force`, `say` gets a warning instead.
+    ModelError if the self-test fails; with `force`, `warn` gets a warning instead.
     """
     bundle = read_bundle(folder)
     models = Models(bundle, threads, provider)
@@ -211,5 +211,5 @@ def open_bundle(folder: Path, threads: int, provider: str, force: bool, say: Cal
         )
         if not force:
             raise ModelError(f"{failure}; export it again for this machine, or --force it to serve wrong answers")
-        say(f"{failure}; SERVING ALL THE SAME because of --force")
+        warn(f"{failure}; serving it anyway because of --force")
     return models

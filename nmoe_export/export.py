@@ -258,7 +258,7 @@ def _write_devices(
     for number in range(experts):
         manifest, contents = device_bundle(source, chosen, target, options.latent, number)
         name = manifest.device
-        digest = manifest.sealed(contents).digest
+        digest = manifest.seal(contents).digest
         if number in wanted or existing.has_bundle(name, digest):
             bundle = _write_verified(staging / name, existing.folder / name, manifest, contents)
             existing.link(staging / name, bundle.manifest)

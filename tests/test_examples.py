@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import TESTS
-from edge.fleets import Processes, bright, settled
+from edge.fleets import Processes, bright, copied_fleet
 from PIL import Image
 
 EXAMPLES = TESTS.parent / "examples"
@@ -48,7 +48,7 @@ def test_wrong_arguments_print_the_usage(script, wrong):
 
 @pytest.mark.socket
 def test_the_quickstart_explains_an_address_in_use(tiny_fleet, tmp_path):
-    folder = settled(tiny_fleet, tmp_path / "fleet")
+    folder = copied_fleet(tiny_fleet, tmp_path / "fleet")
     with Processes(folder, "attic"):
         done = finished("quickstart.py", folder)
     assert done.returncode == 1
@@ -66,7 +66,7 @@ def test_one_process_fleet_answers_also_while_one_expert_is_silent(tiny_fleet):
 @pytest.mark.socket
 @pytest.mark.parametrize("keyed", [False, True], ids=["without keys", "with keys"])
 def test_the_quickstart_answers_with_three_devices_and_with_two(tiny_fleet, tmp_path, keyed):
-    folder = settled(tiny_fleet, tmp_path / "fleet", keyed=keyed)
+    folder = copied_fleet(tiny_fleet, tmp_path / "fleet", keyed=keyed)
     lines = run("quickstart.py", folder).splitlines()
     assert [line.split("by ")[1] for line in lines[1:4]] == [f"expert {number} (100%)" for number in range(3)]
     assert lines[4] == "the same without cellar:"
@@ -85,7 +85,7 @@ def test_two_devices_with_your_own_model_are_better_than_either_alone():
 
 @pytest.mark.socket
 def test_a_camera_prints_what_it_saw_and_what_it_dropped(tiny_fleet, tmp_path):
-    folder = settled(tiny_fleet, tmp_path / "fleet", keyed=True)
+    folder = copied_fleet(tiny_fleet, tmp_path / "fleet", keyed=True)
     (tmp_path / "pictures").mkdir()
     for third in range(3):
         Image.fromarray(bright(third)[0, 0]).save(tmp_path / "pictures" / f"{third}.png")
@@ -101,7 +101,7 @@ def test_a_camera_prints_what_it_saw_and_what_it_dropped(tiny_fleet, tmp_path):
 
 @pytest.mark.socket
 def test_a_camera_drops_the_frames_of_a_frozen_device_and_ends_with_ctrl_c(tiny_fleet, tmp_path):
-    folder = settled(tiny_fleet, tmp_path / "fleet")
+    folder = copied_fleet(tiny_fleet, tmp_path / "fleet")
     command = [sys.executable, "-W", "error", EXAMPLES / "camera.py", folder, "--fps", "20"]
     with (
         Processes(folder, "attic") as fleet,

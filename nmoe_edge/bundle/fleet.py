@@ -132,13 +132,13 @@ class Fleet:
         names = ", ".join(device.name for device in self.device)
         raise FleetError(f"no device is named {name!r}; the fleet has {names}")
 
-    def at(self, target: str) -> Device:
+    def find(self, target: str) -> Device:
         """Find a device by its name or its address; FleetError if the fleet does not contain it."""
         for device in self.device:
             if target in (device.name, device.address):
                 return device
         devices = ", ".join(f"{device.name} at {device.address}" for device in self.device)
-        raise FleetError(f"no device has the name or address {target!r}; there are {devices}")
+        raise FleetError(f"no device has the name or address {target!r}; the fleet has {devices}")
 
     def render(self) -> str:
         """The text of fleet.toml; the same fleet always gives the same text."""

@@ -57,7 +57,7 @@ def read_bundle(folder: Path | str, caps: BundleCaps = DEFAULT_CAPS) -> Bundle:
     """Read and verify a bundle; BundleError names the first file with a problem."""
     folder = Path(folder)
     while True:
-        with _opened_folder(folder) as directory:
+        with _open_folder(folder) as directory:
             try:
                 return _read(folder, directory, caps)
             except BundleError:
@@ -68,7 +68,7 @@ def read_bundle(folder: Path | str, caps: BundleCaps = DEFAULT_CAPS) -> Bundle:
 
 
 def _read(folder: Path, directory: int, caps: BundleCaps) -> Bundle:
-    with _translated(folder / MANIFEST):
+    with _translate_errors(folder / MANIFEST):
         manifest = parse_manifest(_read_file(directory, MANIFEST, caps.manifest_bytes))
         announced = sum(entry.bytes for entry in manifest.files.values())
         if announced > caps.bundle_bytes:
@@ -78,14 +78,14 @@ def _read(folder: Path, directory: int, caps: BundleCaps) -> Bundle:
         raise BundleError(f"{folder}: holds {stray[0]!r}, which its manifest does not list; remove it")
     contents = {}
     for name, entry in manifest.files.items():
-        with _translated(folder / name):
+        with _translate_errors(folder / name):
             data = _read_file(directory, name, entry.bytes)
             if len(data) != entry.bytes:
                 raise ValueError(f"{len(data)} bytes, but the manifest lists {entry.bytes}; copy it again")
             if sha256(data) != entry.sha256:
                 raise ValueError("its sha256 differs from the manifest's; copy it again")
             contents[name] = data
-    return _checked(folder, manifest, contents)
+    return _check_contents(folder, manifest, contents)
 
 
 def write_bundle(folder: Path | str, manifest: Manifest, contents: Mapping[str, bytes]) -> Bundle:
@@ -94,8 +94,8 @@ def write_bundle(folder: Path | str, manifest: Manifest, contents: Mapping[str, 
     The bundle is written to a temporary folder, read back and verified, and then replaces `folder` in one step.
     """
     folder = Path(folder)
-    with _translated(folder), staged_folder(folder, MANIFEST, FILES) as staging:
-        for name, data in {**contents, MANIFEST: manifest.sealed(contents).render()}.items():
+    with _translate_errors(folder), staged_folder(folder, MANIFEST, FILES) as staging:
+        for name, data in {**contents, MANIFEST: manifest.seal(contents).render()}.items():
             (staging / name).write_bytes(data)
         try:
             return read_bundle(staging)
@@ -104,7 +104,7 @@ def write_bundle(folder: Path | str, manifest: Manifest, contents: Mapping[str, 
 
 
 @contextmanager
-def _opened_folder(folder: Path) -> Iterator[int]:
+def _open_folder(folder: Path) -> Iterator[int]:
     try:
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except (OSError, ValueError) as error:
@@ -116,7 +116,7 @@ def _opened_folder(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translate_errors(path: Path) -> Iterator[None]:
     """Turn ValueError and OSError into a BundleError that names `path`."""
     try:
         yield
@@ -150,10 +150,10 @@ def _read_file(directory: int, name: str, max_bytes: int) -> bytes:
         os.close(handle)
 
 
-def _checked(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Bundle:
+def _check_contents(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Bundle:
     """Check that graphs, self-test and labels match the manifest."""
     for name in GRAPHS:
-        with _translated(folder / name):
+        with _translate_errors(folder / name):
             facts = read_onnx(contents[name])
             if facts.external_data:
                 raise ValueError("keeps tensors outside the file; export it with every tensor inside")
@@ -162,10 +162,10 @@ def _checked(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) ->
                     f"opset {facts.opset} and IR {facts.ir_version},"
                     f" not the manifest's {manifest.opset} and {manifest.ir_version}"
                 )
-    with _translated(folder / "selftest.npz"):
+    with _translate_errors(folder / "selftest.npz"):
         selftest = parse_selftest(contents["selftest.npz"], manifest)
     bundle = Bundle(manifest, contents, selftest)
-    with _translated(folder / "labels.txt"):
+    with _translate_errors(folder / "labels.txt"):
         labels = bundle.labels
         if labels is not None and len(labels) != manifest.outputs:
             raise ValueError(f"{len(labels)} labels for {manifest.outputs} outputs")

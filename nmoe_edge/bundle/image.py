@@ -66,7 +66,7 @@ def as_rows(array: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
     return rows
 
 
-def outside(rows: NDArray[Any], spec: InputSpec) -> str:
+def range_warning(rows: NDArray[Any], spec: InputSpec) -> str:
     """A warning if values exceed the range the model was calibrated on by more than 1 % of its width, else empty."""
     low, high = spec.range
     lowest = float(rows.min())
@@ -106,9 +106,9 @@ def _from_image(data: bytes, spec: InputSpec) -> NDArray[Any]:
         height, width, channels = spec.shape
     if channels not in (1, 3):
         raise ValueError(f"an image, but the model takes {channels} channels; give it as .npy or .npz")
-    picture = _decoded(data, "L" if channels == 1 else "RGB")
+    picture = _decode(data, "L" if channels == 1 else "RGB")
     if picture.size != (width, height):
-        picture = _resized(picture, (width, height), spec.resize)
+        picture = _resize(picture, (width, height), spec.resize)
     pixels = np.asarray(picture, np.uint8).reshape(height, width, channels)
     if spec.layout == "CHW":
         pixels = pixels.transpose(2, 0, 1)
@@ -118,7 +118,7 @@ def _from_image(data: bytes, spec: InputSpec) -> NDArray[Any]:
     return (low + pixels[None] * ((high - low) / 255)).astype(spec.dtype)
 
 
-def _decoded(data: bytes, mode: str) -> Any:
+def _decode(data: bytes, mode: str) -> Any:
     """Decode an image with Pillow; mode: L for grey, RGB for colour."""
     from PIL import Image, UnidentifiedImageError
 
@@ -135,7 +135,7 @@ def _decoded(data: bytes, mode: str) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _resized(picture: Any, size: tuple[int, int], how: str) -> Any:
+def _resize(picture: Any, size: tuple[int, int], how: str) -> Any:
     """Resize a Pillow image to `size` = (width, height); how: InputSpec.resize."""
     from PIL import Image, ImageOps
 

@@ -187,7 +187,7 @@ class Manifest:
         """The bytes of manifest.json."""
         return (json.dumps(to_plain(self), indent=2) + "\n").encode()
 
-    def sealed(self, contents: Mapping[str, bytes]) -> Manifest:
+    def seal(self, contents: Mapping[str, bytes]) -> Manifest:
         """A copy with the sizes and digests of `contents`, and its own digest."""
         files = {name: FileEntry(len(data), sha256(data)) for name, data in sorted(contents.items())}
         unsealed = replace(self, files=files, digest="")

@@ -26,7 +26,7 @@ _STAGED = ".staged"
 """Suffix of a temporary folder until it is renamed; unusual enough not to match a user's own folder."""
 
 
-def stamps(folder: Path, extra: Path | None = None) -> list[tuple[int, int, int]]:
+def file_stamps(folder: Path, extra: Path | None = None) -> list[tuple[int, int, int]]:
     """A value that changes when a file of the folder changes, or the file `extra`.
 
     One (inode, mtime in ns, size) per file. The list can be incomplete while the folder is being replaced.
@@ -43,12 +43,12 @@ def stamps(folder: Path, extra: Path | None = None) -> list[tuple[int, int, int]
 
 
 @contextmanager
-def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
+def staged_folder(destination: Path, marker: str, allowed: str) -> Iterator[Path]:
     """Yield an empty temporary folder; when the block succeeds, it replaces `destination`, else it is removed.
 
     An existing `destination` is replaced only if `check_replaceable` accepts it.
     """
-    check_replaceable(destination, marker, ours)
+    check_replaceable(destination, marker, allowed)
     destination.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(destination, _STAGED)
     staging, lock = _locked_folder(destination)
@@ -64,11 +64,11 @@ def staged_folder(destination: Path, marker: str, ours: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def check_replaceable(folder: Path, marker: str, ours: str) -> None:
+def check_replaceable(folder: Path, marker: str, allowed: str) -> None:
     """Raise ValueError if `staged_folder` would not replace `folder`; call it before long work.
 
     An existing folder is replaceable when it is empty, or when it contains the file `marker` and the relative path of
-    every file in it matches the regular expression `ours`.
+    every file in it matches the regular expression `allowed`.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError("not a folder; choose another place")
@@ -81,7 +81,7 @@ def check_replaceable(folder: Path, marker: str, ours: str) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
-    foreign = [name for name in sorted(files) if not re.fullmatch(ours, name)]
+    foreign = [name for name in sorted(files) if not re.fullmatch(allowed, name)]
     if foreign:
         raise ValueError(f"holds {foreign[0]!r}, which would be lost; choose another place")
     if marker not in files:

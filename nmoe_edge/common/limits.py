@@ -15,4 +15,4 @@ _DEVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 def check_device_name(name: object) -> None:
     """Raise ValueError unless `name` is a valid device name, which is also safe as a folder name and in a log line."""
     if not isinstance(name, str) or not _DEVICE_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no device name: letters, digits, '_', '.', '-', at most 63")
+        raise ValueError(f"{name!r} is not a device name: use letters, digits, '_', '.' and '-', at most 63")

@@ -53,7 +53,7 @@ def parse_json(data: bytes | str) -> object:
     def table(pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            raise ValueError("not JSON: a key stands twice in one object")
+            raise ValueError("not JSON: a key appears twice in one object")
         return made
 
     def number(text: str) -> float:

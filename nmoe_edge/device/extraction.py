@@ -66,7 +66,7 @@ class Extraction:
         """wake: called by the thread after each batch; quick_s: a shorter job is done without the thread."""
         self._wake = wake
         self._quick_s = quick_s
-        self.offered = False
+        self.has_offers = False
         """Whether `start` has something to do."""
         self.finished: deque[Job] = deque()
         """Finished jobs, until `done` returns them."""
@@ -93,12 +93,12 @@ class Extraction:
                 return False
             self._queue.append(job)
             self._unfinished_rows += rows
-        self.offered = True
+        self.has_offers = True
         return True
 
     def start(self) -> None:
         """Begin what was offered: a quick job that is alone at once, by the caller; the rest in the thread."""
-        self.offered = False
+        self.has_offers = False
         with self._changed:
             alone = len(self._queue) == 1 and self._unfinished_rows == len(self._queue[0].inputs)
             is_quick = 0 < self._unfinished_rows * self._row_s < self._quick_s

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmoe_edge.common.folders import stamps
+from nmoe_edge.common.folders import file_stamps
 from nmoe_edge.common.log import Log
 from nmoe_edge.device.membership import Membership, find_membership
 from nmoe_edge.device.rules import ResolvedRules, Rules
@@ -51,7 +51,7 @@ class ServedFiles:
         self._provider = provider
         self._force = force
         self._log = log
-        self._read_stamp = self._seen_stamp = stamps(self.folder, self.fleet_file)
+        self._read_stamp = self._seen_stamp = file_stamps(self.folder, self.fleet_file)
 
     def read(self) -> Served:
         """Read and check everything, and replay the bundle's self-test. An EdgeError says what does not fit."""
@@ -79,7 +79,7 @@ class ServedFiles:
 
         True only if two calls in a row see the same files, so that a copy in progress is not read.
         """
-        stamp = stamps(self.folder, self.fleet_file)
+        stamp = file_stamps(self.folder, self.fleet_file)
         is_stable = stamp == self._seen_stamp
         self._seen_stamp = stamp
         if stamp == self._read_stamp or not is_stable:

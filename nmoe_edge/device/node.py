@@ -142,7 +142,7 @@ class Node:
         self._reloader = Reloader(self._read_again, accepted, refused, self.ended)
         self._leaving_since: float | None = None
         self._busy_s = 0.0
-        self.broke = False
+        self.failed = False
         """Whether it ended because of a bug."""
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
         self._thread.start()
@@ -229,7 +229,7 @@ class Node:
     def _run(self) -> None:
         """The node's thread."""
         bugs_in_a_row = 0
-        self.broke = True  # until the loop ends as it should
+        self.failed = True  # until the loop ends as it should
         try:
             while self._leaving_since is None or not self._is_drained(self._leaving_since):
                 try:
@@ -241,7 +241,7 @@ class Node:
                     self._log.rarely("bug", traceback.format_exc())
                     if bugs_in_a_row > _MAX_BUGS:
                         return
-            self.broke = False
+            self.failed = False
         finally:
             self._shut_down()
 
@@ -267,7 +267,7 @@ class Node:
         began = self._sockets.wait(wait_s)
 
         # Messages, then one batch of the expert for peers.
-        self._sockets.least_budget_ms = 1000 * self._requests.least_budget_s
+        self._sockets.min_budget_ms = 1000 * self._requests.min_budget_s
         for received in self._sockets.receive():
             self._dispatch(received, time.monotonic())
         before_service = time.monotonic()
@@ -278,12 +278,12 @@ class Node:
         # Tasks of other threads, then requests before and after extraction.
         while self._inbox:
             self._inbox.popleft()(now)
-        if self._extraction.offered:
+        if self._extraction.has_offers:
             self._extraction.start()
             now = time.monotonic()
         if self._extraction.finished:
             for job in self._extraction.done(_EXTRACTED_PER_TURN):
-                self._requests.extracted(job, now)
+                self._requests.extraction_done(job, now)
 
         # Timers.
         if now >= self._peers.wake_at:

@@ -144,10 +144,10 @@ class Peers:
         peer = self._peers.get(expert)
         return float("inf") if peer is None else min(peer.health.p95_s, peer.health.doubt_s)
 
-    def answer_accepted(self, expert: int) -> None:
+    def answer_used(self, expert: int) -> None:
         """The exchange could use an answer of this peer."""
         if expert in self._peers:
-            self._peers[expert].health.made_sense()
+            self._peers[expert].health.answer_used()
 
     def ask(self, ask: Ask, now: float) -> bool:
         """Send an Ask. False when the peer is not alive or cannot be reached; it is lost then."""
@@ -186,7 +186,7 @@ class Peers:
         if peer is None:
             return None
         if isinstance(message, Answer):
-            peer.health.heard(message.request, now)
+            peer.health.replied(message.request, now)
             peer.answered += 1
             return message
         if isinstance(message, Pong):
@@ -213,7 +213,7 @@ class Peers:
             return Refuse(0, Reason.BAD_REQUEST, "no device of this fleet: compare fleet.toml on both devices")
         if PROTOCOL not in hello.protocols:
             return Refuse(0, Reason.BAD_REQUEST, f"this device supports protocol {PROTOCOL} only")
-        peer.health.returns(now)
+        peer.health.contacted_us(now)
         self.wake_at = 0.0
         return Welcome(mine.device, mine.expert, mine.trunk, mine.capabilities, PROTOCOL, mine.bundle)
 
@@ -233,13 +233,13 @@ class Peers:
         """Send the probes and pings that are needed and give up on silent peers. Returns the experts lost since."""
         for expert, peer in self._peers.items():
             health = peer.health
-            if health.overdue(now):
+            if health.is_overdue(now):
                 self.fail(expert, "silent", now)
-            action = health.due(now)
+            action = health.next_message(now)
             if action == "probe":
                 self._change_address_after_probes(expert, peer)
                 if not self._sockets.send(expert, self._hello()):
-                    health.unreachable(now)
+                    health.probe_not_sent(now)
             elif action == "ping":
                 number = next(self._numbers)
                 if self._sockets.send(expert, Ping(number)):
@@ -282,7 +282,7 @@ class Peers:
             self._connect(expert, peer, address)
         except NetworkError as error:
             self._log.rarely("peer_unreachable", str(error), peer=peer.device.name)
-        peer.health.returns(0.0)
+        peer.health.contacted_us(0.0)
         self.wake_at = 0.0
 
     def _change_address_after_probes(self, expert: int, peer: _Peer) -> None:
@@ -323,7 +323,7 @@ class Peers:
                 self.fail(expert, "foreign", now)
                 self._log.rarely("peer_refuses", refuse.detail, peer=peer.device.name)
             return None
-        peer.health.heard(refuse.request, now, sound=False)
+        peer.health.replied(refuse.request, now, sound=False)
         peer.refused += 1
         if refuse.reason == Reason.WRONG_TRUNK:
             self.fail(expert, "foreign", now)

@@ -26,7 +26,7 @@ from nmoe_edge.models import Models
 from nmoe_edge.protocol.classmix import ClassMix
 from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.exchange import Action, Call, Exchange, Fault
-from nmoe_edge.protocol.messages import Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer, detail_of
+from nmoe_edge.protocol.messages import Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer, refusal_detail
 from nmoe_edge.protocol.routing import route
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import DEFAULT_CAPS
@@ -127,7 +127,7 @@ class Requests:
             self._mix_trunk = models.manifest.trunk
 
     @property
-    def least_budget_s(self) -> float:
+    def min_budget_s(self) -> float:
         """The smallest budget that a new request needs, given those that wait already; infinity: refuse all."""
         wait_s = len(self.open) * self.cost_s / _MAX_WAIT_SHARE
         return wait_s if wait_s <= self.rules.deadline_s else _NEVER
@@ -141,7 +141,7 @@ class Requests:
             self._refuse(infer, reply, Reason.BAD_REQUEST, objection)
             return
         budget_s = min(infer.budget_ms / 1000, rules.deadline_s)
-        if budget_s < self.least_budget_s:
+        if budget_s < self.min_budget_s:
             self._refuse(infer, reply, Reason.BUSY, "")
             return
         deadline = now + budget_s
@@ -155,14 +155,14 @@ class Requests:
         self.open.add(request)
         self._set_alarm(request, deadline)
 
-    def extracted(self, job: Job, now: float) -> None:
+    def extraction_done(self, job: Job, now: float) -> None:
         """Extraction is done with the inputs of a request."""
         request = self._by_job.pop(id(job), None)
         if request is None:
             return
         request.job = None
         if job.error is not None:
-            self._close(request, Refuse(request.number, Reason.FAILED, detail_of(job.error)))
+            self._close(request, Refuse(request.number, Reason.FAILED, refusal_detail(job.error)))
         elif job.latents is None or job.scores is None or now >= request.deadline:
             self._close(request, Refuse(request.number, Reason.EXPIRED))
         else:
@@ -181,7 +181,7 @@ class Requests:
             outputs = reply.outputs.unpack()
             actions = request.exchange.answered(reply.request, reply.expert, outputs, now)
             if not any(isinstance(action, Fault) and action.expert == by for action in actions):
-                self._peers.answer_accepted(by)
+                self._peers.answer_used(by)
             self._act(request, actions, now)
         else:
             self._metrics.counts[f"answers_refused_{reply.reason.name.lower()}"] += 1
@@ -241,11 +241,11 @@ class Requests:
         if own is not None:
             confidence = softmax(own).max(axis=1)  # (rows,)
             local_rows = set((confidence > rules.local_first).nonzero()[0].tolist())
-        losses = None
+        penalties = None
         if rules.prefer_near:
             away_s = [self._peers.expected_s(e) * (e != manifest.expert) for e in range(manifest.experts)]
-            losses = rules.prefer_near * 1000 * np.asarray(away_s, np.float32)  # (experts,)
-        routed = route(scores, manifest.expert, self._peers.trusted(now), rules.top_k, local_rows, losses)
+            penalties = rules.prefer_near * 1000 * np.asarray(away_s, np.float32)  # (experts,)
+        routed = route(scores, manifest.expert, self._peers.trusted(now), rules.top_k, local_rows, penalties)
         reserve_s = min(_MAX_RESERVE_S, (request.deadline - request.began) * _RESERVE_SHARE)
         request.exchange = Exchange(
             routed,
@@ -319,7 +319,7 @@ class Requests:
         """Every row has its answers: send the Result."""
         outputs, rows = exchange.result()
         if request.mix is not None:
-            outputs = _adapted(request.mix, request.models.manifest, outputs, rows)
+            outputs = _apply_class_mix(request.mix, request.models.manifest, outputs, rows)
         own = request.models.manifest.expert
         self._metrics.counts["rows_degraded"] += sum([row.degraded for row in rows])
         self._metrics.counts["rows_unanswered"] += sum([not row.experts for row in rows])
@@ -336,7 +336,7 @@ class Requests:
 
     def _refuse(self, infer: Infer, reply: Reply, reason: Reason, detail: str) -> None:
         self._metrics.counts[f"requests_refused_{reason.name.lower()}"] += 1
-        reply(Refuse(infer.request, reason, detail_of(detail)))
+        reply(Refuse(infer.request, reason, refusal_detail(detail)))
 
     def _close(self, request: _Request, reply: Result | Refuse) -> None:
         """Send the reply and forget the request."""
@@ -362,7 +362,7 @@ class Requests:
         request.reply(reply)
 
 
-def _adapted(
+def _apply_class_mix(
     mix: ClassMix, manifest: Manifest, outputs: NDArray[np.float32], rows: tuple[RowAnswer, ...]
 ) -> NDArray[np.float32]:
     """Probabilities weighted with the device's class mix, which learns from them. outputs: (rows, outputs)"""
@@ -370,7 +370,7 @@ def _adapted(
     answered = [i for i, row in enumerate(rows) if row.experts]
     weighted = np.zeros_like(outputs)
     if answered:
-        weighted[answered] = mix.weighed(p[answered])
+        weighted[answered] = mix.reweight(p[answered])
     return weighted
 
 

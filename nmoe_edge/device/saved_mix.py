@@ -34,7 +34,7 @@ def save_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
     path = mix_path(state, manifest)
     try:
         state.mkdir(parents=True, exist_ok=True)
-        replace_file(path, write_npz({"rows": mix.remembered()}))
+        replace_file(path, write_npz({"rows": mix.saved_rows()}))
     except OSError as error:
         log.rarely("class_mix_unsaved", f"{path}: cannot be written: {error.strerror}")
 
@@ -43,7 +43,7 @@ def load_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
     """Read the saved class mix, if there is one, into `mix`."""
     path = mix_path(state, manifest)
     try:
-        mix.recall(read_npz(path.read_bytes())["rows"])
+        mix.restore(read_npz(path.read_bytes())["rows"])
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError) as error:

@@ -16,7 +16,7 @@ from nmoe_edge.device.metrics import Metrics
 from nmoe_edge.device.sockets import Sender
 from nmoe_edge.errors import LocalProtocolError, ModelError
 from nmoe_edge.models import Models
-from nmoe_edge.protocol.messages import Answer, Ask, Message, Ping, Pong, Reason, Refuse, detail_of
+from nmoe_edge.protocol.messages import Answer, Ask, Message, Ping, Pong, Reason, Refuse, refusal_detail
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import DEFAULT_CAPS
 
@@ -134,7 +134,7 @@ class Service:
             outputs = self._models.expert(np.concatenate(latents) if len(latents) > 1 else latents[0])
         except ModelError as error:
             for sender, ask in ready:
-                self._refuse(sender, ask.request, Reason.FAILED, detail_of(str(error)))
+                self._refuse(sender, ask.request, Reason.FAILED, refusal_detail(str(error)))
             return
         compute_us = min(int((time.monotonic() - began) * 1e6), _MAX_U32)
         start = 0
@@ -144,7 +144,7 @@ class Service:
             try:
                 answer = Answer(ask.request, self._expert, compute_us, Tensor.pack(outputs[rows], "float32"))
             except LocalProtocolError as error:  # NaN or infinity, from latents that no extractor makes
-                self._refuse(sender, ask.request, Reason.FAILED, detail_of(str(error)))
+                self._refuse(sender, ask.request, Reason.FAILED, refusal_detail(str(error)))
                 continue
             self._reply(sender, answer)
         self._metrics.counts["rows_for_peers"] += start

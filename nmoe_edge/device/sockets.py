@@ -28,8 +28,8 @@ from nmoe_edge.device.metrics import Metrics
 from nmoe_edge.errors import NetworkError, RemoteProtocolError
 from nmoe_edge.frames import readable, receive_frames, send_frames
 from nmoe_edge.keys import KeyPair
-from nmoe_edge.protocol.messages import Message, Reason, Refuse, detail_of
-from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode, glance
+from nmoe_edge.protocol.messages import Message, Reason, Refuse, refusal_detail
+from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode, peek_infer
 
 _MAX_INCOMING = 64
 """Messages that libzmq queues for one connection before TCP slows the sender down."""
@@ -90,7 +90,7 @@ class Sockets:
         self._metrics = metrics
         self._log = log
         self._caps = caps
-        self.least_budget_ms = 0.0
+        self.min_budget_ms = 0.0
         """A request with a smaller budget is refused before it is decoded: under overload refusing must be cheap."""
 
         self._context = zmq.Context()
@@ -302,15 +302,15 @@ class Sockets:
                 frames.insert(0, first.bytes)
             if sender is not None and self._any_key_revoked and self.has_keys and _key_of(sender) not in self._allowed:
                 self._metrics.counts["keys_unknown"] += 1
-            elif sender is None or not (self.least_budget_ms and self._refused_unread(frames, sender)):
+            elif sender is None or not (self.min_budget_ms and self._refuse_unread(frames, sender)):
                 received.append(self._decode(frames, sender, expert))
             if not readable((source,)) or time.monotonic() > until:
                 return
 
-    def _refused_unread(self, frames: list[bytes], sender: Sender) -> bool:
+    def _refuse_unread(self, frames: list[bytes], sender: Sender) -> bool:
         """Refuse a request with too small a budget; False for every other message."""
-        request, budget_ms = glance(frames) or (0, 0)
-        if not request or budget_ms >= self.least_budget_ms:
+        request, budget_ms = peek_infer(frames) or (0, 0)
+        if not request or budget_ms >= self.min_budget_ms:
             return False
         self._metrics.counts["requests_refused_busy"] += 1
         self.reply(sender, Refuse(request, Reason.BUSY))
@@ -323,7 +323,7 @@ class Sockets:
             self._metrics.counts["messages_malformed"] += 1
             self._log.rarely("message_malformed", str(error)[:200])
             if sender is not None and error.request is not None:
-                self.reply(sender, Refuse(error.request, Reason.BAD_REQUEST, detail_of(str(error))))
+                self.reply(sender, Refuse(error.request, Reason.BAD_REQUEST, refusal_detail(str(error))))
             return None, error.request, sender, expert
 
     def _authenticate(self) -> None:

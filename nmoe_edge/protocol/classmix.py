@@ -48,7 +48,7 @@ class ClassMix:
         """(outputs,), summing to one; None below MIN_ROWS."""
         return self._mix if self.rows >= MIN_ROWS else None
 
-    def weighed(self, p: NDArray[Any]) -> NDArray[np.float32]:
+    def reweight(self, p: NDArray[Any]) -> NDArray[np.float32]:
         """Reweight answers with the current mix, which then learns from them. p: (rows, outputs), without a prior"""
         mix = self.mix
         weighed = p * mix if mix is not None else p
@@ -62,11 +62,11 @@ class ClassMix:
             self._estimates += 1
         return np.asarray(weighed, np.float32)
 
-    def remembered(self) -> NDArray[np.float32]:
-        """The answers kept, as `recall` takes them: (rows, outputs)."""
+    def saved_rows(self) -> NDArray[np.float32]:
+        """The answers kept, as `restore` takes them: (rows, outputs)."""
         return np.stack(self._rows) if self._rows else np.zeros((0, self.outputs), np.float32)
 
-    def recall(self, rows: NDArray[Any]) -> None:
+    def restore(self, rows: NDArray[Any]) -> None:
         """Replace the answers kept by saved ones; ValueError, and nothing changed, where they are not probabilities."""
         saved = np.asarray(rows, np.float32)
         if saved.ndim != 2 or saved.shape[1] != self.outputs:

@@ -14,16 +14,16 @@
     ---------------  ----------------------------------------------  ----------------------------------------------
     alive            an answer takes longer than `doubt_s`           alive, not trusted until it comes; pinged once
     any              `failed(why)`                                   why; the pause doubles with each failure
-    any but alive    the pause is over                               the same; `due` says "probe": send a Hello
-    any but alive    `returns`: the peer contacted us                the same, probed at once (wrong: not earlier)
+    any but alive    the pause is over                               the same; `next_message` is "probe": send a Hello
+    any but alive    `contacted_us`                                  the same, probed at once (wrong: not earlier)
     probed           `welcomed`                                      alive
-    probed           `unreachable`: the Hello could not be sent      the same, not counted, probed after 0.2 s
+    probed           `probe_not_sent`: no Hello could be sent        the same, not counted, probed after 0.2 s
 
-A breaker closes with a welcome, but failures are forgotten only with an answer that makes sense (`made_sense`): a peer
-that greets and never answers is probed less and less often.
+A breaker closes with a welcome, but failures are forgotten only when an answer is used (`answer_used`): a peer that
+greets and never answers is probed less and less often.
 
 Pure: time and chance are arguments. The caller sends the messages, and calls `failed("silent")` when a peer is
-`overdue`.
+`is_overdue`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Health:
 
     @property
     def wake_at(self) -> float:
-        """When to look at `overdue` and `due` again: before it nothing changes by itself."""
+        """When to look at `is_overdue` and `next_message` again: before it nothing changes by itself."""
         if not self.alive:
             return self._probe_at
         oldest = next(iter(self._owed), None)
@@ -123,7 +123,7 @@ class Health:
             return self._quiet_since + self._ping_s
         return self._owed[oldest][0] + (self.silence_s if oldest == self._doubted else self.doubt_s)
 
-    def due(self, now: float) -> Literal["probe", "ping"] | None:
+    def next_message(self, now: float) -> Literal["probe", "ping"] | None:
         """What to send now, if anything: a probe is a Hello to a peer that is not alive, a ping goes to one that is.
 
         Each probe counts as a failure until it is answered, and starts the next pause.
@@ -143,7 +143,7 @@ class Health:
         self._doubted = oldest
         return "ping"
 
-    def overdue(self, now: float) -> bool:
+    def is_overdue(self, now: float) -> bool:
         """Whether its oldest answer took longer than `silence_s`: the caller reports it as failed."""
         oldest = next(iter(self._owed.values()), None)
         return self.alive and oldest is not None and now >= oldest[0] + self.silence_s
@@ -152,7 +152,7 @@ class Health:
         """An Ask was sent; with timed=False a Ping, which does no work, so its round trip is not recorded."""
         self._owed[request] = (now, timed)
 
-    def heard(self, request: int, now: float, sound: bool = True) -> None:
+    def replied(self, request: int, now: float, sound: bool = True) -> None:
         """It replied to `request`. With sound=False it refused, and the round trip is not recorded."""
         sent_at, timed = self._owed.pop(request, (now, False))
         self._quiet_since = now
@@ -170,9 +170,9 @@ class Health:
     def answered_ping(self, request: int, now: float) -> None:
         """It sent a Pong, which settles a Ping and nothing else it owes."""
         if not self._owed.get(request, (now, True))[1]:
-            self.heard(request, now)
+            self.replied(request, now)
 
-    def made_sense(self) -> None:
+    def answer_used(self) -> None:
         """One of its answers was used: its failures are forgotten."""
         self.failures = 0
 
@@ -191,13 +191,13 @@ class Health:
         self._owed.clear()
         self._pause(now)
 
-    def unreachable(self, now: float) -> None:
+    def probe_not_sent(self, now: float) -> None:
         """The probe could not be sent. That costs nothing, so it does not count as a failure."""
         self.failures -= 1
         self._probing = False
         self._probe_at = now + FIRST_PAUSE_S
 
-    def returns(self, now: float) -> None:
+    def contacted_us(self, now: float) -> None:
         """The peer contacted us: probe it at once, unless it was wrong, which waits for the end of its pause."""
         if not self.alive and self.state != "wrong":
             self._probe_at = min(self._probe_at, now)

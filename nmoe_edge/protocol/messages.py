@@ -184,7 +184,7 @@ class Answer:
 _REASONS = frozenset(Reason)
 
 
-def detail_of(text: str) -> str:
+def refusal_detail(text: str) -> str:
     """Any text in a form that a Refuse accepts as its detail."""
     return printable(text)[:MAX_DETAIL]
 

@@ -49,14 +49,14 @@ def route(
     own: int,
     alive: Collection[int],
     top_k: int,
-    at_home: Collection[int] = (),
-    losses: NDArray[Any] | None = None,
+    local_rows: Collection[int] = (),
+    penalties: NDArray[Any] | None = None,
 ) -> Route:
     """Pick the top-k experts of every row. LocalProtocolError for scores, `own` or `top_k` out of range.
 
     scores: (rows, experts), before any softmax
-    at_home: rows to answer locally: they want the own expert alone
-    losses: (experts,), subtracted from the scores when experts are ranked
+    local_rows: rows to answer locally: they want the own expert alone
+    penalties: (experts,), subtracted from the scores when experts are ranked
     """
     scores = np.asarray(scores, np.float32)
     if scores.ndim != 2 or not np.isfinite(scores).all():
@@ -67,11 +67,11 @@ def route(
     if not 1 <= top_k <= min(experts, MAX_ANSWERED):
         raise LocalProtocolError(f"top-k {top_k} is not in 1..{min(experts, MAX_ANSWERED)}")
     reachable = (frozenset(alive) | {own}) & frozenset(range(experts))
-    preferred = scores if losses is None else scores - np.asarray(losses, np.float32)
+    preferred = scores if penalties is None else scores - np.asarray(penalties, np.float32)
     wanted: list[tuple[int, ...]] = []
     chosen: list[tuple[int, ...]] = []
     for row, ranked in enumerate((-preferred).argsort(axis=1, kind="stable").tolist()):
-        if row in at_home:
+        if row in local_rows:
             wanted.append((own,))
             chosen.append((own,))
         else:

@@ -136,7 +136,7 @@ def decode(frames: Sequence[bytes], caps: Caps = DEFAULT_CAPS) -> Message:
         raise RemoteProtocolError(str(error), request) from error
 
 
-def glance(frames: Sequence[bytes]) -> tuple[int, int] | None:
+def peek_infer(frames: Sequence[bytes]) -> tuple[int, int] | None:
     """Request number and budget in ms of an Infer, read from its header alone; None for other kinds.
 
     For a device under overload, which must refuse at almost no cost.

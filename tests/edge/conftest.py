@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from edge.fleets import settled
+from edge.fleets import copied_fleet
 
 
 @pytest.fixture
 def fleet(tiny_fleet, tmp_path):
     """The tiny fleet on free ports, without keys."""
-    return settled(tiny_fleet, tmp_path / "fleet")
+    return copied_fleet(tiny_fleet, tmp_path / "fleet")
 
 
 @pytest.fixture
 def keyed(tiny_fleet, tmp_path):
     """The tiny fleet on free ports, with CURVE keys."""
-    return settled(tiny_fleet, tmp_path / "fleet", keyed=True)
+    return copied_fleet(tiny_fleet, tmp_path / "fleet", keyed=True)

@@ -19,8 +19,8 @@ def outputs_of(expert, rows):
     return np.array([[expert, row, expert * row + 1] for row in rows], np.float32)
 
 
-def exchange(scores=SCORES, own=0, alive=range(4), top_k=1, deadline=10.0, patience=math.inf, at_home=(), **more):
-    found = route(scores, own, alive, top_k, at_home)
+def exchange(scores=SCORES, own=0, alive=range(4), top_k=1, deadline=10.0, patience=math.inf, local_rows=(), **more):
+    found = route(scores, own, alive, top_k, local_rows)
     return Exchange(found, OUTPUTS, itertools.count(100), deadline=deadline, patience=lambda _: patience, **more)
 
 

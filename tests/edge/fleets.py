@@ -41,7 +41,7 @@ def free_ports(count):
         return [reserved.getsockname()[1] for reserved in sockets]
 
 
-def settled(source, folder, keyed=False):
+def copied_fleet(source, folder, keyed=False):
     """A copy of a fleet's folder with free ports on loopback; keyed: with keys for every device."""
     shutil.copytree(source, folder)
     fleet = read_fleet(folder / FLEET_FILE)
@@ -54,7 +54,7 @@ def settled(source, folder, keyed=False):
     return folder
 
 
-def pinned(folder, bundle):
+def pin_bundle(folder, bundle):
     """Write this bundle's digest into fleet.toml."""
     fleet = read_fleet(folder / FLEET_FILE)
     manifest = bundle.manifest
@@ -70,7 +70,7 @@ def bright(*thirds):
     return images
 
 
-def until(holds, seconds=10.0):
+def wait_until(holds, seconds=10.0):
     """Wait until a condition holds; fail when it does not in time."""
     end = time.monotonic() + seconds
     while not holds():
@@ -140,7 +140,7 @@ def nodes(folder, *names, rules=NO_HEDGES, **options):
             started.append(node)
         for node in started:
             others = {other.models.manifest.device for other in started if other is not node}
-            until(lambda node=node, others=others: others <= alive_peers(node.status()))
+            wait_until(lambda node=node, others=others: others <= alive_peers(node.status()))
         yield started
 
 
@@ -205,11 +205,11 @@ class Processes:
             return Client(device.address)
         return Client(device.address, read_key(key_path(self.folder / FLEET_FILE, name)), device.public_key)
 
-    def acquainted(self, name, others=None):
+    def wait_for_peers(self, name, others=None):
         """Wait until the other devices are alive to this one."""
         wanted = set(others if others is not None else self.running) - {name}
         with self.client(name) as client:
-            until(lambda: wanted <= alive_peers(client.status()))
+            wait_until(lambda: wanted <= alive_peers(client.status()))
 
     def end(self):
         """End all processes."""

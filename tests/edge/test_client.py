@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from edge.fleets import NO_HEDGES, address_of, bright, nodes, until
+from edge.fleets import NO_HEDGES, address_of, bright, nodes, wait_until
 
 from nmoe_edge.bundle.fleet import FLEET_FILE
 from nmoe_edge.client import Client
@@ -26,7 +26,7 @@ def test_a_client_of_a_dead_port_never_hangs_and_queues_nothing(fleet):
             with pytest.raises(CallError, match="no answer"):
                 client.infer(bright(0), 0.01)
         with Node(fleet / "attic", fleet / FLEET_FILE, rules=NO_HEDGES, log=StderrLog("attic")) as attic:
-            until(lambda: client.infer(bright(0)).rows)
+            wait_until(lambda: client.infer(bright(0)).rows)
             assert attic.status()["counts"]["rows"] == 1
     with pytest.raises(CallError, match="the client is closed"):
         client.status()

@@ -28,7 +28,7 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 sys.path[:0] = [str(TESTS), str(ROOT)]
 
-from edge.fleets import Processes, serve_command, settled  # noqa: E402
+from edge.fleets import Processes, copied_fleet, serve_command  # noqa: E402
 from qemu import NEWER, OLDER, PLATFORMS, PYTHON, Arm, Skipped, capped, debian, prepare, run, say  # noqa: E402
 
 from nmoe_edge.bundle.fleet import read_fleet_folder  # noqa: E402
@@ -184,7 +184,7 @@ def samples(arm, name, bundles, count):
 def pair(arm):
     """Devices on both machines ask each other, over CURVE; answers are compared with a fleet in one process."""
     for source in sorted((arm.work / "fleets").iterdir()):
-        folder = settled(source, arm.work / "pair" / source.name, keyed=True)
+        folder = copied_fleet(source, arm.work / "pair" / source.name, keyed=True)
         _, bundles = read_fleet_folder(folder)
         on_x86 = list(bundles)[::2]
         on_arm = list(bundles)[1::2]
@@ -192,7 +192,7 @@ def pair(arm):
         say(f"{source.name}: {', '.join(on_x86)} on this machine, {', '.join(on_arm)} emulated")
         with Boards(folder, arm, on_arm=on_arm) as boards:
             for origin in (on_x86[0], on_arm[0]):
-                boards.acquainted(origin)
+                boards.wait_for_peers(origin)
                 with boards.client(origin) as client:
                     answers = client.infer(inputs, DEADLINE_S)
                 machine = "Arm" if origin in on_arm else "x86"
@@ -218,7 +218,7 @@ def memory(arm):
     """Limit a device to the memory of a small board: many requests, then one with very many rows."""
     source = arm.work / "fleets" / "resnet18-pi"
     for machine, requests, many_rows in (("x86", 2000, 4096), ("Arm", 100, 128)):
-        folder = settled(source, arm.work / "memory" / machine, keyed=True)
+        folder = copied_fleet(source, arm.work / "memory" / machine, keyed=True)
         _, bundles = read_fleet_folder(folder)
         small, other = bundles
         inputs = samples(arm, source.name, bundles, 64)
@@ -228,8 +228,8 @@ def memory(arm):
             capped(BOARD_MB) as within,
             Boards(folder, arm, on_arm=[small] if machine == "Arm" else [], within={small: within}) as boards,
         ):
-            boards.acquainted(small)
-            boards.acquainted(other)  # it asks the limited device's expert too
+            boards.wait_for_peers(small)
+            boards.wait_for_peers(other)  # it asks the limited device's expert too
             allowed = bundles[small].selftest.output_tolerance
             share = (inputs, wanted, allowed, requests // 4)
             clients = [ClientThread(boards, name, *share) for name in (small, other) * 2]

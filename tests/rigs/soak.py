@@ -32,12 +32,12 @@ from edge.fleets import (  # noqa: E402
     Processes,
     address_of,
     bright,
+    copied_fleet,
     mangled,
-    pinned,
-    settled,
+    pin_bundle,
     sound_frames,
     states,
-    until,
+    wait_until,
 )
 
 from nmoe_edge.bundle.folder import read_bundle, write_bundle  # noqa: E402
@@ -75,7 +75,7 @@ def descriptors(process):
 
 def five(folder):
     """A fleet of five devices, and a function that draws rows with their classes, evenly over the experts."""
-    made = settled(bench_fleet(folder.parent / "made", 1), folder.parent / "five")
+    made = copied_fleet(bench_fleet(folder.parent / "made", 1), folder.parent / "five")
     rows = np.abs(np.random.default_rng(0).normal(size=(200, 512))).astype("f4")
     experts = np.arange(len(rows)) % 5  # the expert that the gate picks for each row
     rows[:, :5] = 9 * np.eye(5, dtype="f4")[experts]
@@ -99,18 +99,18 @@ def frozen(folder, seconds=10):
         return load.rate(start, start + seconds)
 
     with Processes(folder, *names) as fleet:
-        fleet.acquainted(names[0])
+        fleet.wait_for_peers(names[0])
         fleet.kill(names[-1])
         with Load(fleet, names[0], draw=draw) as load, fleet.client(names[0]) as client:
             time.sleep(2)
             rates_without = [rate()]
             fleet.start(names[-1])
             fleet.ready(names[-1])
-            until(lambda: states(client.status())[names[-1]] == "alive")
+            wait_until(lambda: states(client.status())[names[-1]] == "alive")
             time.sleep(2)
             stopped_at = time.monotonic()
             fleet.signal(names[-1], signal.SIGSTOP)
-            until(lambda: states(client.status())[names[-1]] == "silent")
+            wait_until(lambda: states(client.status())[names[-1]] == "silent")
             opened_s = time.monotonic() - stopped_at
             time.sleep(seconds - opened_s)
             rate_stopped = load.rate(stopped_at, stopped_at + seconds)
@@ -131,7 +131,7 @@ def killed(folder, times=20):
     back_s = []
     chance = random.Random(0)
     with Processes(folder) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         with Load(fleet, "attic") as load, fleet.client("attic") as client:
             for _ in range(times):
                 name = chance.choice(NAMES[1:])
@@ -141,7 +141,7 @@ def killed(folder, times=20):
                 started = time.monotonic()
                 fleet.start(name)
                 fleet.ready(name)
-                until(lambda name=name: states(client.status())[name] == "alive")
+                wait_until(lambda name=name: states(client.status())[name] == "alive")
                 back_s.append(time.monotonic() - started)
     text = f"asked again {statistics.median(back_s):.2f} s after restart, {max(back_s):.2f} s at most"
     show(f"SIGKILL and restart, {times} times", text, "2 s", max(back_s) <= 2)
@@ -152,7 +152,7 @@ def killed(folder, times=20):
 def alone(folder):
     """Kill all peers: every row is answered locally and marked as degraded."""
     with Processes(folder) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         for name in NAMES[1:]:
             fleet.kill(name)
         with Load(fleet, "attic") as load:
@@ -167,7 +167,7 @@ def alone(folder):
 def overload(folder, seconds=8.0):
     """Send a device three times the requests it can answer: measure answers, lateness and memory."""
     with Processes(folder) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         process = fleet.running["attic"]
         rate = 1000.0
         capacity = send_at(folder, rate, 2.0)[0]
@@ -223,7 +223,7 @@ def hostile(folder, count=1_000_000):
     """Send random and mutated messages to a serving device."""
     rng = np.random.default_rng(0)
     with Processes(folder) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         process = fleet.running["attic"]
         sound = sound_frames(read_bundle(folder / "attic").manifest)
         with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
@@ -246,10 +246,10 @@ def hostile(folder, count=1_000_000):
                         return True
                 return False
 
-            until(answered, 60)
+            wait_until(answered, 60)
         grown = memory_kb(process) - before
         with fleet.client("attic") as client:
-            until(lambda: client.status()["under_way"] == 0)
+            wait_until(lambda: client.status()["under_way"] == 0)
             counts = client.status()["counts"]
             must(client.infer(bright(0)).rows[0].experts == (0,), "hostile: the device no longer answers")
         must("bugs" not in counts, "hostile: a message caused an unexpected exception")
@@ -261,7 +261,7 @@ def trickle(folder):
     """Connect and send one byte a second: measure when the device disconnects, and the rate of its other clients."""
     host, port = address_of(folder, "attic").removeprefix("tcp://").split(":")
     with Processes(folder) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         with Load(fleet, "attic") as load:
             time.sleep(5)
             began = time.monotonic()
@@ -287,14 +287,14 @@ def trickle(folder):
 def reloads(folder, times=100):
     """Replace the bundle and reload, again and again, under load."""
     with Processes(folder) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         with Load(fleet, "attic") as load, fleet.client("attic") as client:
             for target in itertools.islice(itertools.cycle(("pi", "x86")), times):
                 bundle = read_bundle(folder / "attic")
                 changed = write_bundle(folder / "attic", replace(bundle.manifest, target=target), bundle.contents)
-                pinned(folder, changed)
+                pin_bundle(folder, changed)
                 fleet.signal("attic", signal.SIGHUP)
-                until(lambda changed=changed: client.status()["bundle"] == changed.manifest.digest)
+                wait_until(lambda changed=changed: client.status()["bundle"] == changed.manifest.digest)
     failed = load.unanswered + load.wrong + len(load.refused)
     show(f"{times} reloads under load", f"{len(load.done):,} requests, {failed} failed", "0 failed", not failed)
     must(not failed, f"reloads: {load.refused[:2]}")
@@ -303,7 +303,7 @@ def reloads(folder, times=100):
 def requests(folder, count=1_000_000):
     """Answer very many requests: memory and open files must not grow in the second half."""
     with Processes(folder) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         process = fleet.running["attic"]
         seen = []  # (memory, open files)
         images = bright(*[0, 1, 2] * 10)
@@ -342,7 +342,7 @@ def main(chosen):
         fault, _, count = name.partition("=")
         with tempfile.TemporaryDirectory() as folder:
             keyed = fault not in ("overload", "hostile")
-            fleet = settled(TESTS / "tiny" / "fleet", Path(folder) / "fleet", keyed=keyed)
+            fleet = copied_fleet(TESTS / "tiny" / "fleet", Path(folder) / "fleet", keyed=keyed)
             FAULTS[fault](fleet, *([int(count)] if count else []))
     sys.exit(1 if failures else 0)
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
-from edge.fleets import Processes, address_of, nodes, pinned
+from edge.fleets import Processes, address_of, nodes, pin_bundle
 
 from nmoe_edge.bench import probe
 from nmoe_edge.bench.measure import _probe, measure
@@ -256,7 +256,7 @@ def test_a_fleet_of_one_device_is_measured(fleet, quiet):
 def test_a_device_that_serves_another_bundle_is_an_error(fleet, quiet):
     with nodes(fleet, "attic", "barn"):
         bundle = read_bundle(fleet / "attic")
-        pinned(fleet, write_bundle(fleet.parent / "attic", replace(bundle.manifest, target="pi"), bundle.contents))
+        pin_bundle(fleet, write_bundle(fleet.parent / "attic", replace(bundle.manifest, target="pi"), bundle.contents))
         plan = Plan(fleet.parent / "attic", fleet=fleet / FLEET_FILE, duration_s=0.1, rounds=1)
         with pytest.raises(BenchError, match="serves another bundle than"):
             measure(plan, quiet)

@@ -40,7 +40,7 @@ def test_an_unknown_device_is_refused_with_the_names_of_the_fleet():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"name": "a/b"}, "no device name"),
+        ({"name": "a/b"}, "not a device name"),
         ({"expert": -1}, "expert is -1"),
         ({"address": "192.0.2.1:7101"}, "not tcp://HOST:PORT"),
         ({"address": "tcp://*:7101"}, "not tcp://HOST:PORT"),
@@ -185,9 +185,9 @@ def test_a_path_with_the_name_of_a_device_must_be_its_bundle(folder, kind):
 @pytest.mark.parametrize("target", ["barn", "tcp://127.0.0.1:7102"])
 def test_a_device_is_found_by_its_name_or_its_address(tiny_fleet, target):
     fleet = read_fleet(tiny_fleet / "fleet.toml")
-    assert fleet.at(target).name == "barn"
-    with pytest.raises(FleetError, match="there are attic at tcp://127.0.0.1:7101, barn at"):
-        fleet.at(target + "0")
+    assert fleet.find(target).name == "barn"
+    with pytest.raises(FleetError, match="the fleet has attic at tcp://127.0.0.1:7101, barn at"):
+        fleet.find(target + "0")
 
 
 @pytest.mark.parametrize(

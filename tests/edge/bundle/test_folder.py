@@ -36,7 +36,7 @@ def rewritten(folder, contents=(), **changes):
     bundle = read_bundle(folder)
     for name, data in {**bundle.contents, **dict(contents)}.items():
         (folder / name).write_bytes(data)
-    manifest = replace(bundle.manifest, **changes).sealed({**bundle.contents, **dict(contents)})
+    manifest = replace(bundle.manifest, **changes).seal({**bundle.contents, **dict(contents)})
     (folder / "manifest.json").write_bytes(manifest.render())
     return folder
 
@@ -134,7 +134,7 @@ def edited(folder, edit):
         (lambda m: m["routing"].update(topk=1), "unknown key 'routing.topk' (did you mean 'top_k'?)"),
         (lambda m: m.pop("experts"), "the key 'experts' is missing"),
         (lambda m: m.update(expert=3), "expert is 3, not in 0..2"),
-        (lambda m: m.update(device="../attic"), "no device name"),
+        (lambda m: m.update(device="../attic"), "not a device name"),
         (lambda m: m["routing"].update(top_k=4), "top_k is 4, more than the 3 experts"),
         (lambda m: m["routing"].update(top_k=0), "top_k is 0"),
         (lambda m: m["routing"].update(local_first=2), "local_first is 2.0, not in 0..1"),

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nmoe_edge.bundle.image import as_rows, outside, read_rows
+from nmoe_edge.bundle.image import as_rows, range_warning, read_rows
 from nmoe_edge.bundle.manifest import InputSpec
 from nmoe_edge.common.npz import write_npz
 from nmoe_edge.errors import InputError
@@ -323,4 +323,4 @@ def test_a_damaged_file_is_read_or_raises_input_error(tmp_path_factory, kind, at
 )
 def test_values_outside_the_calibrated_range_give_a_warning(values, warning):
     narrow = InputSpec("float32", (2,), "none", "exact", (0.0, 1.000001))
-    assert outside(np.array([values], np.float32), narrow) == warning
+    assert range_warning(np.array([values], np.float32), narrow) == warning

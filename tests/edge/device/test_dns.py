@@ -4,7 +4,7 @@ import socket
 import threading
 
 import pytest
-from edge.fleets import NO_HEDGES, bright, nodes, settled, states, until
+from edge.fleets import NO_HEDGES, bright, copied_fleet, nodes, states, wait_until
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, Device, read_fleet
 from nmoe_edge.device.dns import Resolver, is_numeric
@@ -52,12 +52,12 @@ def test_a_name_is_looked_up_once_at_a_time_and_again_after_a_failure(monkeypatc
     resolver.look_up(BARN)
     may_fail.set()
     assert failed.wait(20)
-    until(lambda: resolver.look_up(BARN) or len(asked) > 1)
+    wait_until(lambda: resolver.look_up(BARN) or len(asked) > 1)
 
 
 @pytest.mark.socket
 def test_a_name_that_cannot_be_resolved_delays_no_other_request(tiny_fleet, tmp_path, monkeypatch):
-    folder = settled(tiny_fleet, tmp_path / "fleet")
+    folder = copied_fleet(tiny_fleet, tmp_path / "fleet")
     path = folder / FLEET_FILE
     path.write_text(path.read_text().replace("127.0.0.1", "localhost"))
     may_resolve, getaddrinfo = threading.Event(), socket.getaddrinfo
@@ -72,5 +72,5 @@ def test_a_name_that_cannot_be_resolved_delays_no_other_request(tiny_fleet, tmp_
         assert attic.infer(bright(0)).rows[0].experts == (0,)
         assert states(attic.status())["barn"] == "unknown"
         may_resolve.set()
-        until(lambda: states(attic.status())["barn"] == "alive")
+        wait_until(lambda: states(attic.status())["barn"] == "alive")
         assert attic.infer(bright(1)).rows[0].experts == (1,)

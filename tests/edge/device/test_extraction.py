@@ -370,9 +370,9 @@ def test_jobs_offered_together_are_run_together_by_the_thread(quick):
     jobs = [Job(models, np.ones((1, 3)), time.monotonic() + NEVER_S, False) for _ in range(2)]
     for job in jobs:
         assert quick.extraction.offer(job, time.monotonic())
-    assert quick.extraction.offered
+    assert quick.extraction.has_offers
     quick.extraction.start()
-    assert not quick.extraction.offered
+    assert not quick.extraction.has_offers
     quick.wait(*jobs)
     assert models.threads == ["extraction"] * 2
     assert models.runs == [1, 2]

@@ -20,7 +20,7 @@ from edge.fleets import (
     nodes,
     sound_frames,
     states,
-    until,
+    wait_until,
 )
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet, write_fleet
@@ -60,7 +60,7 @@ def test_a_peer_with_unusable_answers_is_not_asked_again_and_every_row_is_answer
         Impostor(address_of(fleet, "cellar"), cellar, NONSENSE[what]) as impostor,
         nodes(fleet, "attic", "barn") as (attic, _),
     ):
-        until(lambda: states(attic.status())["cellar"] == "alive")
+        wait_until(lambda: states(attic.status())["cellar"] == "alive")
         for _ in range(30):
             answers = attic.infer(bright(2, 1), 5.0)
             assert answers.rows[0].missing == (2,)
@@ -83,10 +83,10 @@ def test_random_and_mutated_frames_do_not_stop_a_node(fleet, pytestconfig):
             dealer.connect(attic.address)
             for _ in range(count):
                 dealer.send_multipart(mangled(rng, sound[:3], least=1))
-            until(lambda: attic.status()["counts"].get("messages_malformed", 0) > count / 3)
+            wait_until(lambda: attic.status()["counts"].get("messages_malformed", 0) > count / 3)
         assert "bugs" not in attic.status()["counts"]
-        until(lambda: attic.status()["under_way"] == 0)
-        until(lambda: answered_by(attic, bright(1)) == (1,))
+        wait_until(lambda: attic.status()["under_way"] == 0)
+        wait_until(lambda: answered_by(attic, bright(1)) == (1,))
 
 
 def test_a_caller_without_a_known_key_is_refused_and_counted(keyed):
@@ -142,7 +142,7 @@ def test_a_discovered_address_is_tried_only_while_the_peer_is_not_alive(fleet):
         addresses = {peer["name"]: peer["address"] for peer in attic.status()["peers"]}
         assert addresses == {"barn": barn.address, "cellar": address_of(fleet, "cellar")}
         attic.peer_discovered("cellar", "tcp://127.0.0.1:1")
-        until(lambda: attic.status()["peers"][1]["address"] == "tcp://127.0.0.1:1")
+        wait_until(lambda: attic.status()["peers"][1]["address"] == "tcp://127.0.0.1:1")
 
 
 def test_a_peer_cannot_answer_or_refuse_in_the_name_of_another(fleet):
@@ -163,7 +163,7 @@ def test_a_peer_cannot_answer_or_refuse_in_the_name_of_another(fleet):
         Impostor(address_of(fleet, "cellar"), slow, late),
         nodes(fleet, "attic", rules=replace(NO_HEDGES, top_k=3)) as (attic,),
     ):
-        until(lambda: set(states(attic.status()).values()) == {"alive"})
+        wait_until(lambda: set(states(attic.status()).values()) == {"alive"})
         (row,) = attic.infer(bright(0), 3.0).rows
         assert 2 in row.experts  # cellar's own answer, although it was late
         assert states(attic.status()) == {"barn": "wrong", "cellar": "alive"}
@@ -175,11 +175,11 @@ def test_a_peer_that_says_goodbye_and_never_answers_is_not_waited_for_until_the_
         Impostor(address_of(fleet, "cellar"), cellar, lambda _ask: []) as impostor,
         nodes(fleet, "attic", "barn", rules=replace(NO_HEDGES, deadline_s=30.0)) as (attic, _),
     ):
-        until(lambda: states(attic.status())["cellar"] == "alive")
+        wait_until(lambda: states(attic.status())["cellar"] == "alive")
         found = []
         thread = threading.Thread(target=lambda: found.append(attic.infer(bright(2), 30.0)))
         thread.start()
-        until(lambda: impostor.asked)
+        wait_until(lambda: impostor.asked)
         with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
             dealer.connect(attic.address)
             dealer.send_multipart(encode(Leave("cellar")))
@@ -196,6 +196,6 @@ def test_messages_with_a_key_removed_from_the_fleet_are_ignored(keyed):
             assert known_client.status()
             write_fleet(keyed / FLEET_FILE, replace(described, device=described.device[:2]))
             attic.reload()
-            until(lambda: attic.status()["counts"].get("reloads") == 1)
+            wait_until(lambda: attic.status()["counts"].get("reloads") == 1)
             with pytest.raises(CallError, match="no answer"):
                 known_client.status(0.4)

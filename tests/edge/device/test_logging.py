@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from edge.fleets import NO_HEDGES, Processes, states, until
+from edge.fleets import NO_HEDGES, Processes, states, wait_until
 
 from nmoe_edge.bundle.fleet import FLEET_FILE
 from nmoe_edge.device.node import Node
@@ -42,7 +42,7 @@ def test_an_embedded_node_logs_device_event_and_peer_to_pythons_logging(fleet, c
         Node(fleet / "attic", fleet / FLEET_FILE, rules=NO_HEDGES) as attic,
         Node(fleet / "barn", fleet / FLEET_FILE, rules=NO_HEDGES),
     ):
-        until(lambda: states(attic.status())["barn"] == "alive")
+        wait_until(lambda: states(attic.status())["barn"] == "alive")
     records = [record for record in caplog.records if record.name == "nmoe"]
     (alive,) = [record for record in records if (record.device, record.event) == ("attic", "peer_alive")]
     assert (alive.levelname, alive.peer, alive.getMessage()) == ("INFO", "barn", "attic peer_alive: barn")
@@ -71,7 +71,7 @@ def test_an_application_with_logging_gets_our_records(fleet):
 
 def test_serve_logs_a_line_per_event_to_stderr(fleet):
     with Processes(fleet, "attic", "barn") as running:
-        running.acquainted("attic")
+        running.wait_for_peers("attic")
     lines = (running.logs / "attic").read_text().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d attic \w+: ", line) for line in lines)
     assert [line.partition(" ")[2] for line in lines if "peer_alive" in line] == ["attic peer_alive: barn"]
@@ -79,7 +79,7 @@ def test_serve_logs_a_line_per_event_to_stderr(fleet):
 
 def test_serve_logs_json_with_the_peer_in_a_field(fleet):
     with Processes(fleet, "attic", "barn", options=("--log-json",)) as running:
-        running.acquainted("attic")
+        running.wait_for_peers("attic")
     events = [json.loads(line) for line in (running.logs / "attic").read_text().splitlines()]
     (alive,) = [event for event in events if event["event"] == "peer_alive"]
     assert (alive["device"], alive["peer"]) == ("attic", "barn")

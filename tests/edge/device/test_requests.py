@@ -4,7 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from edge.fleets import NO_HEDGES, bright, nodes, until
+from edge.fleets import NO_HEDGES, bright, nodes, wait_until
 
 from nmoe_edge.device import requests
 from nmoe_edge.errors import CallError, ModelError
@@ -44,7 +44,7 @@ def test_a_request_that_was_closed_by_force_is_replied_to_once(fleet):
         attic._do(lambda now: attic._requests.begin(message, replies.append, now))
         assert begun.wait(20)
         attic._do(lambda now: attic._requests.sweep(now + 3600))
-        until(lambda: replies)
+        wait_until(lambda: replies)
         may_go.set()
         attic.models.extractor = extractor
         assert attic.infer(bright(0)).rows[0].experts == (0,)  # the held job is finished by then

@@ -24,7 +24,7 @@ def manifest(tiny_fleet):
 @pytest.fixture
 def learned():
     mix = ClassMix(3)
-    mix.weighed(np.random.default_rng(0).dirichlet([3.0, 1.0, 1.0], 300).astype(np.float32))
+    mix.reweight(np.random.default_rng(0).dirichlet([3.0, 1.0, 1.0], 300).astype(np.float32))
     return mix
 
 
@@ -37,14 +37,14 @@ def loaded(state, manifest):
 def test_a_saved_mix_is_loaded_again(tmp_path, manifest, learned, capsys):
     save_mix(tmp_path / "new" / "state", manifest, learned, LOG)
     mix = loaded(tmp_path / "new" / "state", manifest)
-    assert np.array_equal(mix.remembered(), learned.remembered())
+    assert np.array_equal(mix.saved_rows(), learned.saved_rows())
     assert mix.mix == pytest.approx(learned.mix)
     assert capsys.readouterr().err == ""
 
 
 def test_saving_again_replaces_the_file(tmp_path, manifest, learned):
     save_mix(tmp_path, manifest, learned, LOG)
-    learned.weighed(np.full((1, 3), 1 / 3, np.float32))
+    learned.reweight(np.full((1, 3), 1 / 3, np.float32))
     save_mix(tmp_path, manifest, learned, LOG)
     assert list(tmp_path.iterdir()) == [mix_path(tmp_path, manifest)]
     assert loaded(tmp_path, manifest).rows == 301

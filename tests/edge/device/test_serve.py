@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from edge.fleets import Load, Processes, bright, free_ports, pinned, serve_command, settled, states, until
+from edge.fleets import Load, Processes, bright, copied_fleet, free_ports, pin_bundle, serve_command, states, wait_until
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.bundle.folder import read_bundle, write_bundle
@@ -30,7 +30,7 @@ def nmoe_edge(run_main):
 
 def test_a_fleet_of_processes_with_keys_answers_and_shuts_down(keyed, nmoe_edge, tmp_path):
     with Processes(keyed) as fleet:
-        fleet.acquainted("attic")
+        fleet.wait_for_peers("attic")
         np.savez(tmp_path / "inputs.npz", inputs=bright(0, 1, 2))
         address = read_fleet(keyed / FLEET_FILE).named("attic").address
         access = ("--at", address, "--fleet", keyed / FLEET_FILE)
@@ -48,33 +48,33 @@ def test_a_fleet_of_processes_with_keys_answers_and_shuts_down(keyed, nmoe_edge,
         fleet.signal("barn", signal.SIGTERM)
         assert fleet.running["barn"].wait(10) == 0
         with fleet.client("attic") as client:
-            until(lambda: states(client.status())["barn"] != "alive")
+            wait_until(lambda: states(client.status())["barn"] != "alive")
     assert "barn leaving" in (fleet.logs / "barn").read_text()
 
 
 def test_a_frozen_peer_becomes_silent_and_is_alive_again_once_it_continues(fleet):
     with Processes(fleet) as running:
-        running.acquainted("attic")
+        running.wait_for_peers("attic")
         with Load(running, "attic") as load, running.client("attic") as client:
-            until(lambda: len(load.done) > 100)
+            wait_until(lambda: len(load.done) > 100)
             running.signal("cellar", signal.SIGSTOP)
             frozen_at = time.monotonic()
-            until(lambda: states(client.status())["cellar"] == "silent")
+            wait_until(lambda: states(client.status())["cellar"] == "silent")
             assert time.monotonic() - frozen_at < 9  # a wide limit; tests/rigs/soak.py measures the time
             before = len(load.done)
-            until(lambda: len(load.done) > before + 100)
+            wait_until(lambda: len(load.done) > before + 100)
             running.signal("cellar", signal.SIGCONT)
-            until(lambda: states(client.status())["cellar"] == "alive")
+            wait_until(lambda: states(client.status())["cellar"] == "alive")
         assert load.sound, load.summary()
 
 
 def test_a_device_that_gets_sigcont_and_sigterm_at_once_ends(fleet):
     for _ in range(3):
         with Processes(fleet, "attic") as running, Load(running, "attic", deadline_s=0.1) as load:
-            until(lambda load=load: len(load.done) > 100)
+            wait_until(lambda load=load: len(load.done) > 100)
             running.signal("attic", signal.SIGSTOP)
             refused = len(load.refused)
-            until(lambda load=load, refused=refused: len(load.refused) > refused + 4)
+            wait_until(lambda load=load, refused=refused: len(load.refused) > refused + 4)
             running.signal("attic", signal.SIGCONT)
             running.signal("attic", signal.SIGTERM)
             assert running.running["attic"].wait(12) == 0
@@ -82,34 +82,34 @@ def test_a_device_that_gets_sigcont_and_sigterm_at_once_ends(fleet):
 
 def test_peers_that_are_killed_and_restarted_cost_no_row(keyed):
     with Processes(keyed) as running:
-        running.acquainted("attic")
+        running.wait_for_peers("attic")
         with Load(running, "attic") as load, running.client("attic") as client:
             for name in ("barn", "cellar", "barn"):
                 before = len(load.done)
-                until(lambda before=before: len(load.done) > before + 50)
+                wait_until(lambda before=before: len(load.done) > before + 50)
                 running.kill(name)
-                until(lambda name=name: states(client.status())[name] != "alive")
+                wait_until(lambda name=name: states(client.status())[name] != "alive")
                 running.start(name)
                 running.ready(name)
-                until(lambda name=name: states(client.status())[name] == "alive")
+                wait_until(lambda name=name: states(client.status())[name] == "alive")
         assert load.sound, load.summary()
 
 
 def test_sighup_reloads_the_bundle_and_no_request_fails(fleet):
     with Processes(fleet) as running:
-        running.acquainted("attic")
+        running.wait_for_peers("attic")
         with Load(running, "attic") as load, running.client("attic") as client:
             bundle = read_bundle(fleet / "attic")
             changed = write_bundle(fleet / "attic", replace(bundle.manifest, target="pi"), bundle.contents)
-            pinned(fleet, changed)
+            pin_bundle(fleet, changed)
             running.signal("attic", signal.SIGHUP)
-            until(lambda: client.status()["bundle"] == changed.manifest.digest)
+            wait_until(lambda: client.status()["bundle"] == changed.manifest.digest)
             before = len(load.done)
-            until(lambda: len(load.done) > before + 50)
+            wait_until(lambda: len(load.done) > before + 50)
             # A changed manifest is noticed without a signal too.
             again = write_bundle(fleet / "attic", bundle.manifest, bundle.contents)
-            pinned(fleet, again)
-            until(lambda: client.status()["bundle"] == again.manifest.digest)
+            pin_bundle(fleet, again)
+            wait_until(lambda: client.status()["bundle"] == again.manifest.digest)
         assert load.sound, load.summary()
 
 
@@ -137,7 +137,7 @@ def test_a_peer_that_is_not_at_its_address_in_fleet_toml_is_discovered(fleet):
         running.options = ("--discover", "--listen", f"tcp://127.0.0.1:{port}")
         running.start("barn")
         running.ready("barn")
-        running.acquainted("attic")
+        running.wait_for_peers("attic")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_json_log_has_one_object_per_line(fleet):
 
 
 def test_keygen_keeps_existing_pairs_and_no_one_else_can_read_its_files(tiny_fleet, tmp_path, nmoe_edge):
-    folder = settled(tiny_fleet, tmp_path / "fleet")
+    folder = copied_fleet(tiny_fleet, tmp_path / "fleet")
     shown = nmoe_edge("keygen", folder)
     assert shown.exit_code == 0, shown.error
     keys = read_fleet(folder / FLEET_FILE)
@@ -196,7 +196,7 @@ def test_keygen_keeps_existing_pairs_and_no_one_else_can_read_its_files(tiny_fle
         (("infer", "x.npy", "--at", "tcp://127.0.0.1:1"), "asked without keys, as no --fleet was given"),
         (("infer", "x.npy", "--at", "nonsense"), "expected tcp://HOST:PORT"),
         (("status", "--at", "tcp://127.0.0.1:99999"), "expected tcp://HOST:PORT with a port in 1..65535"),
-        (("status", "--at", "shed", "--fleet", "."), "there are attic at tcp://127.0.0.1:7101, barn at"),
+        (("status", "--at", "shed", "--fleet", "."), "the fleet has attic at tcp://127.0.0.1:7101, barn at"),
         (("status", "--at", "tcp://127.0.0.1:1", "--key", "some.key"), "--key needs --fleet"),
         (("keygen", "nowhere"), "nowhere"),
     ],

@@ -88,7 +88,7 @@ def test_without_keys_only_loopback_is_connected(ours):
 def test_a_request_with_too_small_a_budget_is_refused_unread(ours, made):
     caller = made(zmq.DEALER)
     caller.connect(ours.address)
-    ours.least_budget_ms = 100.0
+    ours.min_budget_ms = 100.0
     rows = Tensor("uint8", (1, 2), b"ab")
     sent = [Infer(1, 0, 99, rows), Infer(2, 0, 100, rows), Ping(3)]
     for message in sent:

@@ -38,19 +38,19 @@ def test_a_class_that_was_never_seen_keeps_a_share():
 def test_reweighted_answers_are_right_more_often():
     learned, new = answers(1000, seed=1), answers(3000, seed=2)
     mix = ClassMix(5)
-    mix.weighed(learned[0])
+    mix.reweight(learned[0])
     plain = (new[0].argmax(1) == new[1]).mean()
-    weighed = (mix.weighed(new[0]).argmax(1) == new[1]).mean()
+    weighed = (mix.reweight(new[0]).argmax(1) == new[1]).mean()
     assert weighed > plain + 0.05
 
 
 def test_reweighting_multiplies_by_the_mix_and_normalises():
     mix = ClassMix(5)
-    mix.weighed(answers(1000)[0])
+    mix.reweight(answers(1000)[0])
     before = mix.mix.copy()
     p, _ = answers(50, seed=3)
     product = p * before
-    found = mix.weighed(p)
+    found = mix.reweight(p)
     assert found.dtype == np.float32
     assert found == pytest.approx(product / product.sum(1, keepdims=True), rel=1e-5)
 
@@ -59,16 +59,16 @@ def test_too_few_rows_leave_an_answer_unchanged():
     mix = ClassMix(5)
     p, _ = answers(MIN_ROWS)
     for row in p[:-1]:
-        assert mix.weighed(row[None]) == pytest.approx(row[None], rel=1e-6)
+        assert mix.reweight(row[None]) == pytest.approx(row[None], rel=1e-6)
     assert mix.mix is None
-    mix.weighed(p[-1:])
+    mix.reweight(p[-1:])
     assert mix.mix == pytest.approx(class_mix(p))
 
 
 def test_a_request_is_not_reweighted_by_what_is_learned_from_itself():
     mix = ClassMix(5)
     p, _ = answers(1000)
-    assert mix.weighed(p) == pytest.approx(p, rel=1e-6)
+    assert mix.reweight(p) == pytest.approx(p, rel=1e-6)
     assert mix.mix is not None
 
 
@@ -76,8 +76,8 @@ def test_the_mix_learns_from_the_original_answers_and_not_from_reweighted_ones()
     mix = ClassMix(5)
     p, _ = answers(1500)
     for start in range(0, len(p), 100):
-        mix.weighed(p[start : start + 100])
-    assert np.array_equal(mix.remembered(), p)
+        mix.reweight(p[start : start + 100])
+    assert np.array_equal(mix.saved_rows(), p)
     assert mix.mix == pytest.approx(class_mix(p), abs=0.03)  # each estimate continues from the last one
 
 
@@ -85,41 +85,41 @@ def test_at_most_max_rows_are_kept_and_the_oldest_are_dropped():
     mix = ClassMix(5)
     p, _ = answers(MAX_ROWS + 500)
     for start in range(0, len(p), 250):
-        mix.weighed(p[start : start + 250])
+        mix.reweight(p[start : start + 250])
     assert mix.rows == MAX_ROWS
-    assert np.array_equal(mix.remembered(), p[500:])
+    assert np.array_equal(mix.saved_rows(), p[500:])
 
 
 def test_the_mix_follows_a_camera_that_is_moved():
     mix = ClassMix(5)
-    mix.weighed(answers(MAX_ROWS, noise=0.6)[0])
-    mix.weighed(answers(MAX_ROWS, SKEWED[::-1], seed=4, noise=0.6)[0])
+    mix.reweight(answers(MAX_ROWS, noise=0.6)[0])
+    mix.reweight(answers(MAX_ROWS, SKEWED[::-1], seed=4, noise=0.6)[0])
     assert mix.mix == pytest.approx(SKEWED[::-1], abs=0.06)
 
 
 def test_a_new_mix_has_no_rows_to_save():
-    assert ClassMix(5).remembered().shape == (0, 5)
+    assert ClassMix(5).saved_rows().shape == (0, 5)
 
 
 def test_saved_rows_restore_the_mix():
     first, second = ClassMix(5), ClassMix(5)
-    first.weighed(answers(600)[0])
-    second.recall(first.remembered())
+    first.reweight(answers(600)[0])
+    second.restore(first.saved_rows())
     assert second.rows == 600
     assert second.mix == pytest.approx(first.mix)
 
 
 def test_too_few_saved_rows_make_no_mix():
     mix = ClassMix(5)
-    mix.recall(answers(MIN_ROWS - 1)[0])
+    mix.restore(answers(MIN_ROWS - 1)[0])
     assert (mix.rows, mix.mix) == (MIN_ROWS - 1, None)
 
 
 def test_only_the_newest_saved_rows_are_restored():
     mix = ClassMix(5)
     p, _ = answers(MAX_ROWS + 7)
-    mix.recall(p)
-    assert np.array_equal(mix.remembered(), p[7:])
+    mix.restore(p)
+    assert np.array_equal(mix.saved_rows(), p[7:])
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_only_the_newest_saved_rows_are_restored():
 )
 def test_saved_rows_that_are_not_probabilities_are_refused_and_change_nothing(rows):
     mix = ClassMix(5)
-    mix.recall(answers(300)[0])
+    mix.restore(answers(300)[0])
     before = mix.mix.copy()
     with pytest.raises(ValueError, match="rows"):
-        mix.recall(rows)
+        mix.restore(rows)
     assert mix.rows == 300
     assert np.array_equal(mix.mix, before)
 

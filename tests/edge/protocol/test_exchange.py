@@ -238,7 +238,7 @@ def test_the_own_expert_is_waited_for_beyond_the_deadline():
 
 
 def test_rows_answered_locally_are_not_degraded():
-    it = exchange(at_home={0, 1, 2})
+    it = exchange(local_rows={0, 1, 2})
     (own,) = it.start(0.0)
     assert own.expert == 0
     answer(it, own)

@@ -28,8 +28,8 @@ def peer(chance=MIDDLE, alive_at=None):
 
 
 def probed(health, now):
-    """Probe it as soon as `due` says so, and receive a Welcome."""
-    assert health.due(max(now, health.wake_at)) == "probe"
+    """Probe it as soon as `next_message` says so, and receive a Welcome."""
+    assert health.next_message(max(now, health.wake_at)) == "probe"
     health.welcomed(now)
 
 
@@ -37,20 +37,20 @@ def asked(health, trips, start=0.0):
     """Send Asks one after another; trips: seconds until each answer."""
     for number, took in enumerate(trips):
         health.sent(number, start)
-        health.heard(number, start + took)
+        health.replied(number, start + took)
 
 
 def pause_after(health, now):
     """Seconds after `now` until it is probed again."""
-    assert health.due(now) is None
+    assert health.next_message(now) is None
     return health.wake_at - now
 
 
 def test_an_unknown_peer_is_probed_at_once_and_not_asked():
     health = peer()
     assert not health.alive
-    assert health.due(0.0) == "probe"
-    assert health.due(0.0) is None
+    assert health.next_message(0.0) == "probe"
+    assert health.next_message(0.0) is None
 
 
 def test_a_welcome_makes_a_peer_alive():
@@ -64,7 +64,7 @@ def test_a_failed_peer_owes_nothing_and_is_not_asked(why):
     health.sent(1, 0.0)
     health.failed(why, 0.1)
     assert (health.state, health.alive, health.owed) == (why, False, 0)
-    assert not health.overdue(100.0)
+    assert not health.is_overdue(100.0)
 
 
 @pytest.mark.parametrize("why", ["silent", "lost", "wrong", "foreign", "left"])
@@ -98,7 +98,7 @@ def test_a_probe_is_not_repeated_before_its_pause_is_over():
     health = peer(alive_at=0.0)
     health.failed("silent", 0.0)
     at = health.wake_at
-    assert [health.due(at - 1e-6), health.due(at), health.due(at)] == [None, "probe", None]
+    assert [health.next_message(at - 1e-6), health.next_message(at), health.next_message(at)] == [None, "probe", None]
     assert health.wake_at > at
 
 
@@ -117,9 +117,9 @@ def test_failures_are_forgotten_with_an_answer_that_makes_sense():
     probed(health, 10.0)
     before = health.failures
     health.sent(1, 10.0)
-    health.heard(1, 10.1)
-    assert health.failures == before  # only made_sense() resets them
-    health.made_sense()
+    health.replied(1, 10.1)
+    assert health.failures == before  # only answer_used() resets them
+    health.answer_used()
     assert health.failures == 0
 
 
@@ -144,31 +144,31 @@ def test_a_pong_settles_only_a_ping():
 def test_a_failed_peer_that_contacts_us_is_probed_at_once(why):
     health = peer(alive_at=0.0)
     health.failed(why, 1.0)
-    health.returns(1.01)
-    assert health.due(1.01) == "probe"
+    health.contacted_us(1.01)
+    assert health.next_message(1.01) == "probe"
 
 
 def test_a_wrong_peer_that_contacts_us_still_waits_for_its_pause():
     health = peer(alive_at=0.0)
     health.failed("wrong", 1.0)
     at = health.wake_at
-    health.returns(1.01)
+    health.contacted_us(1.01)
     assert health.wake_at == at
-    assert health.due(1.01) is None
+    assert health.next_message(1.01) is None
 
 
 def test_a_return_never_delays_a_probe():
     health = peer(alive_at=0.0)
     health.failed("lost", 0.0)
     at = health.wake_at
-    health.returns(at + 1)
+    health.contacted_us(at + 1)
     assert health.wake_at == at
 
 
 def test_a_return_of_an_alive_peer_changes_nothing():
     health = peer(alive_at=1.0)
-    health.returns(1.1)
-    assert (health.state, health.due(1.1)) == ("alive", None)
+    health.contacted_us(1.1)
+    assert (health.state, health.next_message(1.1)) == ("alive", None)
 
 
 def test_p95_is_infinite_before_enough_round_trips():
@@ -220,48 +220,48 @@ def test_a_peer_is_overdue_when_its_oldest_answer_takes_too_long():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     health.sent(2, 1.4)
-    assert not health.overdue(1.0 + MIN_SILENCE_S - 1e-6)
-    assert health.overdue(1.0 + MIN_SILENCE_S)
-    health.heard(1, 1.5)
-    assert not health.overdue(1.0 + MIN_SILENCE_S)
-    assert health.overdue(1.4 + health.silence_s)
+    assert not health.is_overdue(1.0 + MIN_SILENCE_S - 1e-6)
+    assert health.is_overdue(1.0 + MIN_SILENCE_S)
+    health.replied(1, 1.5)
+    assert not health.is_overdue(1.0 + MIN_SILENCE_S)
+    assert health.is_overdue(1.4 + health.silence_s)
 
 
 def test_a_peer_that_owes_nothing_is_never_overdue():
-    assert not peer(alive_at=0.0).overdue(1e9)
+    assert not peer(alive_at=0.0).is_overdue(1e9)
 
 
 def test_a_quiet_peer_is_pinged_after_ping_s():
     health = Health(lambda: MIDDLE, ping_s=0.5)
     probed(health, 1.0)
-    assert health.due(1.49) is None
-    assert health.due(1.5) == "ping"
+    assert health.next_message(1.49) is None
+    assert health.next_message(1.5) == "ping"
 
 
 def test_a_reply_postpones_the_ping():
     health = Health(lambda: MIDDLE, ping_s=0.5)
     probed(health, 0.0)
     health.sent(1, 0.3)
-    health.heard(1, 0.35)
-    assert health.due(0.84) is None
-    assert health.due(0.86) == "ping"
+    health.replied(1, 0.35)
+    assert health.next_message(0.84) is None
+    assert health.next_message(0.86) == "ping"
 
 
 def test_a_peer_is_not_pinged_for_quiet_while_it_owes_an_answer():
     health = Health(lambda: MIDDLE, ping_s=0.5)
     probed(health, 0.0)
     health.sent(1, 0.49)
-    assert health.due(0.55) is None
+    assert health.next_message(0.55) is None
 
 
 def test_one_ping_is_sent_about_a_late_answer():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     late = 1.0 + health.doubt_s
-    assert health.due(late - 1e-6) is None
-    assert health.due(late) == "ping"
+    assert health.next_message(late - 1e-6) is None
+    assert health.next_message(late) == "ping"
     health.sent(2, late, timed=False)
-    assert [health.due(late + wait) for wait in (0.0, 0.1, 0.2, 0.3)] == [None] * 4
+    assert [health.next_message(late + wait) for wait in (0.0, 0.1, 0.2, 0.3)] == [None] * 4
 
 
 def test_a_peer_with_a_late_answer_is_not_trusted_until_it_comes():
@@ -270,7 +270,7 @@ def test_a_peer_with_a_late_answer_is_not_trusted_until_it_comes():
     late = 1.0 + health.doubt_s
     assert (health.trusted(late - 1e-6), health.trusted(late)) == (True, False)
     assert health.alive
-    health.heard(1, late)
+    health.replied(1, late)
     assert health.trusted(late)
 
 
@@ -294,24 +294,24 @@ def test_a_ping_is_sent_about_every_late_answer():
     health = peer(alive_at=0.0)
     health.sent(1, 1.0)
     health.sent(2, 1.0)
-    assert health.due(1.2) == "ping"
-    health.heard(1, 1.21, sound=False)
-    assert health.due(1.21) == "ping"
+    assert health.next_message(1.2) == "ping"
+    health.replied(1, 1.21, sound=False)
+    assert health.next_message(1.21) == "ping"
 
 
 def test_pings_are_not_recorded_as_round_trips():
     health = peer(alive_at=0.0)
     for number in range(MIN_SAMPLES):
         health.sent(number, 0.0, timed=False)
-        health.heard(number, 0.3)
+        health.replied(number, 0.3)
     assert (health.rtt_s, health.p95_s, health.owed) == (None, math.inf, 0)
 
 
 def test_refusals_and_unknown_answers_are_not_recorded_as_round_trips():
     health = peer(alive_at=0.0)
     health.sent(1, 0.0)
-    health.heard(1, 0.3, sound=False)
-    health.heard(99, 0.4)
+    health.replied(1, 0.3, sound=False)
+    health.replied(99, 0.4)
     assert (health.rtt_s, health.owed) == (None, 0)
 
 
@@ -337,26 +337,26 @@ def test_before_wake_at_there_is_nothing_to_do_and_at_it_there_is(steps, chance)
             health.sent(number, now, timed=what == "ask")
             open_.append(number)
         elif what in ("reply", "late", "refuse") and open_:
-            health.heard(open_.pop(0 if what != "late" else -1), now, sound=what != "refuse")
+            health.replied(open_.pop(0 if what != "late" else -1), now, sound=what != "refuse")
         elif what == "welcome" and not health.alive:
             now = max(now, health.wake_at)
             probed(health, now)
         elif what in ("fail", "nonsense"):
             health.failed("wrong" if what == "nonsense" else "silent", now)
         elif what == "return":
-            health.returns(now)
-        elif what == "act" and not health.overdue(now):
-            health.due(now)
+            health.contacted_us(now)
+        elif what == "act" and not health.is_overdue(now):
+            health.next_message(now)
         before, at = math.nextafter(health.wake_at, -math.inf), health.wake_at
-        assert not health.overdue(before)
-        assert copy.deepcopy(health).due(before) is None
-        assert health.overdue(at) or copy.deepcopy(health).due(at) is not None
+        assert not health.is_overdue(before)
+        assert copy.deepcopy(health).next_message(before) is None
+        assert health.is_overdue(at) or copy.deepcopy(health).next_message(at) is not None
 
 
 def test_a_probe_that_could_not_be_sent_is_not_a_failure():
     health = peer()
     for now in (0.0, 0.2, 0.4):
-        assert health.due(now) == "probe"
-        health.unreachable(now)
+        assert health.next_message(now) == "probe"
+        health.probe_not_sent(now)
     assert health.failures == 0
     assert health.wake_at == pytest.approx(0.6)

@@ -29,7 +29,7 @@ def test_the_own_expert_is_always_alive():
 
 
 def test_a_row_to_answer_locally_wants_only_the_own_expert():
-    found = route(SCORES, 3, range(4), 2, at_home={1})
+    found = route(SCORES, 3, range(4), 2, local_rows={1})
     assert found.wanted == found.chosen == ((1, 3), (3,))
 
 

@@ -14,7 +14,7 @@ import nmoe_edge.protocol.wire as wire_module
 from nmoe_edge.errors import RemoteProtocolError
 from nmoe_edge.protocol.messages import Ask, Hello, Infer, Message, Reason, Refuse, Report, Result, RowAnswer
 from nmoe_edge.protocol.tensor import Tensor
-from nmoe_edge.protocol.wire import HEADER, LAYOUTS, Caps, Header, decode, encode, glance
+from nmoe_edge.protocol.wire import HEADER, LAYOUTS, Caps, Header, decode, encode, peek_infer
 
 NASTY = [json.loads(line) for line in Path(__file__).with_name("nasty_frames.jsonl").read_text().splitlines()]
 WIRE_MD = Path(wire_module.__file__).with_name("WIRE.md").read_text()
@@ -150,7 +150,7 @@ def test_wire_md_gives_every_header_field_its_offset():
 def test_glance_reads_number_and_budget_of_an_infer_only():
     infer = Infer(7, 1, 250, Tensor("uint8", (1, 2), b"ab"))
     header, payload = encode(infer)
-    assert glance((header, payload)) == (7, 250)
+    assert peek_infer((header, payload)) == (7, 250)
     for frames in ([], [header], [header, payload, b""], [header[:-1], payload], [b"x" + header[1:], payload]):
-        assert glance(frames) is None
-    assert glance(encode(Refuse(7, Reason.BUSY))) is None
+        assert peek_infer(frames) is None
+    assert peek_infer(encode(Refuse(7, Reason.BUSY))) is None
