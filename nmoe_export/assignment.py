@@ -66,7 +66,7 @@ class Candidates:
         self._gates_saw: NDArray[np.float32] | None = None
         self._experts_saw: tuple[NDArray[np.float32], list[bytes]] | None = None
 
-    def of(self, kind: str) -> Sequence[Candidate]:
+    def of_kind(self, kind: str) -> Sequence[Candidate]:
         """Every candidate of one of `KINDS`."""
         return {"extractor": [self.extractor], "gate": self._gates, "expert": self._experts}[kind]
 
@@ -79,7 +79,7 @@ class Candidates:
 
     def precision(self, assignment: Assignment) -> dict[str, str]:
         """The precision of each kind, as the manifest has it."""
-        return {kind: _precision(self.of(kind)[0], kind, assignment) for kind in KINDS}
+        return {kind: _precision(self.of_kind(kind)[0], kind, assignment) for kind in KINDS}
 
     def calibrate(self, kind: str, assignment: Assignment) -> None:
         """Calibrate every candidate of a kind on what it will receive under `assignment`."""
@@ -124,7 +124,7 @@ class Candidates:
         """The graphs of a kind as they are written under `assignment`."""
         float_nodes = assignment.float_nodes(kind)
         graphs = []
-        for candidate in self.of(kind):
+        for candidate in self.of_kind(kind):
             in_float = _precision(candidate, kind, assignment) == "fp32"
             graphs.append(candidate.graph if in_float else candidate.reduced_graph(float_nodes))
         return graphs

@@ -217,7 +217,7 @@ def _chosen(source: Source, options: Options, progress: Progress) -> tuple[dict[
     report = {
         "precision": options.precision,
         "onnxruntime": onnxruntime.__version__,
-        "bytes_float": {f"{kind}.onnx": len(graphs.of(kind)[0]) for kind in KINDS},
+        "bytes_float": {f"{kind}.onnx": len(graphs.of_kind(kind)[0]) for kind in KINDS},
     }
     return report, chosen
 
@@ -227,12 +227,12 @@ def _float_graphs(source: Source, progress: Progress) -> Graphs:
     extractor = export_graph(source.extractor, "extractor", torch.from_numpy(examples.copy()))
     progress("extractor exported")
     latents = torch.from_numpy(latents_of(source, extractor, examples))
-    gates = _exported(source.gates, "gate", source.alike, latents, progress)
-    experts = _exported(source.experts, "expert", source.alike, latents, progress)
+    gates = _export_graphs(source.gates, "gate", source.alike, latents, progress)
+    experts = _export_graphs(source.experts, "expert", source.alike, latents, progress)
     return Graphs(extractor, gates, experts)
 
 
-def _exported(
+def _export_graphs(
     nets: Sequence[torch.nn.Module], kind: str, alike: bool, latents: torch.Tensor, progress: Progress
 ) -> list[bytes]:
     """One graph for each module. Modules built alike are exported once; the others only replace the weights."""

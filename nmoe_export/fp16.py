@@ -26,7 +26,7 @@ def to_float16(graph: bytes) -> bytes:
     """
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph))
     front = _before_weights(model.graph)
-    half = _converted(_without(model, front))
+    half = _convert(_without(model, front))
     _replace(half.graph.input, model.graph.input)
     _replace(half.graph.value_info, [])
     _append(half.graph, front, model.graph.initializer)
@@ -68,7 +68,7 @@ def _without(model: onnx.ModelProto, front: list[onnx.NodeProto]) -> onnx.ModelP
     return body
 
 
-def _converted(body: onnx.ModelProto) -> onnx.ModelProto:
+def _convert(body: onnx.ModelProto) -> onnx.ModelProto:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of weights too small for float16; the search measures their cost
         half: onnx.ModelProto = convert_float_to_float16(

@@ -121,7 +121,7 @@ def search_fp16(
     for kind in KINDS:
         inputs = source.inputs if kind == "extractor" else reference.latents
         halved[kind] = []
-        for number, graph in enumerate(graphs.of(kind)):
+        for number, graph in enumerate(graphs.of_kind(kind)):
             name = "extractor" if kind == "extractor" else f"{kind} {number}"
             candidate = Candidate(name, graph, target, "fp16")
             candidate.calibrate(inputs[::stride], Recipe(least=1))
@@ -133,7 +133,7 @@ def search_fp16(
     trial = Trial(reference, simulation, Assignment(), dict.fromkeys(KINDS, "fp16"))
     _check_drop("float16", trial, max_drop)
     latent_row = simulation.latents[:1]
-    speed = {kind: compare_speed(source, kind, graphs.of(kind)[0], halved[kind][0], latent_row) for kind in KINDS}
+    speed = {kind: compare_speed(source, kind, graphs.of_kind(kind)[0], halved[kind][0], latent_row) for kind in KINDS}
     return Chosen(simulation, trial.precision, trial.rules, {"speed": speed} | trial.report())
 
 
@@ -145,7 +145,7 @@ def _choose_by_speed(candidates: Candidates, speed: dict[str, Any], progress: Pr
     assignment = Assignment()
     for kind in KINDS:
         candidates.calibrate(kind, assignment)
-        if not all(candidate.fits() for candidate in candidates.of(kind)):
+        if not all(candidate.fits() for candidate in candidates.of_kind(kind)):
             progress(f"{kind} stays in float32: values inside it are too large for float16")
             assignment = assignment.with_float(kind)
             continue
@@ -165,7 +165,7 @@ def _timing(kind: str, candidates: Candidates, assignment: Assignment) -> dict[s
     if platform.machine() not in candidates.target.machine:
         return None
     source = candidates.source
-    candidate = candidates.of(kind)[0]
+    candidate = candidates.of_kind(kind)[0]
     reduced = candidate.reduced_graph(assignment.float_nodes(kind))
     no_latent = np.zeros((1, source.latent_dim), np.float32)  # the extractor is timed on a sample instead
     latent = no_latent if kind == "extractor" else candidates.latents(assignment)[:1]

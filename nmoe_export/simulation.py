@@ -31,7 +31,7 @@ class Graphs:
     gates: Sequence[bytes]
     experts: Sequence[bytes]
 
-    def of(self, kind: str) -> Sequence[bytes]:
+    def of_kind(self, kind: str) -> Sequence[bytes]:
         """Every graph of one of `KINDS`."""
         return {"extractor": [self.extractor], "gate": self.gates, "expert": self.experts}[kind]
 

@@ -150,9 +150,9 @@ def of_modules(
 
     native = calibration.dtype.newbyteorder("=")  # torch takes no other
     probe = torch.from_numpy(calibration[:_PROBES].astype(native))
-    latents = _tried(extractor, probe, "the extractor")
-    scores = [_tried(net, latents, f"gate {i}") for i, net in enumerate(gates)]
-    outputs = [_tried(net, latents, f"expert {i}") for i, net in enumerate(experts)]
+    latents = _run_module(extractor, probe, "the extractor")
+    scores = [_run_module(net, latents, f"gate {i}") for i, net in enumerate(gates)]
+    outputs = [_run_module(net, latents, f"expert {i}") for i, net in enumerate(experts)]
     _check_widths(scores, outputs)
     width = outputs[0].shape[1]
     if labels is not None and not 0 <= labels.min() <= labels.max() < width:
@@ -268,7 +268,7 @@ def _check_widths(scores: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor
         raise SourceError(f"the experts return {widths} numbers a row; all must return the same number")
 
 
-def _tried(net: nn.Module, rows: torch.Tensor, name: str) -> torch.Tensor:
+def _run_module(net: nn.Module, rows: torch.Tensor, name: str) -> torch.Tensor:
     """What a module returns for `rows`. Raises SourceError unless that is float32 (n, numbers)."""
     shape = list(rows.shape[1:])
     try:

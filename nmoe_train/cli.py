@@ -93,7 +93,7 @@ def _stage_command(
     @click.command(
         name=stage, help=full_help, short_help=short_help, epilog=f"Example: nmoe-train {stage} runs/digits-1{example}"
     )
-    @options.combined(options.RUN, *own_options, options.DEVICE, options.SET)
+    @options.combine(options.RUN, *own_options, options.DEVICE, options.SET)
     @click.option("--out", type=options.PATH, help=f"The new run's folder.  [default: the first free of RUN-{stage}-N]")
     @options.RESUME
     @options.JSON

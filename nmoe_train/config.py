@@ -343,13 +343,13 @@ def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str
     if recipe not in RECIPES:
         raise ConfigError(f"unknown recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
     try:
-        given = _merged(_settings(file) if file is not None else {}, flags or {})
+        given = _merge(_settings(file) if file is not None else {}, flags or {})
         plain = to_plain(Config())
         name = _chosen(given, plain, "data", "name")
         method = _chosen(given, plain, "extractor", "method")
         of_method = [METHODS.get((method, data), {}) for data in ("", name)]
         for changes in (DATA.get(name, {}), RECIPES[recipe], *of_method, given):
-            plain = _merged(plain, changes)
+            plain = _merge(plain, changes)
         return from_plain(Config, plain)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; --config takes a TOML file or a run.json") from error
@@ -367,8 +367,8 @@ def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
             kept = {key: plain["extractor"][key] for key in ("backbone", "arguments", "dim")}
             start = {"start": "fresh", "rate": 2e-3} if method == "fedsc" else {}
             changes = {"extractor": {**usual["extractor"], **kept}, "fedsc": usual["fedsc"], "experts": start}
-            plain = _merged(plain, changes)
-        return from_plain(Config, _merged(plain, flags))
+            plain = _merge(plain, changes)
+        return from_plain(Config, _merge(plain, flags))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -390,10 +390,10 @@ def _chosen(given: Mapping[str, Any], usual: Mapping[str, Any], section: str, na
     return str(usual[section][name])
 
 
-def _merged(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`plain` with `changes` applied, table by table."""
     merged = dict(plain)
     for key, value in changes.items():
         both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both_tables else value
+        merged[key] = _merge(merged[key], value) if both_tables else value
     return merged

@@ -11,7 +11,7 @@ import click
 PATH = click.Path(path_type=Path)
 
 
-def combined(*options: Callable[..., Any]) -> Callable[..., Any]:
+def combine(*options: Callable[..., Any]) -> Callable[..., Any]:
     """Several options as one decorator, shown in this order."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def top_k(default: str) -> Callable[..., Any]:
 
 
 def extractor(method: str, backbone: str, rounds: str, epsilon: str) -> Callable[..., Any]:
-    return combined(
+    return combine(
         click.option(
             "--extractor",
             type=click.Choice(("fedce", "fedsc")),
@@ -90,7 +90,7 @@ _SETTING_OF_OPTION = {
 }
 """Options that are named differently from their setting."""
 
-TRAINING = combined(
+TRAINING = combine(
     click.option(
         "--config", "file", type=PATH, help="A TOML file of settings, or a run.json to take all settings from."
     ),
@@ -116,7 +116,7 @@ TRAINING = combined(
 )
 
 
-PAPER = combined(
+PAPER = combine(
     click.option("--data", help="digits, cifar10, fashion-mnist, npz:FILE or folder:DIR.  [default: digits]"),
     click.option(
         "--recipe",

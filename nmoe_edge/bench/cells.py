@@ -14,14 +14,14 @@ DASH = "–"
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table, padded so that it reads well on a terminal; columns of dashes alone are left out."""
-    columns = [_padded(column) for column in zip(heads, *lines, strict=True) if set(column[1:]) != {DASH}]
+    columns = [_pad(column) for column in zip(heads, *lines, strict=True) if set(column[1:]) != {DASH}]
     shown = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
     rule = "|".join("-" * (len(column[0]) + 2) for column in columns)
     shown.insert(1, f"|{rule}|")
     return "\n".join(shown)
 
 
-def _padded(column: Sequence[str]) -> list[str]:
+def _pad(column: Sequence[str]) -> list[str]:
     """The cells of a column, all of the same width."""
     cells = [one_line(text).replace("|", "/") for text in column]
     width = max(3, *map(len, cells))

@@ -51,16 +51,16 @@ def draw_samples(y: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> 
 
 
 def largest_size(
-    y: NDArray[np.int64], partition: str, clients: int, classes: int, seed: int, most: int | None = None
+    y: NDArray[np.int64], partition: str, clients: int, classes: int, seed: int, max_size: int | None = None
 ) -> int:
-    """The largest number of samples per client, at most `most`, for which the labels `y` suffice.
+    """The largest number of samples per client, at most `max_size`, for which the labels `y` suffice.
 
     DataError: not even 2 samples per client are possible.
     """
     shares = _class_mixes(partition, clients, classes, seed)
     available = np.bincount(y, minlength=classes)
     low = 0
-    high = len(y) // clients if most is None else min(most, len(y) // clients)
+    high = len(y) // clients if max_size is None else min(max_size, len(y) // clients)
     size = high  # try the maximum first: because of rounding a size may fit even where a smaller one does not
     while low < high:
         fits = (_apportion(shares, size).sum(0) <= available).all()

@@ -156,7 +156,7 @@ def _stacked_updates(
         losses = _losses(net, theta, _stack(batches), config)  # (clients,)
         # Summed over clients, so each gets the gradient of its own loss.
         gradients = torch.autograd.grad(losses.sum(), list(theta.values()))
-        theta = _stepped(theta, gradients, rate, config)
+        theta = _step(theta, gradients, rate, config)
         total += losses.detach()
     updates = []
     for position, client in enumerate(active):
@@ -213,7 +213,7 @@ def _losses(net: Gate, theta: State, batch: _Batch, config: GateConfig) -> Tenso
     return losses
 
 
-def _stepped(theta: State, gradients: Sequence[Tensor], rate: float, config: GateConfig) -> Mapping[str, Tensor]:
+def _step(theta: State, gradients: Sequence[Tensor], rate: float, config: GateConfig) -> Mapping[str, Tensor]:
     """The stacked weights after one gradient step of every client; gradients in the order of theta."""
     steps = _step_sizes([gradient.flatten(1) for gradient in gradients], rate, config)  # (clients,)
     after = {}

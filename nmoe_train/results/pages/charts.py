@@ -237,14 +237,14 @@ def _drawable(points: Iterable[tuple[float, float]], log: bool) -> list[tuple[fl
         known = finite_number(x) is not None and finite_number(y) is not None
         if known and (y > 0 or not log):
             kept.append((float(x), float(y)))
-    return _thinned(kept)
+    return _thin_out(kept)
 
 
-def _thinned(points: list[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+def _thin_out(points: list[tuple[float, float]], max_points: int = 400) -> list[tuple[float, float]]:
     """About `most` points: the lowest and the highest of each stretch, so that every peak stays."""
-    if len(points) <= most:
+    if len(points) <= max_points:
         return points
-    stretch = math.ceil(2 * len(points) / most)
+    stretch = math.ceil(2 * len(points) / max_points)
     kept = [points[0]]
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]

@@ -127,7 +127,7 @@ def test_a_peer_welcomes_the_benchmark_and_answers_for_its_expert(fleet):
         assert (found.asked, found.rows, found.refused) == (len(found.took_ns), len(found.took_ns), 0)
         wrong = make_asks(np.ones((2, 4), "f4"), "int8", 1, 2, manifest.trunk_bytes)
         assert drive(connection, wrong, numbers, 0.05, clients=1).refused > 0
-        with pytest.raises(BenchError, match="expert 1 lives here, not 2"):
+        with pytest.raises(BenchError, match="this device has expert 1, not 2"):
             warm_up(connection, wrong, numbers, 1)
         with pytest.raises(BenchError, match="the peer refuses attic2"):
             greet(connection, replace(manifest, device="attic2"))

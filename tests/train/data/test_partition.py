@@ -53,7 +53,7 @@ def test_no_size_above_the_largest_size_fits(partition):
     size = largest_size(LABELS, partition, 7, 10, seed=5)
     assert fits(size)
     assert not any(fits(larger) for larger in range(size + 1, len(LABELS) // 7 + 1))
-    assert largest_size(LABELS, partition, 7, 10, seed=5, most=4) == 4
+    assert largest_size(LABELS, partition, 7, 10, seed=5, max_size=4) == 4
 
 
 @pytest.mark.parametrize(("tau", "size"), [("0.5", 1500), ("0.3", 1300), ("0.2", 1200)])
