@@ -99,7 +99,7 @@ class StatusReport(TypedDict):
     bundle: str
     """The digest of its bundle, in hex."""
     trunk: str
-    """Identifies the trained extractor and the gate's shape, in hex; only devices with the same trunk ask each other."""
+    """Identifies the trained extractor and the gate's shape, in hex. Only devices of the same trunk ask each other."""
     provider: str
     """The onnxruntime provider that runs the extractor."""
     threads: int
