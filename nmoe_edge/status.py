@@ -20,7 +20,7 @@ class InputReport(TypedDict):
     resize: Literal["exact", "stretch", "crop"]
     """How an image of another size is fitted."""
     range: list[float]
-    """The lowest and the highest value of a sensible input."""
+    """The lowest and the highest value of the inputs that the model was calibrated on."""
 
 
 class RulesReport(TypedDict):
@@ -99,7 +99,7 @@ class StatusReport(TypedDict):
     bundle: str
     """The digest of its bundle, in hex."""
     trunk: str
-    """The digest of extractor and gate, in hex; only devices with the same trunk ask each other."""
+    """Identifies the trained extractor and the gate's shape, in hex. Only devices of the same trunk ask each other."""
     provider: str
     """The onnxruntime provider that runs the extractor."""
     threads: int

@@ -1,6 +1,7 @@
 """A reduced fleet measured against the float fleet.
 
-All figures come from the measured half of the samples, which neither calibrated the graphs nor chose their threshold.
+All figures come from the measured half of the samples, which neither calibrated the reduced graphs nor chose their
+threshold. The float fleet keeps the run's threshold, which training chose on all held-out samples.
 """
 
 from __future__ import annotations

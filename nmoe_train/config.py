@@ -130,7 +130,7 @@ class FedSCConfig:
     matrix_views: int = 5
     """Views of each sample over which a client averages its correlation matrix R."""
     sigma: float | None = None
-    """σ, standard deviation of the noise on each entry of R. Not set: chosen to meet `epsilon`; no noise without it."""
+    """σ of the noise on R's diagonal, σ/√2 on other entries. Not set: chosen to meet `epsilon`; without it no noise."""
     epsilon: float | None = None
     """ε, privacy budget of all rounds together. With `sigma`, stage 1 ends before it exceeds ε. Not set: no budget."""
     delta: float = 1e-5
