@@ -241,7 +241,7 @@ def _drawable(points: Iterable[tuple[float, float]], log: bool) -> list[tuple[fl
 
 
 def _thin_out(points: list[tuple[float, float]], max_points: int = 400) -> list[tuple[float, float]]:
-    """About `most` points: the lowest and the highest of each stretch, so that every peak stays."""
+    """About `max_points` points: the lowest and the highest of each stretch, so that every peak stays."""
     if len(points) <= max_points:
         return points
     stretch = math.ceil(2 * len(points) / max_points)
