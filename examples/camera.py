@@ -6,32 +6,32 @@ FLEET is a fleet's folder, and one of its devices is serving: `nmoe-edge serve F
 end; without --pictures, frames are drawn. One line a second says what was seen, until Ctrl-C.
 """
 
-import argparse
 import itertools
 import math
 import signal
 import statistics
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import click
 import numpy as np
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, read_fleet
 from nmoe_edge.bundle.image import read_rows
 from nmoe_edge.bundle.manifest import InputSpec
 from nmoe_edge.client import Client
+from nmoe_edge.common.command import SETTINGS, run_program
 from nmoe_edge.common.schema import from_plain
-from nmoe_edge.errors import CallError, EdgeError
+from nmoe_edge.errors import CallError, EdgeError, InputError
 from nmoe_edge.keys import keys_to
 
 
-def pictures(folder, spec):
+def frames_of(folder, spec):
     """The pictures of a folder as frames (1, …), again and again."""
     paths = sorted(path for path in folder.glob("*") if path.is_file())
     if not paths:
-        sys.exit(f"{folder}: not a folder with pictures")
+        raise InputError(f"{folder}: not a folder with pictures")
     rows = np.concatenate([read_rows(path, spec) for path in paths])
     return (row[None] for row in itertools.cycle(rows))
 
@@ -89,35 +89,28 @@ def watch(client, frames, labels, fps, deadline_s, seconds):
     print(f"{answered + dropped} frames: {answered} answered, {dropped} dropped")
 
 
-def main(options):
-    """Connect to the device, and learn from its status which inputs it takes."""
-    deadline_s = 0.8 / options.fps if options.deadline_ms is None else options.deadline_ms / 1000
-    if not 0 < deadline_s < 1 / options.fps:
-        frame_ms = 1000 / options.fps
-        sys.exit(f"--deadline-ms must be over 0 and under {frame_ms:g}, the time of a frame at --fps {options.fps:g}")
-    fleet_file = options.fleet / FLEET_FILE
-    fleet = read_fleet(fleet_file)
-    device = fleet.device[0] if options.device is None else fleet.named(options.device)
-    with Client(device.address, *keys_to(device.name, fleet_file, None)) as client:
+@click.command(context_settings=SETTINGS, epilog="Example: python examples/camera.py bundles/digits --fps 20")
+@click.argument("fleet", type=click.Path(path_type=Path))
+@click.option("--device", help="The device to ask.  [default: the first of the fleet]")
+@click.option("--pictures", type=click.Path(path_type=Path), help="A folder of pictures.  [default: frames are drawn]")
+@click.option("--fps", type=click.FloatRange(0.1, 1000), default=10.0, show_default=True, help="Frames per second.")
+@click.option("--deadline-ms", type=float, help="For one frame.  [default: 80 % of the time of a frame]")
+@click.option("--seconds", type=click.FloatRange(0), default=math.inf, help="How long to run.  [default: until Ctrl-C]")
+def cli(fleet, device, pictures, fps, deadline_ms, seconds):
+    """Send frames to a device of FLEET as a camera would, and print what it saw."""
+    deadline_s = 0.8 / fps if deadline_ms is None else deadline_ms / 1000
+    if not 0 < deadline_s < 1 / fps:
+        raise InputError(f"--deadline-ms must be over 0 and under {1000 / fps:g}, the time of a frame at --fps {fps:g}")
+    fleet_file = fleet / FLEET_FILE
+    members = read_fleet(fleet_file)
+    asked = members.device[0] if device is None else members.named(device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as with Ctrl-C
+    with Client(asked.address, *keys_to(asked.name, fleet_file, None)) as client:
         status = client.status()
         spec = from_plain(InputSpec, status["input"])
-        frames = drawings(spec) if options.pictures is None else pictures(options.pictures, spec)
-        watch(client, frames, status["labels"], options.fps, deadline_s, options.seconds)
+        frames = drawings(spec) if pictures is None else frames_of(pictures, spec)
+        watch(client, frames, status["labels"], fps, deadline_s, seconds)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fleet", metavar="FLEET", type=Path)
-    parser.add_argument("--device", help="the device to ask (default: the first of the fleet)")
-    parser.add_argument("--pictures", type=Path, help="a folder of pictures (default: frames are drawn)")
-    parser.add_argument("--fps", type=float, default=10.0, help="frames per second (default: 10)")
-    parser.add_argument("--deadline-ms", type=float, help="for one frame (default: 80%% of the time of a frame)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="how long to run (default: until Ctrl-C)")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as with Ctrl-C
-    arguments = parser.parse_args()
-    if not 0.1 <= arguments.fps <= 1000:
-        parser.error("--fps must be from 0.1 to 1000")
-    try:
-        main(arguments)
-    except EdgeError as error:
-        sys.exit(str(error))
+    run_program(cli, "camera", EdgeError, "edge", ("onnxruntime", "zmq", "PIL"))

@@ -66,6 +66,7 @@ def claim_folder(out: Path) -> Iterator[Path]:
         finally:
             if not checkpoint.exists():
                 (folder / LOCK_FILE).unlink(missing_ok=True)
+                (folder / "checkpoint.new").unlink(missing_ok=True)  # a write that was killed, by nmoe 0.1
                 if not any(folder.iterdir()):
                     folder.rmdir()
     finally:
