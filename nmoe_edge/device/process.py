@@ -71,6 +71,7 @@ def discovery(node: Node) -> AbstractContextManager[Any]:
 
 
 def wait_until_ended(node: Node) -> None:
-    """Return when the node has ended; run signal handlers meanwhile."""
+    """Return when the node has ended and saved what it learned; run signal handlers meanwhile."""
     while not node.ended.wait(_SIGNAL_CHECK_S):
         pass
+    node.close()  # `ended` is set before the class mix is on the disk

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
 from nmoe_edge.device.node import Node
-from nmoe_edge.device.process import Signals
+from nmoe_edge.device.process import Signals, wait_until_ended
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -36,3 +37,17 @@ def test_a_signal_that_arrives_before_the_node_is_passed_on_later(calls):
     assert calls == []
     signals.attach("node")
     assert calls == [("reload", "node"), ("leave", "node")]
+
+
+def test_waiting_for_the_end_of_a_node_includes_what_it_saves(tiny_fleet, monkeypatch):
+    saved = []
+
+    def save_slowly(node):
+        time.sleep(0.3)
+        saved.append(node)
+
+    monkeypatch.setattr(Node, "_save_mix", save_slowly)
+    with Node(tiny_fleet / "attic") as node:
+        node.leave()
+        wait_until_ended(node)
+        assert saved == [node]
