@@ -259,6 +259,7 @@ def infer(
     """
     from nmoe_edge.bundle.image import range_warning, read_rows
     from nmoe_edge.bundle.manifest import InputSpec
+    from nmoe_edge.common.log import StderrLog
     from nmoe_edge.common.schema import from_plain
     from nmoe_edge.device.node import Node
     from nmoe_edge.errors import InputError
@@ -272,7 +273,8 @@ def infer(
     for path in files:
         if not os.access(path, os.R_OK):
             raise InputError(f"{path}: no such file, or no permission to read it")
-    with Node(bundle) if bundle is not None else _client(target or "", fleet, key) as device:
+    alone = None if bundle is None else Node(bundle, log=StderrLog(bundle.resolve().name))
+    with alone or _client(target or "", fleet, key) as device:
         facts = device.status()
         spec = from_plain(InputSpec, facts["input"])
         for path in files:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DropError", "ExportError", "Exported", "Options", "Recipe", "export_fleet", "of_modules", "read_recipe"]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "DropError": "errors",

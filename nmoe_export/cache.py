@@ -64,7 +64,7 @@ def _read(path: Path) -> dict[str, Range] | None:
 def _write(path: Path, found: Mapping[str, Range]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"sha256": _checksum(found), "ranges": found}, indent=1))
+        replace_file(path, json.dumps({"sha256": _checksum(found), "ranges": found}, indent=1), durable=False)
 
 
 def _checksum(found: Mapping[str, Any]) -> str:

@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "Run", "TrainError", "read_run", "train"]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__, {"Config": "config", "Run": "run", "TrainError": "errors", "read_run": "run", "train": "pipeline"}
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,9 @@ EDGE = {
     ),
     "__main__": "cli",
 }
+PURE_LEAVES = {"errors", "common.limits", "common.schema", "common.text"}
+"""What protocol/ may import besides itself: no disk, clock, thread or log."""
+
 # The modules of the other packages, in an order in which each imports only modules before it.
 ORDER = {
     "nmoe_export": (
@@ -120,14 +124,14 @@ ORDER = {
 # Package -> what it may import of its sisters.
 SISTERS = {
     "nmoe_edge": (),
-    "nmoe_train": ("nmoe_edge.common",),
+    "nmoe_train": ("nmoe_edge.common.*",),
     "nmoe_export": (
         "nmoe_edge",
-        "nmoe_edge.common",
+        "nmoe_edge.common.*",
         *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest")),
         *(f"nmoe_edge.protocol.{module}" for module in ("combine", "routing", "tensor")),
         *("nmoe_edge.errors", "nmoe_edge.models"),
-        *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.evaluation", "nmoe_train.results.pages"),
+        *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.evaluation", "nmoe_train.results.pages.*"),
     ),
 }
 # Package from outside -> the only modules of nmoe_edge that may import it.
@@ -172,6 +176,8 @@ def is_module(name):
 def test_a_module_of_the_edge_imports_only_what_the_plan_allows(name):
     found = {m.removeprefix("nmoe_edge.") for m in imports(modules("nmoe_edge")[name]) if m.startswith("nmoe_edge.")}
     leaves = {m for m in EDGE if m.startswith("common.") or m == "errors"}
+    if name.startswith("protocol"):
+        leaves = PURE_LEAVES
     allowed = set(EDGE[name].split()) | (set() if name in leaves else leaves)
     assert found <= allowed
 
@@ -208,7 +214,8 @@ def test_packages_import_each_other_only_as_planned(package):
         for found in imports(path):
             if found.split(".")[0] in set(PACKAGES) - {package}:
                 allowed = SISTERS[package]
-                assert found in allowed or found.rpartition(".")[0] in allowed, f"{package}.{name} imports {found}"
+                whole = f"{found.rpartition('.')[0]}.*" in allowed
+                assert whole or found in allowed, f"{package}.{name} imports {found}"
 
 
 @pytest.mark.parametrize(("outside", "inside"), ONLY_IN.items())
@@ -264,7 +271,8 @@ def test_modules_are_small(package):
 def test_architecture_md_names_every_module():
     words = (ROOT / "ARCHITECTURE.md").read_text()
     assert len(words.splitlines()) <= 150
+    plan = words.partition("## Where things are")[2].partition("\n## ")[0]
     for package in PACKAGES:
         for path in modules(package).values():
             if not path.stem.startswith("__"):
-                assert path.stem in words, f"{package}/{path.name} is missing in ARCHITECTURE.md"
+                assert re.search(rf"\b{path.stem}\b", plan), f"{package}/{path.name} is missing in ARCHITECTURE.md"

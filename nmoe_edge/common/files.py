@@ -14,24 +14,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-_STAGED = ".new"
-"""Suffix of a temporary file until it is renamed to its final name."""
+_STAGED = re.compile(r"\.[0-9a-f]{8}\.nmoe-new")
+"""Name of a temporary file. It does not contain the final name, which may be as long as the file system allows."""
 
 
-def replace_file(path: Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to a temporary file in the same folder, flush it to the disk, rename it to `path`.
+def replace_file(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Write `data` (text as UTF-8) to a temporary file in the same folder and rename it to `path`.
 
     If that fails, `path` is unchanged and the temporary file is removed. If `path` is a symbolic link, its target is
-    replaced and the link stays.
+    replaced and the link stays. durable: flush to the disk first, which may take seconds on an SD card; without it, a
+    power cut may leave an empty file.
     """
-    path = path.resolve()
-    remove_orphans(path, _STAGED)
+    path = Path(os.path.realpath(path))  # where Path.resolve raises RuntimeError, say for a loop of links
+    remove_orphans(path.parent, _STAGED)
     staged, file = _locked_file(path)
     try:
         with file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
@@ -40,7 +42,7 @@ def replace_file(path: Path, data: bytes | str) -> None:
 def _locked_file(path: Path) -> tuple[Path, BinaryIO]:
     """Create a temporary file for `path`. It is locked while open, so that no other process removes it as an orphan."""
     while True:
-        staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_STAGED}")
+        staged = path.with_name(f".{secrets.token_hex(4)}.nmoe-new")
         file = staged.open("xb")
         with suppress(OSError):  # a file system without locks; remove_orphans removes nothing there
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -49,11 +51,10 @@ def _locked_file(path: Path) -> tuple[Path, BinaryIO]:
         file.close()  # another process removed it as an orphan before we locked it: try again
 
 
-def remove_orphans(path: Path, suffix: str) -> None:
-    """Remove temporary files and folders for `path` that killed processes left, that is, those without a lock."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(suffix)}")
+def remove_orphans(folder: Path, name: re.Pattern[str]) -> None:
+    """Remove temporary files and folders of this name that killed processes left, that is, those without a lock."""
     with suppress(OSError):
-        for orphan in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
+        for orphan in [entry for entry in folder.iterdir() if name.fullmatch(entry.name)]:
             _remove_unlocked(orphan)
 
 

@@ -50,7 +50,8 @@ def staged_folder(destination: Path, marker: str, allowed: str) -> Iterator[Path
     """
     check_replaceable(destination, marker, allowed)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    remove_orphans(destination, _STAGED)
+    orphan = re.compile(rf"\.{re.escape(destination.name)}\.[a-z0-9_]{{8}}{re.escape(_STAGED)}")  # as mkdtemp names it
+    remove_orphans(destination.parent, orphan)
     staging, lock = _locked_folder(destination)
     try:
         yield staging

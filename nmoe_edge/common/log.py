@@ -125,5 +125,9 @@ class LoggingLog(Log):
     """Records of the logger "nmoe". Their `extra` holds device, event and the fields of the event, such as peer."""
 
     def write(self, level: int, event: str, text: str, line: str, fields: dict[str, object]) -> None:  # noqa: ARG002
-        extra = {"device": self.device, "event": event, **fields}
-        logging.getLogger(LOGGER).log(level, "%s", line, extra=extra)
+        logger = logging.getLogger(LOGGER)
+        try:
+            logger.log(level, "%s", line, extra={"device": self.device, "event": event, **fields})
+        except Exception as error:  # noqa: BLE001  # of the application's factory, filter or handler: the device goes on
+            with suppress(Exception):
+                logger.log(level, "%s (without its fields: %r)", line, error)

@@ -34,7 +34,8 @@ def save_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
     path = mix_path(state, manifest)
     try:
         state.mkdir(parents=True, exist_ok=True)
-        replace_file(path, write_npz({"rows": mix.saved_rows()}))
+        # The node's thread saves, so it must not wait for the disk. A damaged file is learned again.
+        replace_file(path, write_npz({"rows": mix.saved_rows()}), durable=False)
     except OSError as error:
         log.rarely("class_mix_unsaved", f"{path}: cannot be written: {error.strerror}")
 

@@ -107,7 +107,7 @@ def test_a_cache_that_cannot_be_written_does_not_fail_the_export(model, tmp_path
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(Path, "replace", full)
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
 

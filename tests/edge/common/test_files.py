@@ -67,6 +67,27 @@ def test_a_temporary_file_removed_before_it_is_locked_is_created_again(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
 
 
+def test_a_file_with_the_longest_name_is_replaced(tmp_path):
+    path = tmp_path / ("a" * 255)
+    replace_file(path, "first")
+    assert path.read_text() == "first"
+
+
+def test_a_link_that_points_to_itself_is_replaced(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    replace_file(tmp_path / "loop", "first")
+    assert (tmp_path / "loop").read_text() == "first"
+
+
+def test_only_a_durable_write_waits_for_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files.os, "fsync", flushed.append)
+    replace_file(tmp_path / "facts.json", "first", durable=False)
+    assert not flushed
+    replace_file(tmp_path / "facts.json", "second")
+    assert len(flushed) == 1
+
+
 STUCK = """
 import os, sys, time
 from pathlib import Path
@@ -83,7 +104,9 @@ files.replace_file(Path(sys.argv[1]), "half")
 
 def test_the_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_running_one_is_kept(tmp_path):
     path = tmp_path / "facts.json"
-    (tmp_path / ".other.json.12345678.new").write_text("of another file")
+    others = [".facts.json.20251125.new", ".12345678.new", "12345678.nmoe-new"]
+    for name in others:
+        (tmp_path / name).write_text("of another program")
     command = [sys.executable, "-c", STUCK, str(path)]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     living = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -92,11 +115,11 @@ def test_the_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_running_
             assert process.stdout.readline() == "writing\n"
         os.kill(killed.pid, signal.SIGKILL)
         killed.communicate()
-        assert len(list(tmp_path.glob(".facts.json.*.new"))) == 2
+        assert len(list(tmp_path.glob(".*.nmoe-new"))) == 2
         replace_file(path, "whole")
-        assert len(list(tmp_path.glob(".facts.json.*.new"))) == 1
+        assert len(list(tmp_path.glob(".*.nmoe-new"))) == 1
         assert path.read_text() == "whole"
-        assert (tmp_path / ".other.json.12345678.new").exists()
+        assert all((tmp_path / name).exists() for name in others)
     finally:
         living.kill()
         living.communicate()

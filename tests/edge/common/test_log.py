@@ -140,6 +140,23 @@ def test_every_event_reaches_pythons_logging_at_its_level(event, caplog):
     assert (record.levelno, record.event, record.held) == (EVENTS[event].level, event, 0)
 
 
+def test_a_record_factory_that_uses_our_names_does_not_stop_the_device(caplog):
+    factory = logging.getLogRecordFactory()
+
+    def with_a_device(*arguments, **more):
+        record = factory(*arguments, **more)
+        record.device = "the application's"
+        return record
+
+    logging.setLogRecordFactory(with_a_device)
+    try:
+        with caplog.at_level(logging.INFO, LOGGER):
+            LoggingLog("attic")("peer_found", "tcp://127.0.0.1:1", peer="barn")
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert "attic peer_found: barn: tcp://127.0.0.1:1 (without its fields: KeyError" in caplog.text
+
+
 def test_every_listed_event_is_logged_somewhere():
     source = "".join(path.read_text() for path in SERVING.parent.glob("*.py"))
     put_together = {f"peer_{failure}" for failure in get_args(Failure)}
