@@ -96,7 +96,8 @@ class Node:
         rules: what may differ from the bundle's own rules.
         provider: runs the graphs: auto, cpu, cuda or tensorrt. threads: CPU threads of each graph.
         force: serve although the bundle fails its self-test on this machine.
-        state: the folder in which the class mix survives restarts; None: it does not. forget: delete it first.
+        state: the folder in which the class mix survives restarts; None: it does not. forget: delete it first;
+            EdgeError when that fails.
         log: where events go; None: Python's logging.
 
         Raises an EdgeError that says what to do: BundleError, ModelError, FleetError, KeyFileError or NetworkError.
