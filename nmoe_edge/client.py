@@ -39,10 +39,8 @@ MAX_DEADLINE_S = 3600.0
 _CAPS = Caps(text_bytes=4 * 1024 * 1024)
 """The status report of a thousand peers is long."""
 _GRACE_S = 0.25
-"""A client waits so long beyond the deadline, for the way there and back."""
-_NO_KEYS_HINT = (
-    "? asked without keys, as no --fleet was given (or it has none); a device with keys does not answer that"
-)
+"""A client waits this much longer than the deadline, for the network."""
+_NO_KEYS_HINT = "? If the device has keys, this client needs a key pair (nmoe-edge: --fleet)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

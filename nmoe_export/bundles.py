@@ -12,6 +12,7 @@ from nmoe_edge.bundle.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpe
 from nmoe_edge.bundle.selftest import SelfTest
 from nmoe_edge.protocol.combine import combine, expert_weights
 from nmoe_edge.protocol.routing import route
+from nmoe_export.errors import SourceError
 from nmoe_export.graphs import IR_VERSION, OPSET
 from nmoe_export.search import Chosen
 from nmoe_export.simulation import Simulation, expert_session
@@ -31,9 +32,9 @@ def device_bundle(
     """A device's manifest, and the contents of its files by name.
 
     `target` is the profile that the graphs are made for, or "any"; `latent` is the type that latents travel as.
+    Raises SourceError when the fleet exceeds a limit of bundles.
     """
     graphs = chosen.simulation.graphs
-    rules = chosen.rules
     contents = {
         "extractor.onnx": graphs.extractor,
         "gate.onnx": graphs.gates[device % len(graphs.gates)],
@@ -42,11 +43,20 @@ def device_bundle(
     }
     if source.names is not None:
         contents["labels.txt"] = ("\n".join(source.names) + "\n").encode()
+    try:
+        return _manifest(source, chosen, target, latent, device), contents
+    except ValueError as error:
+        raise SourceError(f"device {device} does not fit in a bundle: {error}") from error
+
+
+def _manifest(source: Source, chosen: Chosen, target: str, latent: str, device: int) -> Manifest:
+    """ValueError when the fleet exceeds a limit of bundles, such as the number of experts."""
+    rules = chosen.rules
     accuracy: dict[str, float] = {}
     if source.labels is not None:
         accuracy[source.samples] = manifest_accuracy(chosen.simulation, rules, device, source.labels)
     experts = len(source.experts)
-    manifest = Manifest(
+    return Manifest(
         schema=SCHEMA,
         device=f"device-{device:02}",
         experts=experts,
@@ -64,7 +74,6 @@ def device_bundle(
         extractor_source=source.extractor_source,
         trunk=trunk_digest(source.extractor_source, source.latent_dim, experts, source.outputs),
     )
-    return manifest, contents
 
 
 def _selftest(source: Source, chosen: Chosen, device: int) -> SelfTest:

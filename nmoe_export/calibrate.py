@@ -67,7 +67,7 @@ def read_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
-        return from_plain(Recipe, tomllib.loads(path.read_text()))
+        return from_plain(Recipe, tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         names = ", ".join(sorted(recipe.stem for recipe in FOLDER.glob("*.toml"))) or "none"
         raise SourceError(f"{path}: {error.strerror}; recipes by name: {names}; or give a file.toml") from error

@@ -89,7 +89,7 @@ class Candidate:
         nothing_reduced = self._model is not None and set(self.nodes()) <= float_nodes
         return "fp32" if nothing_reduced else self.wanted
 
-    def noise(self, source: Source, inputs: NDArray[Any], progress: Progress) -> dict[str, float]:
+    def snr_db(self, source: Source, inputs: NDArray[Any], progress: Progress) -> dict[str, float]:
         """For each node of an extractor, the signal-to-noise ratio of the latents in dB when it alone is int8."""
         if self._model is None:
             return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -121,25 +121,27 @@ def export_fleet(
         print(done.report["drop"], [device.name for device in done.fleet.device])
     """
     out = Path(out)
-    with _as_source_error(out):
+    with _as_source_error():
         if isinstance(source, (str, Path)):
             source = read_run(source)
+        with _as_write_error(out, OSError):
+            existing = Existing(out)
         # The check comes before a run's networks are built, which takes longer.
         if isinstance(source, Run):
             key = _key(key_of(source), options)
-            up_to_date = _up_to_date(key, source.record.experts, out, options)
+            up_to_date = _up_to_date(key, source.record.experts, existing, options)
         else:
             key = _key(source.key, options)
-            up_to_date = _up_to_date(key, len(source.experts), out, options)
+            up_to_date = _up_to_date(key, len(source.experts), existing, options)
         if up_to_date is not None:
             return up_to_date
         if isinstance(source, Run):
             source = of_run(source)
 
-        existing = Existing(out)
-        check_replaceable(out, FLEET_FILE, FILES)  # before the long work
+        with _as_write_error(out, OSError, ValueError):
+            check_replaceable(out, FLEET_FILE, FILES)  # before the long work
         graphs_report, chosen = _chosen(source, options, progress)
-        with staged_folder(out, FLEET_FILE, FILES) as staging:
+        with _fleet_folder(out) as staging:
             fleet, sizes = _write_devices(source, chosen, options, existing, staging, progress)
             report = graphs_report | chosen.report
             report |= {"key": key, "is": chosen.precision, "bytes": sizes}
@@ -150,19 +152,34 @@ def export_fleet(
 
 
 @contextmanager
-def _as_source_error(out: Path) -> Iterator[None]:
-    """Raise errors of the run, of bundles and of the file system as SourceError."""
+def _as_source_error() -> Iterator[None]:
+    """Raise errors of the run and of bundles as SourceError."""
     try:
         yield
     except (TrainError, EdgeError) as error:
         raise SourceError(str(error)) from error
-    except (OSError, ValueError) as error:
+
+
+@contextmanager
+def _as_write_error(out: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Raise these errors as a SourceError that says that `out` cannot be written."""
+    try:
+        yield
+    except errors as error:
         raise SourceError(f"{out}: cannot be written: {error}") from error
 
 
-def _up_to_date(key: str, experts: int, out: Path, options: Options) -> Exported | None:
-    """The fleet in `out` when this export would write the same again; None otherwise."""
-    existing = Existing(out)
+@contextmanager
+def _fleet_folder(out: Path) -> Iterator[Path]:
+    """`staged_folder` for a fleet. Of the caller's errors only OSError means that `out` cannot be written."""
+    with _as_write_error(out, OSError), ExitStack() as staged:
+        with _as_write_error(out, OSError, ValueError):
+            staging = staged.enter_context(staged_folder(out, FLEET_FILE, FILES))
+        yield staging
+
+
+def _up_to_date(key: str, experts: int, existing: Existing, options: Options) -> Exported | None:
+    """The existing fleet when this export would write the same again; None otherwise."""
     wanted = _wanted_devices(experts, options)
     same_key = existing.report.get("key") == key
     if existing.fleet is None or not same_key or not existing.intact(wanted):
@@ -266,7 +283,11 @@ def _write_devices(
         devices.append(replace(existing.devices.get(name, fresh), expert=number, bundle=digest))
         sizes = {file: len(data) for file, data in contents.items()}
         progress(Count("device {} written", number + 1, experts))
-    return Fleet(FLEET_SCHEMA, tuple(devices)), sizes
+    try:
+        fleet = Fleet(FLEET_SCHEMA, tuple(devices))
+    except ValueError as error:  # a new device has the address that an existing one was given
+        raise SourceError(f"{existing.folder / FLEET_FILE}: {error} after this export; change it there") from error
+    return fleet, sizes
 
 
 def _write_verified(staged: Path, folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> Bundle:

@@ -46,7 +46,7 @@ def export_graph(module: nn.Module, name: str, example: torch.Tensor) -> bytes:
                 output_names=["out"],
                 verbose=False,
             )
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
         raise GraphError(f"{name}: torch cannot export {type(module).__name__}: {_cause(error)}") from error
     if program is None:
         raise GraphError(f"{name}: torch exported nothing")

@@ -14,6 +14,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from nmoe_export.calibrate import Range, float_tensors
+from nmoe_export.errors import GraphError
 from nmoe_export.graphs import clean_model
 from nmoe_export.targets import Target
 
@@ -132,7 +133,14 @@ def _without_unused_opsets(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def optimise(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
-    """The graph as onnxruntime's optimizer rewrites it at this level."""
+    """The graph as onnxruntime's optimizer rewrites it at this level. GraphError when no temporary file can be used."""
+    try:
+        return _optimise(graph, level)
+    except OSError as error:
+        raise GraphError(f"no temporary file: {error.strerror}; set TMPDIR to a folder with room") from error
+
+
+def _optimise(graph: bytes, level: onnxruntime.GraphOptimizationLevel) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         options = onnxruntime.SessionOptions()

@@ -56,11 +56,11 @@ def _experts(load: Mapping[str, Any]) -> Rows:
 
 def _nodes(report: Mapping[str, Any]) -> Rows:
     """Node of the extractor, signal to noise in decibels, what became of it, and a bar; the noisiest node first."""
-    noise = report["signal_to_noise_db"]
+    snr_db = report["signal_to_noise_db"]
     reverted = {entry["node"]: entry["drop"] for entry in report["reverted"]}
-    largest = max(noise.values(), default=0)
+    largest = max(snr_db.values(), default=0)
     rows = []
-    for node, decibels in sorted(noise.items(), key=lambda item: item[1]):
+    for node, decibels in sorted(snr_db.items(), key=lambda item: item[1]):
         if node in reverted:
             outcome = f"back to float, which left {reverted[node]:.2f} points lost"
         elif node in report["tried_again"]:

@@ -71,21 +71,23 @@ def search_int8(
         return Trial(reference, simulation, assignment, candidates.precision(assignment))
 
     progress("calibrating")
-    speed: dict[str, Any] = {}
-    assignment = _choose_by_speed(candidates, speed, progress)
+    assignment, speed = _choose_by_speed(candidates, progress)
 
     progress("measuring what int8 costs")
     trial = measure(assignment)
-    noise: dict[str, float] = {}
+    snr_db: dict[str, float] = {}
     if not assignment.is_float("extractor"):
-        noise = candidates.extractor.noise(source, samples.inputs[:SNR_SAMPLES], progress)
+        snr_db = candidates.extractor.snr_db(source, samples.inputs[:SNR_SAMPLES], progress)
 
-    noisiest_first = sorted(noise, key=lambda node: noise[node])
+    noisiest_first = sorted(snr_db, key=lambda node: snr_db[node])
     trial, reverted = _back_to_float(trial, ["expert", "gate", *noisiest_first], max_drop, measure, progress)
     trial, tried_again = _int8_again(trial, reverted, max_drop, measure, progress)
     reverted = [entry for entry in reverted if entry["node"] not in tried_again]
 
-    if reverted and _extractor_lost_its_gain(candidates, trial.assignment, speed):
+    timing = _extractor_timing(candidates, trial.assignment) if reverted else None
+    if timing is not None:
+        speed["extractor"] = timing
+    if timing is not None and timing["times_faster"] < FASTER:
         progress("extractor stays in float: with so many nodes in float it is not faster")
         trial = measure(trial.assignment.with_float("extractor"))
         trial, more = _back_to_float(trial, ["expert", "gate"], max_drop, measure, progress)
@@ -95,7 +97,7 @@ def search_int8(
     report = {
         "target": target.name,
         "speed": speed,
-        "signal_to_noise_db": noise,
+        "signal_to_noise_db": snr_db,
         "reverted": reverted,
         "tried_again": tried_again,
         "fusion": _fusion(candidates, trial, progress),
@@ -137,12 +139,13 @@ def search_fp16(
     return Chosen(simulation, trial.precision, trial.rules, {"speed": speed} | trial.report())
 
 
-def _choose_by_speed(candidates: Candidates, speed: dict[str, Any], progress: Progress) -> Assignment:
-    """Put each kind of graph in float that is not faster when reduced, and record the timings in `speed`.
+def _choose_by_speed(candidates: Candidates, progress: Progress) -> tuple[Assignment, dict[str, Any]]:
+    """Keep in float every kind that int8 does not make faster. Returns the timings too, by kind.
 
     The kinds follow each other, because gates are calibrated on what the extractor becomes and experts on both.
     """
     assignment = Assignment()
+    speed: dict[str, Any] = {}
     for kind in KINDS:
         candidates.calibrate(kind, assignment)
         if not all(candidate.fits() for candidate in candidates.of_kind(kind)):
@@ -154,7 +157,7 @@ def _choose_by_speed(candidates: Candidates, speed: dict[str, Any], progress: Pr
         if timing is not None and timing["times_faster"] < FASTER:
             progress(f"{kind} stays in float: int8 is {timing['times_faster']:.2f} times as fast here")
             assignment = assignment.with_float(kind)
-    return assignment
+    return assignment, speed
 
 
 def _timing(kind: str, candidates: Candidates, assignment: Assignment) -> dict[str, float] | None:
@@ -172,15 +175,9 @@ def _timing(kind: str, candidates: Candidates, assignment: Assignment) -> dict[s
     return compare_speed(source, kind, candidate.graph, reduced, latent)
 
 
-def _extractor_lost_its_gain(candidates: Candidates, assignment: Assignment, speed: dict[str, Any]) -> bool:
-    """Time the int8 extractor again, some of its nodes now in float: whether it is too slow to be worth it."""
-    if assignment.is_float("extractor"):
-        return False
-    timing = _timing("extractor", candidates, assignment)
-    if timing is None:
-        return False
-    speed["extractor"] = timing
-    return timing["times_faster"] < FASTER
+def _extractor_timing(candidates: Candidates, assignment: Assignment) -> dict[str, float] | None:
+    """The speed of the int8 extractor with some nodes back in float; None where it is float or cannot be measured."""
+    return None if assignment.is_float("extractor") else _timing("extractor", candidates, assignment)
 
 
 def _back_to_float(
@@ -205,7 +202,7 @@ def _back_to_float(
 def _int8_again(
     trial: Trial, reverted: Sequence[dict[str, Any]], max_drop: float, measure: Measure, progress: Progress
 ) -> tuple[Trial, list[str]]:
-    """Try each part in int8 again that went back to float before the one that made the drop allowed.
+    """Of the parts put back in float, try all but the last in int8 again.
 
     Returns the last allowed trial, and the parts that are int8 in it again.
     """
@@ -241,7 +238,7 @@ def _check_float16(candidate: Candidate) -> None:
 def _fusion(candidates: Candidates, trial: Trial, progress: Progress) -> dict[str, Any]:
     """Count what the chosen extractor computes in integers on onnxruntime's CPU provider."""
     if candidates.target.name == "jetson":
-        return {"unmeasured": "TensorRT does it"}
+        return {"unmeasured": "TensorRT fuses on the board; not counted here"}
     model = candidates.extractor.model
     if trial.precision["extractor"] != "int8" or model is None:
         return {"unmeasured": "the extractor stays in float"}

@@ -109,7 +109,11 @@ def of_run(run: Run) -> Source:
 
 def key_of(run: Run) -> str:
     """`Source.key` of a run, without building its networks: run.json holds the digest of every other file."""
-    return sha256((run.folder / "run.json").read_bytes())
+    path = run.folder / "run.json"
+    try:
+        return sha256(path.read_bytes())
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
 
 
 def of_modules(

@@ -287,7 +287,7 @@ def _paper_folder(given: Mapping[str, Any]) -> Path:
 
 
 def _do_units(wanted: list[Unit], minutes: float | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Work for so many minutes; the units that are done, and a line on how many of the wanted ones are not."""
+    """Work for this many minutes; the units that are done, and a line on how many of the wanted ones are not."""
     from nmoe_train.results.paper import FILE, work
 
     flags = options.settings_of({key: given[key] for key in ("data", "backbone", "device")}, given["settings"])

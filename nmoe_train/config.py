@@ -375,7 +375,7 @@ def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
 
 def _settings(file: Path) -> Mapping[str, Any]:
     if file.suffix != ".json":
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     plain = parse_json(file.read_bytes())
     if not (isinstance(plain, dict) and isinstance(plain.get("config"), dict)):
         raise ValueError("this is not a run.json: the key config is missing")

@@ -239,7 +239,7 @@ def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, record: RunRecor
     return write_run(
         out,
         record,
-        extractor=trainer.net.extractor.state_dict(),
+        extractor=trainer.classifier.extractor.state_dict(),
         heads=trainer.heads(checkpoint),
         gates=[plain_gate(gate) for gate in gates],
         experts=checkpoint.states["experts"],

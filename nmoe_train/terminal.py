@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmoe_edge.common.progress import ProgressLine
+from nmoe_train.results.pages.formats import METHOD_NAMES
 
 if TYPE_CHECKING:
     from nmoe_train.stages.federation import Round
-
-METHODS = {"networked": "networked", "own_expert": "own expert alone", "fedce": "FedCE classifier"}
-"""Methods of metrics.json, as the table names them."""
-BASELINES = {"local": "local classifiers", "fedavg": "FedAvg classifier", "centralised": "centralised mixture"}
-"""Methods of baselines.json, as the table names them."""
 
 
 class Progress:
@@ -62,9 +58,10 @@ def table(metrics: Mapping[str, Any], baselines: Mapping[str, Any] | None = None
     own = metrics["own"]
     iid = metrics["iid"]
     lines = [f"{'':<24}{'own distribution':>18}{'balanced':>10}"]
-    lines += [_line(name, own[key], iid[key]) for key, name in METHODS.items() if key in own]
+    lines += [_line(name, own[key], iid[key]) for key, name in METHOD_NAMES.items() if key in own]
     if baselines is not None:
-        lines += [_line(name, baselines[key]["own"], baselines[key]["iid"]) for key, name in BASELINES.items()]
+        found = [(name, baselines[key]) for key, name in METHOD_NAMES.items() if key in baselines]
+        lines += [_line(name, figures["own"], figures["iid"]) for name, figures in found]
     return "\n".join(lines)
 
 

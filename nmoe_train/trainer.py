@@ -65,40 +65,40 @@ class Trainer:
         self.classes = len(dataset.labels)
         self.count = len(clients.train)
         """Number of clients, which is the number of experts."""
-        torch.manual_seed(config.seed)  # the order in which networks are built belongs to the numbers
+        torch.manual_seed(config.seed)  # first weights come from this seed, so keep the order below
         fedce = config.extractor.method == "fedce"
         head = config.head_net(self.classes)
-        self.networks = Networks(
+        self.specs = Networks(
             self._extractor_spec(),
             config.gate_net(),
             config.expert_net(self.classes),
             head if fedce else None,
         )
-        self.net = Headed(build(self.networks.extractor), build(head))
-        probe(self.net.extractor, dataset.shape, config.extractor.dim)
-        self.expert = build(self.networks.expert)
+        self.classifier = Headed(build(self.specs.extractor), build(head))
+        probe(self.classifier.extractor, dataset.shape, config.extractor.dim)
+        self.expert = build(self.specs.expert)
         own = config.gate.own if config.gate.method == "fedgate" else "nothing"
-        self.gate = Gate(build(self.networks.gate), config.extractor.dim, self.count, own)
-        self.net.to(device)
+        self.gate = Gate(build(self.specs.gate), config.extractor.dim, self.count, own)
+        self.classifier.to(device)
         self.matrix_noise = MatrixNoise([len(y) for _, y in clients.train], config.extractor, config.fedsc)
-        self.rounds = config.extractor.rounds if fedce else self.matrix_noise.rounds
+        self.extractor_rounds = config.extractor.rounds if fedce else self.matrix_noise.rounds
         """Rounds of the extractor stage; a privacy budget can end it early."""
         self._check_privacy()
         self._check_batch_norm()
 
     def _check_privacy(self) -> None:
-        if not self.rounds:
+        if not self.extractor_rounds:
             raise ConfigError(
                 "fedsc.epsilon: a single release with this fedsc.sigma exceeds the budget;"
                 " raise fedsc.epsilon or fedsc.sigma"
             )
-        if self.matrix_noise.epsilon_after(self.rounds) == math.inf:
+        if self.matrix_noise.epsilon_after(self.extractor_rounds) == math.inf:
             raise ConfigError(
                 f"fedsc.sigma is {self.config.fedsc.sigma}: so little noise gives no privacy (ε is infinite); raise it"
             )
 
     def _check_batch_norm(self) -> None:
-        has_batch_norm = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.net.modules())
+        has_batch_norm = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.classifier.modules())
         smallest_client = min(len(y) for _, y in self.clients.train)
         if has_batch_norm and min(self.config.extractor.batch, smallest_client) < 2:
             raise ConfigError(
@@ -127,7 +127,7 @@ class Trainer:
         stages before `stage` come from the run. Raises RunError when the run's data has changed.
         """
         checkpoint = replace(empty, fingerprint=self.clients.fingerprint)
-        fresh = {"extractor": [copy_state(self.net)] * self.count}
+        fresh = {"extractor": [copy_state(self.classifier)] * self.count}
         if again is None:
             return replace(checkpoint, states=fresh)
         run, stage = again
@@ -203,20 +203,20 @@ class Trainer:
 
     def _freeze_extractor(self, checkpoint: Checkpoint) -> None:
         """Load the extractor that stage 1 trained."""
-        self.net.extractor.load_state_dict(select_part(checkpoint.states["extractor"][0], "extractor."))
-        self.net.eval()
+        self.classifier.extractor.load_state_dict(select_part(checkpoint.states["extractor"][0], "extractor."))
+        self.classifier.eval()
 
     def _train_extractor(self, c: Checkpoint, finish_round: FinishRound, _progress: Progress) -> Checkpoint:
         """Stage 1."""
-        config = replace(self.config.extractor, rounds=self.rounds)
+        config = replace(self.config.extractor, rounds=self.extractor_rounds)
         seed = self.config.seed
         data = [(x.to(self.device), y.to(self.device)) for x, y in self.clients.train]
-        for round_ in range(c.round, self.rounds):
+        for round_ in range(c.round, self.extractor_rounds):
             states = to_device(c.states["extractor"], self.device)
             if config.method == "fedce":
-                states, finished = fedce_round(self.net, states, data, round_, seed, config)
+                states, finished = fedce_round(self.classifier, states, data, round_, seed, config)
             else:
-                states, finished = fedsc_round(self.net, states, data, round_, seed, config, self.config.fedsc)
+                states, finished = fedsc_round(self.classifier, states, data, round_, seed, config, self.config.fedsc)
             c = finish_round(c, to_device(states, torch.device("cpu")), finished)
         return c
 
@@ -224,7 +224,7 @@ class Trainer:
         """Stage 2, with a single checkpoint at its end: the whole stage takes seconds."""
         if c.round:
             return c
-        data = [(encode(self.net.extractor, x), y) for x, y in self.clients.train]
+        data = [(encode(self.classifier.extractor, x), y) for x, y in self.clients.train]
         epochs: list[Round] = []
 
         def finish_epoch(epoch: Round) -> None:
@@ -248,7 +248,7 @@ class Trainer:
         starts = []
         for i in range(self.count):
             torch.manual_seed(generator(self.config.seed, "expert", i).initial_seed())
-            starts.append(build(self.networks.expert).state_dict())
+            starts.append(build(self.specs.expert).state_dict())
         return starts
 
     def _train_gate(self, c: Checkpoint, finish_round: FinishRound, _progress: Progress) -> Checkpoint:
@@ -270,7 +270,7 @@ class Trainer:
     def frozen_outputs(self, c: Checkpoint, part: Part) -> FrozenOutputs:
         """The latents and the experts' outputs of a part of the data."""
         x, y = part
-        h = encode(self.net.extractor, x)
+        h = encode(self.classifier.extractor, x)
         experts = c.states["experts"]
         stacked = {key: torch.stack([state[key] for state in experts]) for key in experts[0]}
         every_expert = vmap(lambda state, h: functional_call(self.expert, state, (h,)), in_dims=(0, None), out_dims=1)
@@ -289,7 +289,7 @@ class Trainer:
             frozen = [self.frozen_outputs(c, part) for part in parts]
             frozen *= self.count // len(frozen)  # the balanced test set is the same for every device
             metrics[name] = evaluate(self.device_rows(c, frozen), rules)
-            if self.networks.head is not None:
+            if self.specs.head is not None:
                 metrics[name]["fedce"] = self._measure_classifier(c, frozen, rules)
         metrics["split"] = self.clients.class_counts(self.classes)
         metrics["bytes"] = {stage: _bytes_sent(c, stage) for stage in STAGES[:-1]}
@@ -322,12 +322,12 @@ class Trainer:
     def _measure_classifier(self, c: Checkpoint, frozen: Sequence[FrozenOutputs], rules: Inference) -> dict[str, Any]:
         """Figures of stage 1's classifier with each device's head, given the same class mix as the fleet."""
         heads = [select_part(state, "head.") for state in c.states["extractor"]]
-        self.net.head.cpu()
+        self.classifier.head.cpu()
         # A head that stayed with its client already carries the client's class mix.
         rules = replace(rules, adapt=rules.adapt and self.config.extractor.heads == "shared")
         with torch.no_grad():
             p = [
-                functional_call(self.net.head, head, (part.latents,)).softmax(1)
+                functional_call(self.classifier.head, head, (part.latents,)).softmax(1)
                 for head, part in zip(heads, frozen, strict=True)
             ]
         return measure([apply_class_mix(q, rules) for q in p], [part.y for part in frozen])
@@ -342,7 +342,7 @@ class Trainer:
 
     def heads(self, c: Checkpoint) -> list[State]:
         """Stage 1's heads for the run: a single shared one, one per client, or none."""
-        if self.networks.head is None:
+        if self.specs.head is None:
             return []
         states = c.states["extractor"]
         if self.config.extractor.heads == "shared":
@@ -357,7 +357,7 @@ class Trainer:
             config=to_plain(config),
             seed=config.seed,
             data=DataRecord(self.dataset.name, c.fingerprint, samples, "uint8", self.dataset.shape, "CHW"),
-            networks=self.networks,
+            networks=self.specs,
             latent_dim=config.extractor.dim,
             experts=self.count,
             outputs=self.classes,

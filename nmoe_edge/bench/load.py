@@ -28,8 +28,8 @@ from nmoe_edge.protocol.wire import encode
 BUDGET_S = 1.0
 """Budget of each request, as in nmoe-edge infer."""
 _GIVE_UP_NS = 1_250_000_000
-"""A request counts as unanswered so long after it was sent: the budget and a round trip. One that is so far behind its
-scheduled time is not sent."""
+"""A request counts as unanswered this long after it was sent: the budget and a round trip. One that is this far behind
+its scheduled time is not sent."""
 _CONNECT_S = 3.0
 """Longest wait to send the first request."""
 _SEND_S = 0.05

@@ -18,7 +18,7 @@ from nmoe_edge.bundle.folder import FILES as BUNDLE_FILES
 from nmoe_edge.bundle.folder import Bundle, read_bundle
 from nmoe_edge.common.files import replace_file
 from nmoe_edge.common.limits import MAX_EXPERTS, check_device_name
-from nmoe_edge.common.schema import from_plain
+from nmoe_edge.common.schema import from_plain, require
 from nmoe_edge.errors import FleetError
 
 if sys.version_info >= (3, 11):
@@ -47,11 +47,6 @@ _LOOPBACK = re.compile(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):(\d+|\*)")
 _MAX_PORT = 65535
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
-
-
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise ValueError(text)
 
 
 def port_of(address: str) -> int | None:
@@ -98,14 +93,14 @@ class Device:
 
     def __post_init__(self) -> None:
         check_device_name(self.name)
-        _require(self.name != FLEET_FILE, f"the name {FLEET_FILE} is reserved for the fleet file")
-        _require(0 <= self.expert < MAX_EXPERTS, f"expert is {self.expert}, not in 0..{MAX_EXPERTS - 1}")
+        require(self.name != FLEET_FILE, f"the name {FLEET_FILE} is reserved for the fleet file")
+        require(0 <= self.expert < MAX_EXPERTS, f"expert is {self.expert}, not in 0..{MAX_EXPERTS - 1}")
         match = _ADDRESS.fullmatch(self.address)
         is_valid = match is not None and int(match["port"]) <= _MAX_PORT
-        _require(is_valid, f"address is {self.address[:80]!r}, not tcp://HOST:PORT with a port in 1..65535")
-        _require(bool(_DIGEST.fullmatch(self.bundle)), "bundle is not 64 hexadecimal digits")
+        require(is_valid, f"address is {self.address[:80]!r}, not tcp://HOST:PORT with a port in 1..65535")
+        require(bool(_DIGEST.fullmatch(self.bundle)), "bundle is not 64 hexadecimal digits")
         key = self.public_key
-        _require(key is None or _is_key(key), "public_key is not 40 characters of Z85")
+        require(key is None or _is_key(key), "public_key is not 40 characters of Z85")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +112,12 @@ class Fleet:
     """The devices, one [[device]] each in TOML."""
 
     def __post_init__(self) -> None:
-        _require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
-        _require(len(self.device) > 0, "it contains no [[device]]")
+        require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
+        require(len(self.device) > 0, "it contains no [[device]]")
         for key in ("name", "expert", "address", "public_key"):
             counts = Counter(getattr(device, key) for device in self.device)
             for value, count in counts.items():
-                _require(count == 1 or value is None, f"two devices have the same {key} {value!r}")
+                require(count == 1 or value is None, f"two devices have the same {key} {value!r}")
 
     def named(self, name: str) -> Device:
         """Find a device by its name; FleetError if the fleet does not contain it."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nmoe_edge.common.limits import MAX_ANSWERED, MAX_EXPERTS, check_device_name
-from nmoe_edge.common.schema import from_plain, nearest, parse_json, to_plain
+from nmoe_edge.common.schema import from_plain, nearest, parse_json, require, to_plain
 from nmoe_edge.protocol.messages import TRUNK_BYTES
 from nmoe_edge.protocol.tensor import MAX_DIMS
 
@@ -43,11 +43,6 @@ def trunk_digest(extractor_source: str, latent_dim: int, experts: int, outputs: 
     return hashlib.sha256(text.encode()).digest()[:TRUNK_BYTES].hex()
 
 
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise ValueError(text)
-
-
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """Size and digest of one file of the bundle."""
@@ -56,8 +51,8 @@ class FileEntry:
     sha256: str
 
     def __post_init__(self) -> None:
-        _require(self.bytes >= 0, f"bytes is {self.bytes}, less than 0")
-        _require(bool(_SHA256.fullmatch(self.sha256)), "sha256 is not 64 hexadecimal digits")
+        require(self.bytes >= 0, f"bytes is {self.bytes}, less than 0")
+        require(bool(_SHA256.fullmatch(self.sha256)), "sha256 is not 64 hexadecimal digits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +73,11 @@ class InputSpec:
     """Lowest and highest value of the inputs that the model was calibrated on."""
 
     def __post_init__(self) -> None:
-        _require(1 <= len(self.shape) <= MAX_DIMS, f"shape {list(self.shape)} must have 1 to {MAX_DIMS} dimensions")
-        _require(min(self.shape) >= 1, f"shape {list(self.shape)} has an empty dimension")
-        _require(self.layout == "none" or len(self.shape) == 3, f"layout {self.layout} needs three dimensions")
-        _require(self.layout != "none" or self.resize == "exact", "resize must be exact where layout is none")
-        _require(len(self.range) == 2 and self.range[0] < self.range[1], "range must be [lowest, highest]")
+        require(1 <= len(self.shape) <= MAX_DIMS, f"shape {list(self.shape)} must have 1 to {MAX_DIMS} dimensions")
+        require(min(self.shape) >= 1, f"shape {list(self.shape)} has an empty dimension")
+        require(self.layout == "none" or len(self.shape) == 3, f"layout {self.layout} needs three dimensions")
+        require(self.layout != "none" or self.resize == "exact", "resize must be exact where layout is none")
+        require(len(self.range) == 2 and self.range[0] < self.range[1], "range must be [lowest, highest]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +89,7 @@ class LatentSpec:
     """Dtype on the wire; int8 adds one scale per row."""
 
     def __post_init__(self) -> None:
-        _require(self.dim >= 1, f"dim is {self.dim}, less than 1")
+        require(self.dim >= 1, f"dim is {self.dim}, less than 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +106,9 @@ class RoutingSpec:
     """Whether the device estimates its class mix and multiplies answers by it; needs answers without a prior."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.top_k <= MAX_ANSWERED, f"top_k is {self.top_k}, not in 1..{MAX_ANSWERED}")
+        require(1 <= self.top_k <= MAX_ANSWERED, f"top_k is {self.top_k}, not in 1..{MAX_ANSWERED}")
         threshold = self.local_first
-        _require(threshold is None or 0 <= threshold <= 1, f"local_first is {threshold}, not in 0..1")
+        require(threshold is None or 0 <= threshold <= 1, f"local_first is {threshold}, not in 0..1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,25 +153,23 @@ class Manifest:
     """sha256 of manifest.json without these 64 characters: identifies the whole bundle. Always the last key."""
 
     def __post_init__(self) -> None:
-        _require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
+        require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
         check_device_name(self.device)
-        _require(1 <= self.experts <= MAX_EXPERTS, f"experts is {self.experts}, not in 1..{MAX_EXPERTS}")
-        _require(0 <= self.expert < self.experts, f"expert is {self.expert}, not in 0..{self.experts - 1}")
-        _require(self.outputs >= 1, f"outputs is {self.outputs}, less than 1")
-        _require(
+        require(1 <= self.experts <= MAX_EXPERTS, f"experts is {self.experts}, not in 1..{MAX_EXPERTS}")
+        require(0 <= self.expert < self.experts, f"expert is {self.expert}, not in 0..{self.experts - 1}")
+        require(self.outputs >= 1, f"outputs is {self.outputs}, less than 1")
+        require(
             self.routing.top_k <= self.experts, f"top_k is {self.routing.top_k}, more than the {self.experts} experts"
         )
-        _require(not (self.routing.adapt and self.answers_carry_prior), "adapt needs answers without a prior")
-        _require(bool(_SHA256.fullmatch(self.extractor_source)), "extractor_source is not 64 hexadecimal digits")
+        require(not (self.routing.adapt and self.answers_carry_prior), "adapt needs answers without a prior")
+        require(bool(_SHA256.fullmatch(self.extractor_source)), "extractor_source is not 64 hexadecimal digits")
         expected = trunk_digest(self.extractor_source, self.latent.dim, self.experts, self.outputs)
-        _require(self.trunk == expected, f"trunk is {self.trunk}; expected {expected}")
+        require(self.trunk == expected, f"trunk is {self.trunk}; expected {expected}")
         for name, share in self.accuracy.items():
-            _require(
-                bool(_MEASURE.fullmatch(name)), f"accuracy {name!r} must have a name of a-z, 0-9, '_', '.' and '-'"
-            )
-            _require(0 <= share <= 1, f"accuracy {name!r} is {share}, not in 0..1")
+            require(bool(_MEASURE.fullmatch(name)), f"accuracy {name!r} must have a name of a-z, 0-9, '_', '.' and '-'")
+            require(0 <= share <= 1, f"accuracy {name!r} is {share}, not in 0..1")
         for name in self.files:
-            _require(name in REQUIRED + OPTIONAL, f"unknown file {name!r:.80}{nearest(name, REQUIRED + OPTIONAL)}")
+            require(name in REQUIRED + OPTIONAL, f"unknown file {name!r:.80}{nearest(name, REQUIRED + OPTIONAL)}")
 
     @property
     def trunk_bytes(self) -> bytes:

@@ -21,7 +21,7 @@ from nmoe_edge.common.text import printable
 LOGGER = "nmoe"
 """The name of our logger in Python's logging."""
 _REPEAT_S = 60.0
-"""`rarely` logs an event of a peer at most once in so many seconds."""
+"""`rarely` logs an event of a peer at most once in this many seconds."""
 
 
 class Event(NamedTuple):

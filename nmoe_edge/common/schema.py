@@ -19,6 +19,12 @@ T = TypeVar("T")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
+def require(holds: bool, text: str) -> None:
+    """Raise ValueError with this text unless `holds`."""
+    if not holds:
+        raise ValueError(text)
+
+
 def from_plain(kind: type[T], value: object, where: str = "") -> T:
     """Convert the table `value` to the dataclass `kind`; keys of fields with a default are optional.
 

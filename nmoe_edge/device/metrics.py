@@ -21,7 +21,7 @@ COUNTERS = {
     "requests_refused_failed": "requests refused because a model failed",
     "requests_refused_shutting_down": "requests that were unfinished when the device ended",
     "asks": "Asks sent to peers, hedges included",
-    "hedges": "Asks sent because another expert was late",
+    "hedges": "calls made because another expert was late, of a peer or of the device's own expert",
     "answers_late": "replies to an Ask that is finished or unknown",
     "answers_unexpected": "replies from another peer than the one that was asked; that peer becomes `wrong`",
     "answers_refused_busy": "refusals by a peer: its queue is full",
@@ -60,7 +60,7 @@ COUNTERS = {
 DURATIONS = {
     "extraction": "from a request's arrival until extractor and gate are done with it",
     "request_local": "from arrival to Result, of a request answered by the device's own expert alone",
-    "request_remote": "from arrival to Result, of a request with a row that peers answered",
+    "request_remote": "from arrival to Result, of any other request",
 }
 """Duration -> what it measures."""
 
@@ -116,11 +116,12 @@ class Metrics:
 def _duration_report(histogram: Histogram) -> DurationReport:
     return {
         "count": histogram.count,
-        "p50_ms": _ms(histogram.quantile(0.50)),
-        "p90_ms": _ms(histogram.quantile(0.90)),
-        "p99_ms": _ms(histogram.quantile(0.99)),
+        "p50_ms": milliseconds(histogram.quantile(0.50)),
+        "p90_ms": milliseconds(histogram.quantile(0.90)),
+        "p99_ms": milliseconds(histogram.quantile(0.99)),
     }
 
 
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 3)
+def milliseconds(seconds: float | None) -> float | None:
+    """Seconds in milliseconds, as reports show them; None for no duration, and for infinity."""
+    return None if seconds is None or seconds == math.inf else round(seconds * 1000, 3)

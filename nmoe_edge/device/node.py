@@ -52,13 +52,13 @@ _EXTRACTED_PER_TURN = 8
 """Extracted requests routed per turn. Turns stay short: a request that waits unread in a socket cannot be refused."""
 _MEASURED_REQUESTS = 64
 _MEASURED_S = 1.0
-"""The cost of a request is measured over so many requests, or so many seconds of work."""
+"""The cost of a request is measured over this many requests, or this many seconds of work."""
 _MAX_BUGS = 100
-"""After so many exceptions in a row the device ends, and its supervisor can restart it."""
+"""After this many exceptions in a row the device ends, and its supervisor can restart it."""
 _SAVE_S = 30.0
 """Seconds between two times that the class mix is saved and memory is given back."""
 _GOODBYE_S = 0.1
-"""A leaving device serves at least so long: Asks that peers sent before its goodbye are still on their way."""
+"""A leaving device serves at least this long: Asks that peers sent before its goodbye are still on their way."""
 DRAIN_S = 5.0
 """A leaving device finishes open work for no longer than this."""
 
@@ -96,7 +96,8 @@ class Node:
         rules: what may differ from the bundle's own rules.
         provider: runs the graphs: auto, cpu, cuda or tensorrt. threads: CPU threads of each graph.
         force: serve although the bundle fails its self-test on this machine.
-        state: the folder in which the class mix survives restarts; None: it does not. forget: delete it first.
+        state: the folder in which the class mix survives restarts; None: it does not. forget: delete it first;
+            EdgeError when that fails.
         log: where events go; None: Python's logging.
 
         Raises an EdgeError that says what to do: BundleError, ModelError, FleetError, KeyFileError or NetworkError.
@@ -143,7 +144,7 @@ class Node:
         self._leaving_since: float | None = None
         self._busy_s = 0.0
         self.failed = False
-        """Whether it ended because of a bug."""
+        """Whether it has ended because of a bug; False while it serves."""
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
         self._thread.start()
 
@@ -229,7 +230,7 @@ class Node:
     def _run(self) -> None:
         """The node's thread."""
         bugs_in_a_row = 0
-        self.failed = True  # until the loop ends as it should
+        has_drained = False
         try:
             while self._leaving_since is None or not self._is_drained(self._leaving_since):
                 try:
@@ -241,8 +242,9 @@ class Node:
                     self._log.rarely("bug", traceback.format_exc())
                     if bugs_in_a_row > _MAX_BUGS:
                         return
-            self.failed = False
+            has_drained = True
         finally:
+            self.failed = not has_drained
             self._shut_down()
 
     def _shut_down(self) -> None:

@@ -1,7 +1,8 @@
 """The other devices of the fleet: which of them are reachable and healthy.
 
-`tick` greets, pings and probes them. The replies change which peers are alive, and `tick` reports the experts that were
-lost, so that requests stop waiting for them. Whether a peer is worth asking is decided in protocol/health.py.
+`tick` pings peers that are alive and probes the others; a probe is a Hello. The replies change which peers are alive,
+and `tick` reports the experts that were lost, so that requests stop waiting for them. Whether a peer is worth asking is
+decided in protocol/health.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from nmoe_edge.bundle.fleet import Device, is_loopback, port_of
 from nmoe_edge.common.log import Log
 from nmoe_edge.device.dns import is_numeric
-from nmoe_edge.device.metrics import Metrics
+from nmoe_edge.device.metrics import Metrics, milliseconds
 from nmoe_edge.device.sockets import Sender, Sockets
 from nmoe_edge.errors import NetworkError
 from nmoe_edge.protocol.health import Failure, Health
@@ -339,8 +340,8 @@ def _peer_report(expert: int, peer: _Peer) -> PeerReport:
         "expert": expert,
         "address": peer.current_address or peer.device.address,
         "state": health.state,
-        "rtt_ms": _ms(health.rtt_s),
-        "p95_ms": _ms(health.p95_s),
+        "rtt_ms": milliseconds(health.rtt_s),
+        "p95_ms": milliseconds(health.p95_s),
         "asked": peer.asked,
         "answered": peer.answered,
         "refused": peer.refused,
@@ -352,7 +353,3 @@ def _peer_report(expert: int, peer: _Peer) -> PeerReport:
 def _same_endpoint(one: Device, other: Device) -> bool:
     """Whether a connection to `one` serves for `other` too."""
     return (one.name, one.address, one.public_key) == (other.name, other.address, other.public_key)
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None or seconds == float("inf") else round(seconds * 1000, 3)

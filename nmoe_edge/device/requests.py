@@ -26,7 +26,17 @@ from nmoe_edge.models import Models
 from nmoe_edge.protocol.classmix import ClassMix
 from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.exchange import Action, Call, Exchange, Fault
-from nmoe_edge.protocol.messages import Answer, Ask, Infer, Reason, Refuse, Result, RowAnswer, refusal_detail
+from nmoe_edge.protocol.messages import (
+    Answer,
+    Ask,
+    Infer,
+    Reason,
+    Refuse,
+    Result,
+    RowAnswer,
+    microseconds,
+    refusal_detail,
+)
 from nmoe_edge.protocol.routing import route
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import DEFAULT_CAPS
@@ -36,15 +46,14 @@ _HEDGES_PER_ASK = 0.05
 _MAX_SAVED_HEDGES = 5.0
 """Hedges that may be saved up and then sent at once."""
 _MAX_WAIT_SHARE = 0.6
-"""The share of its budget that a request may wait for others. The rest covers the error of the estimate and the way."""
+"""The share of its budget that a request may wait for others. The rest covers the estimate's error and the network."""
 _SWEEP_S = 2.0
-"""A request still open so long after its deadline is a bug; `sweep` refuses it."""
+"""A request still open this much longer than its deadline is a bug; `sweep` refuses it."""
 _MAX_BYTES = DEFAULT_CAPS.payload_bytes
 _SPARE_ALARMS = 64
 _RESERVE_SHARE = 0.1
 _MAX_RESERVE_S = 0.02
 """A tenth of a request's time, but no more than this, is kept for its own expert as last resort and for combining."""
-_MAX_U32 = 2**32 - 1
 _NEVER = float("inf")
 
 Reply = Callable[[Result | Refuse], object]
@@ -304,9 +313,11 @@ class Requests:
             packed = Tensor.pack(latents, "float32")
         budget_ms = max(1, int((request.deadline - now) * 1000))
         trunk = request.models.manifest.trunk_bytes
-        self._saved_hedges = min(self._saved_hedges + _HEDGES_PER_ASK, _MAX_SAVED_HEDGES)
+        if not self._peers.ask(Ask(call.request, request.trace, budget_ms, call.expert, trunk, packed), now):
+            return False
         self._metrics.counts["asks"] += 1
-        return self._peers.ask(Ask(call.request, request.trace, budget_ms, call.expert, trunk, packed), now)
+        self._saved_hedges = min(self._saved_hedges + _HEDGES_PER_ASK, _MAX_SAVED_HEDGES)
+        return True
 
     def _may_hedge(self) -> bool:
         if self._saved_hedges < 1:
@@ -325,7 +336,7 @@ class Requests:
         self._metrics.counts["rows_unanswered"] += sum([not row.experts for row in rows])
         remote = any(row.experts != (own,) for row in rows)
         self._metrics.took("request_remote" if remote else "request_local", now - request.began)
-        elapsed_us = min(int((now - request.began) * 1e6), _MAX_U32)
+        elapsed_us = microseconds(now - request.began)
         self._close(request, Result(request.number, elapsed_us, Tensor.pack(outputs, "float32"), rows))
 
     def _set_alarm(self, request: _Request, at: float) -> None:

@@ -6,12 +6,14 @@ A state that cannot be read or written is logged and costs no request.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from nmoe_edge.bundle.manifest import Manifest
 from nmoe_edge.common.files import replace_file
 from nmoe_edge.common.log import Log
 from nmoe_edge.common.npz import read_npz, write_npz
+from nmoe_edge.errors import EdgeError
 from nmoe_edge.protocol.classmix import ClassMix
 
 
@@ -52,6 +54,18 @@ def load_mix(state: Path, manifest: Manifest, mix: ClassMix, log: Log) -> None:
 
 
 def forget_mix(state: Path, device: str) -> None:
-    """Delete the saved class mixes of one device, for every trunk. A device attic-2 is not affected by attic."""
-    for path in state.glob(f"{device}-{'[0-9a-f]' * 12}-mix.npz"):
-        path.unlink()
+    """Delete the saved class mixes of one device, for every trunk. A device attic-2 is not affected by attic.
+
+    EdgeError when one cannot be deleted, because the device would load it again.
+    """
+    name = re.compile(rf"{re.escape(device)}-[0-9a-f]{{12}}-mix\.npz")
+    try:
+        for path in [path for path in state.iterdir() if name.fullmatch(path.name)]:
+            path.unlink(missing_ok=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise EdgeError(
+            f"{error.filename or state}: the class mix cannot be forgotten: {error.strerror};"
+            " make its folder readable and writable, or give another --state"
+        ) from error

@@ -16,7 +16,7 @@ from nmoe_edge.device.metrics import Metrics
 from nmoe_edge.device.sockets import Sender
 from nmoe_edge.errors import LocalProtocolError, ModelError
 from nmoe_edge.models import Models
-from nmoe_edge.protocol.messages import Answer, Ask, Message, Ping, Pong, Reason, Refuse, refusal_detail
+from nmoe_edge.protocol.messages import Answer, Ask, Message, Ping, Pong, Reason, Refuse, microseconds, refusal_detail
 from nmoe_edge.protocol.tensor import Tensor
 from nmoe_edge.protocol.wire import DEFAULT_CAPS
 
@@ -27,7 +27,6 @@ MAX_ROWS = 8192
 MAX_BYTES = DEFAULT_CAPS.payload_bytes
 BATCH_ROWS = 256
 """Rows that are run together at most; a larger Ask is run by itself."""
-_MAX_U32 = 2**32 - 1
 
 Reply = Callable[[Sender, Message], object]
 
@@ -87,7 +86,7 @@ class Service:
         if ask.expert != self._expert:
             return Reason.BAD_REQUEST, f"this device has expert {self._expert}, not {ask.expert}"
         if dim != self._latent_dim:
-            return Reason.BAD_REQUEST, f"latents have {self._latent_dim} numbers, not {dim}"
+            return Reason.BAD_REQUEST, f"latents have {dim} numbers; expected {self._latent_dim}"
         if rows * self._outputs * 4 > MAX_BYTES:
             return Reason.BAD_REQUEST, f"the answer to {rows} rows is over {MAX_BYTES} bytes; ask with fewer"
         if len(self._queue) >= MAX_ASKS or (self._queue and self._queued_rows + rows > MAX_ROWS):
@@ -136,7 +135,7 @@ class Service:
             for sender, ask in ready:
                 self._refuse(sender, ask.request, Reason.FAILED, refusal_detail(str(error)))
             return
-        compute_us = min(int((time.monotonic() - began) * 1e6), _MAX_U32)
+        compute_us = microseconds(time.monotonic() - began)
         start = 0
         for sender, ask in ready:
             rows = slice(start, start + ask.latents.shape[0])

@@ -34,7 +34,7 @@ from nmoe_edge.protocol.wire import DEFAULT_CAPS, Caps, decode, encode, peek_inf
 _MAX_INCOMING = 64
 """Messages that libzmq queues for one connection before TCP slows the sender down."""
 _MAX_OUTGOING = 1024
-"""Messages that libzmq queues to one connection; more are lost. A device must answer fewer in one turn."""
+"""Messages that libzmq queues to one connection; more are lost. Keep the answers of one turn below this."""
 _MAX_SOCKETS = 4096
 _POLL_ALL_S = 0.002
 """All sockets are polled at least this often, even while some have messages."""

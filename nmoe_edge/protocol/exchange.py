@@ -134,10 +134,8 @@ class Exchange:
     def wake_at(self) -> float:
         """When to call `tick` next; infinity while time changes nothing."""
         own = {self.route.own}
-        for row in self._open_rows:
-            if self._answers[row] or not self._waiting[row] <= own:
-                break  # the deadline closes this row or sends it to the own expert
-        else:
+        # A row with an answer is closed by the deadline, and one that waits for a peer is sent to the own expert.
+        if all(not self._answers[row] and self._waiting[row] <= own for row in self._open_rows):
             return math.inf
         return min([self.deadline, *[call.late_at for call in self._sent.values() if self._awaited(call)]])
 

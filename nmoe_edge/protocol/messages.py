@@ -184,6 +184,11 @@ class Answer:
 _REASONS = frozenset(Reason)
 
 
+def microseconds(seconds: float) -> int:
+    """A duration as Answer and Result carry it: whole microseconds, at most the largest that they can carry."""
+    return min(int(seconds * 1e6), _LIMITS["elapsed_us"] - 1)
+
+
 def refusal_detail(text: str) -> str:
     """Any text in a form that a Refuse accepts as its detail."""
     return printable(text)[:MAX_DETAIL]

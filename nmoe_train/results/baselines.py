@@ -29,7 +29,7 @@ from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import Inference, Run, write_unlisted
 from nmoe_train.stages.extractor import Headed, fedce_round, fedce_update
 from nmoe_train.stages.federation import Round, State, Update, cosine, generator, report, require_finite
-from nmoe_train.stages.losses import load_loss, mixture_loss
+from nmoe_train.stages.losses import load_loss, mixture_loss, true_class_log_p
 from nmoe_train.stages.weights import to_device
 from nmoe_train.trainer import Progress, Trainer, encode
 
@@ -84,8 +84,8 @@ def _train_and_measure(trainer: Trainer, run: Run, name: str, path: Path, progre
     if name == "fedavg" and has_fedavg:
         return {part: run.metrics[part]["fedce"] for part in ("own", "iid")}
     torch.manual_seed(trainer.config.seed)
-    head = trainer.networks.head or trainer.config.expert_net(trainer.classes)
-    net = Headed(build(trainer.networks.extractor), build(head)).to(trainer.device)
+    head = trainer.specs.head or trainer.config.expert_net(trainer.classes)
+    net = Headed(build(trainer.specs.extractor), build(head)).to(trainer.device)
     data = [(x.to(trainer.device), y.to(trainer.device)) for x, y in trainer.clients.train]
     if name == "centralised":
         data = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
@@ -176,7 +176,7 @@ class _Mixture:
 
 
 def _fresh_mixture(trainer: Trainer) -> _Mixture:
-    states = [build(trainer.networks.expert).state_dict() for _ in range(trainer.count)]
+    states = [build(trainer.specs.expert).state_dict() for _ in range(trainer.count)]
     experts = {key: torch.stack([state[key] for state in states]).requires_grad_() for key in states[0]}
     every_expert = vmap(
         lambda weights, h: functional_call(trainer.expert, weights, (h,)), in_dims=(0, None), out_dims=1
@@ -218,7 +218,7 @@ def _mixture_loss(trainer: Trainer, mixture: _Mixture, h: Tensor, y: Tensor, g: 
     log_g = (mixture.gate(h) + noise).log_softmax(1)  # (B, N)
     outputs = mixture.every_expert(mixture.experts, h)  # (B, N, K)
     if config.loss == "probabilities":
-        outputs = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (B, N)
+        outputs = true_class_log_p(outputs, y)  # (B, N)
     loss = mixture_loss(log_g, outputs, y, config.loss).mean()
     return loss + LOAD_LOSS * load_loss(log_g.exp(), torch.ones(len(y)))
 

@@ -25,6 +25,7 @@ from nmoe_train.pipeline import retrain_config, train
 from nmoe_train.results.baselines import METHODS as BASELINES
 from nmoe_train.results.baselines import baselines
 from nmoe_train.results.pages.charts import Figure, curves, figure, heat_map
+from nmoe_train.results.pages.formats import METHOD_NAMES
 from nmoe_train.results.pages.render import FIGURES, render
 from nmoe_train.run import RUN_FILE, Run, read_run
 from nmoe_train.stages.federation import Round
@@ -34,9 +35,7 @@ FILE = "paper.json"
 PARTITIONS = ("iid", "noniid:0.5", "noniid:0.3", "noniid:0.2")
 GATES = ("fedgate", "rangate", "rollgate")
 ROWS = {
-    "local": "local classifier",
-    "fedavg": "FedAvg classifier",
-    "centralised": "centralised mixture",
+    **{method: METHOD_NAMES[method] for method in BASELINES},
     "fedce-rangate": "FedCE + RanGate",
     "fedce-rollgate": "FedCE + RollGate",
     "fedce-fedgate": "FedCE + FedGate",
@@ -256,7 +255,7 @@ def draw(out: Path, number: int, done: Mapping[str, Any]) -> Path:
     title = {3: "Which device asks which expert", 4: "Learning curves"}[number]
     path = out / f"figure-{number}.html"
     try:
-        path.write_text(render(FIGURES, title=f"Figure {number}: {title}, {FIGURE_PARTITION}", figures=charts))
+        replace_file(path, render(FIGURES, title=f"Figure {number}: {title}, {FIGURE_PARTITION}", figures=charts))
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
     return path

@@ -47,7 +47,7 @@ from nmoe_train.stages.federation import (
     size_bytes,
     stack_states,
 )
-from nmoe_train.stages.losses import load_loss, mixture_loss
+from nmoe_train.stages.losses import load_loss, mixture_loss, true_class_log_p
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,8 +65,7 @@ class GateSamples:
 def gate_samples(latents: Tensor, outputs: Tensor, y: Tensor, kind: str) -> GateSamples:
     """What the loss `kind` needs of every expert's outputs (n, N, K)."""
     if kind == "probabilities":
-        log_p = outputs.log_softmax(2)[torch.arange(len(y)), :, y]  # (n, N)
-        return GateSamples(latents, log_p, y)
+        return GateSamples(latents, true_class_log_p(outputs, y), y)
     return GateSamples(latents, outputs, y)
 
 
@@ -103,7 +102,8 @@ def plain_gate(gate: State) -> dict[str, Tensor]:
     """One device's gate as a plain network: the own part is folded into the last layer of the shared part."""
     state = {key.removeprefix("shared."): value for key, value in _shared_part(gate).items()}
     if "own.bias" in gate:
-        last = max((key for key in state if key.endswith("bias")), key=lambda key: (len(key), key))
+        biases = [key for key in state if key.endswith("bias")]
+        last = max(biases, key=lambda key: (len(key), key))  # by length first: layer 10 comes after layer 2
         state[last] = state[last] + gate["own.bias"]
     if "own.weight" in gate:
         state["weight"] = state["weight"] + gate["own.weight"]
@@ -111,7 +111,7 @@ def plain_gate(gate: State) -> dict[str, Tensor]:
 
 
 def composed_gate(state: State, own: State) -> dict[str, Tensor]:
-    """The inverse of `plain_gate`: a plain network as a `Gate`, with its own part still folded in; own: zeros."""
+    """A run's gate as training state. The own part stays merged into the shared one; `own` (zeros) takes its place."""
     return {**{f"shared.{key}": value for key, value in state.items()}, **own}
 
 

@@ -50,6 +50,11 @@ def means_of_others(matrices: Sequence[Tensor], weights: Sequence[float]) -> lis
     return [(total - w * r) / (total_weight - w) for w, r in zip(weights, matrices, strict=True)]
 
 
+def true_class_log_p(outputs: Tensor, y: Tensor) -> Tensor:
+    """Every expert's log-probability of the true class. outputs: (n, N, K), y: (n,) -> (n, N)"""
+    return outputs.log_softmax(2)[torch.arange(len(y)), :, y]
+
+
 def mixture_loss(log_g: Tensor, answers: Tensor, y: Tensor, kind: str) -> Tensor:
     """-log p(y | h) of the mixture, one loss for each row. log_g: log of the gate's weights (…, N), y: (…) -> (…)
 

@@ -18,20 +18,28 @@ from nmoe_export.export import export_fleet
 from nmoe_export.source import of_modules
 
 
-@pytest.mark.parametrize("kept", [(), ("extractor",), ("gate",)])
-@pytest.mark.parametrize(("gates", "known"), [(1, False), (3, True), (3, False)])
-def test_gates_and_experts_are_calibrated_on_what_they_will_receive(images, tmp_path, monkeypatch, kept, gates, known):
-    """Experts see the latents of the written extractor that the written gates send to them."""
-    extractor, gate, experts = modules(gates=gates)
-    given = replace(of_modules(extractor, gate, experts, images), clients=np.arange(80) % 3 if known else None)
-    saw = {}
+@pytest.fixture
+def saw(monkeypatch):
+    """The inputs that each graph is calibrated on, by its name."""
+    inputs_of = {}
     true = Candidate.calibrate
 
     def calibrate(self, inputs, recipe):
-        saw[self.name] = np.array(inputs)
+        inputs_of[self.name] = np.array(inputs)
         true(self, inputs, recipe)
 
     monkeypatch.setattr(Candidate, "calibrate", calibrate)
+    return inputs_of
+
+
+@pytest.mark.parametrize("kept", [(), ("extractor",), ("gate",)])
+@pytest.mark.parametrize(("gates", "known"), [(1, False), (3, True), (3, False)])
+def test_gates_and_experts_are_calibrated_on_what_they_will_receive(
+    images, tmp_path, monkeypatch, saw, kept, gates, known
+):
+    """Experts see the latents of the written extractor that the written gates send to them."""
+    extractor, gate, experts = modules(gates=gates)
+    given = replace(of_modules(extractor, gate, experts, images), clients=np.arange(80) % 3 if known else None)
 
     def compare_speed(source, kind, *_):
         times_faster = 1.0 if kind in kept else 2.0
@@ -55,17 +63,9 @@ def test_gates_and_experts_are_calibrated_on_what_they_will_receive(images, tmp_
         assert np.array_equal(saw[f"expert {i}"], latents[sent] if sent.sum() >= 5 else latents), i
 
 
-def test_gates_and_experts_are_calibrated_on_the_latents_of_a_samples_file(source, images, tmp_path, monkeypatch):
+def test_gates_and_experts_are_calibrated_on_the_latents_of_a_samples_file(source, images, tmp_path, saw):
     path = tmp_path / "theirs.npz"
     np.savez(path, inputs=images[::2] // 2)
-    saw = {}
-    true = Candidate.calibrate
-
-    def calibrate(self, inputs, recipe):
-        saw[self.name] = np.array(inputs)
-        true(self, inputs, recipe)
-
-    monkeypatch.setattr(Candidate, "calibrate", calibrate)
     export_fleet(source, tmp_path / "fleet", replace(INT8, recipe=Recipe(data=f"npz:{path}")))
     contents = read_bundle(tmp_path / "fleet" / "device-00").contents
     latents = Graph("extractor", contents["extractor.onnx"], (3, 8, 8), (8,))(images[::2] // 2)

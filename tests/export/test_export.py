@@ -182,6 +182,33 @@ def test_a_second_export_keeps_addresses_and_keys(golden, tmp_path):
     assert (out / "keys" / "secret").exists()
 
 
+def test_a_new_device_with_the_address_of_an_existing_one_is_refused(fleet, golden, tmp_path):
+    out = tmp_path / "fleet"
+    shutil.copytree(fleet, out)
+    described = read_fleet_folder(fleet)[0]
+    moved = replace(described.device[1], address=described.device[2].address)
+    (out / "fleet.toml").write_text(replace(described, device=(described.device[0], moved)).render())
+    with pytest.raises(SourceError, match=r"fleet\.toml: two devices have the same address .*; change it there"):
+        export_fleet(golden / "run", out, Options(latent="int8"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_folder_that_cannot_exist_is_refused(golden, tmp_path, name):
+    with pytest.raises(SourceError, match="cannot be written: "):
+        export_fleet(golden / "run", tmp_path / name)
+
+
+@pytest.mark.parametrize("broken", ["_float_graphs", "device_bundle", "page"])
+def test_a_bug_of_the_export_keeps_its_own_error_and_leaves_nothing(golden, tmp_path, monkeypatch, broken):
+    def bug(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(f"nmoe_export.export.{broken}", bug)
+    with pytest.raises(ValueError, match="^a bug$"):
+        export_fleet(golden / "run", tmp_path / "fleet")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_networks_of_an_unchanged_run_are_not_built(golden, tmp_path, monkeypatch):
     first = export_fleet(golden / "run", tmp_path / "fleet")
     monkeypatch.setattr("nmoe_export.export.of_run", None)

@@ -66,8 +66,8 @@ def test_a_graph_that_int8_does_not_make_faster_stays_in_float(source, tmp_path,
 
 def test_nodes_go_back_to_float_noisiest_first_until_the_drop_is_allowed(source, tmp_path, monkeypatch):
     """Only the rounding of node c costs accuracy here; that of the others costs nothing."""
-    noise = {"a": 30.0, "b": 10.0, "c": 20.0}
-    monkeypatch.setattr(Candidate, "noise", lambda *_: noise)
+    snr_db = {"a": 30.0, "b": 10.0, "c": 20.0}
+    monkeypatch.setattr(Candidate, "snr_db", lambda *_: snr_db)
     true = trial.percent_right
 
     def worth(system, rules, reference, float_rules):

@@ -198,7 +198,7 @@ def test_baselines_are_measured_once_and_shown_with_the_run(nmoe_train, trained,
     folder = shutil.copytree(trained, tmp_path / "run")
     shown = nmoe_train("baselines", folder)
     assert shown.exit_code == 0, shown.error
-    for name in ("networked", "local classifiers", "FedAvg classifier", "centralised mixture"):
+    for name in ("Networked", "Local classifier", "FedAvg classifier", "Centralised mixture"):
         assert name in shown.output
     found = json.loads((folder / "baselines.json").read_text())
     assert set(found) == {"local", "fedavg", "centralised"}

@@ -1,10 +1,19 @@
-"""Numbers as text for people. Every function here is a Jinja filter of the same name; None becomes a dash."""
+"""Numbers and names as text. Every function here is a Jinja filter of the same name; None becomes a dash."""
 
 from __future__ import annotations
 
 import math
 
 MISSING = "–"
+METHOD_NAMES = {
+    "networked": "Networked",
+    "own_expert": "Own expert alone",
+    "fedce": "FedCE classifier",
+    "local": "Local classifier",
+    "fedavg": "FedAvg classifier",
+    "centralised": "Centralised mixture",
+}
+"""Method of metrics.json or baselines.json -> its name in tables and on pages."""
 
 
 def count(number: float | None) -> str:

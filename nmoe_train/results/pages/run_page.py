@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from nmoe_train.results.pages.charts import Figure, bars, curves, dots, figure, finite_number, heat_map
-from nmoe_train.results.pages.formats import MISSING, percentage
+from nmoe_train.results.pages.formats import METHOD_NAMES, MISSING, percentage
 from nmoe_train.results.pages.render import TEMPLATES, render
 
 TEMPLATE = TEMPLATES / "run.html"
 SETS = {"own": "own distribution", "iid": "balanced"}
 MEASURES = {"accuracy": "accuracy", "macro_f1": "macro F1", "auc": "AUC"}
-METHODS = {
-    "networked": ("Networked", "the gate chooses which expert answers"),
-    "own_expert": ("Own expert alone", "the same devices without a network"),
-    "fedce": ("FedCE classifier", "the one shared classifier of stage 1"),
-    "local": ("Local classifier", "trained by each client alone"),
-    "fedavg": ("FedAvg classifier", "one shared classifier, averaged over all clients"),
-    "centralised": ("Centralised mixture", "trained on all samples in one place"),
+EXPLANATIONS = {
+    "networked": "the gate chooses which expert answers",
+    "own_expert": "the same devices without a network",
+    "fedce": "stage 1’s classifier",
+    "local": "trained by each client alone",
+    "fedavg": "one shared classifier, averaged over all clients",
+    "centralised": "trained on all samples in one place",
 }
+"""What each method of METHOD_NAMES is."""
 FACTS = {
     "data": "data.name",
     "clients": "data.clients",
@@ -102,9 +103,9 @@ class Comparison:
 def _comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> Comparison | None:
     """None where no method was measured."""
     found = {part: {**(baselines.get(part) or {}), **(metrics.get(part) or {})} for part in SETS}
-    parts = [part for part in SETS if found[part].keys() & METHODS.keys()]
+    parts = [part for part in SETS if found[part].keys() & METHOD_NAMES.keys()]
     columns = [(part, measure) for part in parts for measure in MEASURES]
-    methods = [method for method in METHODS if any(found[part].get(method) for part in parts)]
+    methods = [method for method in METHOD_NAMES if any(found[part].get(method) for part in parts)]
     if not methods:
         return None
     shares = {}
@@ -116,7 +117,7 @@ def _comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> Com
     for method in methods:
         texts = [percentage(share) for share in shares[method]]
         cells = [(text, text == top) for text, top in zip(texts, best, strict=True)]
-        rows.append((*METHODS[method], cells))
+        rows.append((METHOD_NAMES[method], EXPLANATIONS[method], cells))
     return Comparison([SETS[part] for part in parts], [MEASURES[measure] for _, measure in columns], rows)
 
 
@@ -139,7 +140,7 @@ def _device_figures(metrics: Mapping[str, Any]) -> list[Figure]:
         for method in ("networked", "own_expert"):
             accuracies = ((metrics.get(part) or {}).get(method) or {}).get("devices")
             if accuracies:
-                found[part][METHODS[method][0]] = accuracies
+                found[part][METHOD_NAMES[method]] = accuracies
     every = [share for series in found.values() for shares in series.values() for share in shares]
     figures = []
     for part, series in found.items():

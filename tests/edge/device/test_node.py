@@ -222,6 +222,22 @@ def test_requests_that_miss_their_deadline_are_refused_and_later_ones_are_answer
         wait_until(lambda: answered_by(client, bright(0)) == (0,))
 
 
+def test_a_node_has_failed_only_after_it_ended_because_of_a_bug(fleet, monkeypatch):
+    with nodes(fleet, "attic") as (attic,):
+        attic.infer(bright(0))
+        assert not attic.failed
+    assert not attic.failed
+    monkeypatch.setattr("nmoe_edge.device.node._MAX_BUGS", 0)
+    with nodes(fleet, "attic") as (attic,):
+
+        def broken(_now):
+            raise RuntimeError("a bug")
+
+        attic._do(broken)
+        assert attic.ended.wait(20)
+        assert attic.failed
+
+
 def test_an_address_in_use_is_an_error(fleet):
     with nodes(fleet, "attic") as (attic,), pytest.raises(NetworkError, match=r"7|in use"):
         Node(fleet / "barn", fleet / FLEET_FILE, listen=attic.address, log=StderrLog("barn"))

@@ -27,6 +27,15 @@ def test_inputs_with_larger_latents_than_a_message_holds_are_refused(fleet, monk
             attic.infer(bright(*[0] * 11))
 
 
+def test_an_ask_counts_only_when_it_was_sent(fleet, monkeypatch):
+    with nodes(fleet, "attic", "barn") as (attic, _):
+        monkeypatch.setattr(attic._sockets, "send", lambda *_: False)
+        assert attic.infer(bright(1)).rows[0].experts == (0,)
+        counts = attic.status()["counts"]
+        assert "asks" not in counts
+        assert counts["calls_refused"] == 1
+
+
 def test_a_request_that_was_closed_by_force_is_replied_to_once(fleet):
     with nodes(fleet, "attic") as (attic,):
         begun = threading.Event()

@@ -11,6 +11,7 @@ from nmoe_edge.bundle.manifest import trunk_digest
 from nmoe_edge.common.log import StderrLog
 from nmoe_edge.common.npz import write_npz
 from nmoe_edge.device.saved_mix import default_state, forget_mix, load_mix, mix_path, save_mix
+from nmoe_edge.errors import EdgeError
 from nmoe_edge.protocol.classmix import ClassMix
 
 LOG = StderrLog("attic")
@@ -125,9 +126,18 @@ def test_forgetting_removes_the_mixes_of_one_device_only(tmp_path, manifest, lea
     assert set(tmp_path.iterdir()) == {mix_path(tmp_path, device) for device in others}
 
 
+def test_a_mix_that_cannot_be_forgotten_is_an_error(tmp_path, manifest):
+    mix_path(tmp_path, manifest).mkdir()  # cannot be unlinked, even by root
+    with pytest.raises(EdgeError, match=r"-mix\.npz: the class mix cannot be forgotten: .*; make its folder") as caught:
+        forget_mix(tmp_path, "attic")
+    assert "\n" not in str(caught.value)
+
+
 def test_forgetting_without_a_saved_mix_is_not_an_error(tmp_path):
     forget_mix(tmp_path / "nothing", "attic")
     assert not (tmp_path / "nothing").exists()
+    (tmp_path / "file").touch()
+    forget_mix(tmp_path / "file", "attic")
 
 
 def test_the_default_state_folder_follows_the_users_environment(monkeypatch, tmp_path):

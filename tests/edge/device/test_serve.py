@@ -193,7 +193,10 @@ def test_keygen_keeps_existing_pairs_and_no_one_else_can_read_its_files(tiny_fle
     ("arguments", "text"),
     [
         (("infer", "x.npy", "missing.npy", "--at", "tcp://127.0.0.1:1"), "missing.npy: no such file"),
-        (("infer", "x.npy", "--at", "tcp://127.0.0.1:1"), "asked without keys, as no --fleet was given"),
+        (
+            ("infer", "x.npy", "--at", "tcp://127.0.0.1:1"),
+            "needs a key pair (nmoe-edge: --fleet)",
+        ),
         (("infer", "x.npy", "--at", "nonsense"), "expected tcp://HOST:PORT"),
         (("status", "--at", "tcp://127.0.0.1:99999"), "expected tcp://HOST:PORT with a port in 1..65535"),
         (("status", "--at", "shed", "--fleet", "."), "the fleet has attic at tcp://127.0.0.1:7101, barn at"),

@@ -178,6 +178,11 @@ def test_an_ask_that_this_expert_cannot_answer_is_refused_at_once(harness, chang
     assert (harness.models.runs, len(harness.replies)) == ([], 1)
 
 
+def test_a_refusal_says_how_many_numbers_came_and_how_many_are_expected(harness):
+    harness.ask(1, latents=Tensor.pack(np.ones((1, 5), np.float32), "float32"))
+    assert harness.replies[0][1].detail == "latents have 5 numbers; expected 4"
+
+
 def test_more_asks_than_the_queue_holds_are_refused_at_once(harness):
     for request in range(1, MAX_ASKS + 3):
         harness.ask(request)

@@ -35,10 +35,10 @@ def test_a_local_classifier_is_trained_by_one_client_and_gets_no_class_mix(made)
     config = configure(flags={**FLAGS, "extractor": {"rounds": 12, "local_epochs": 1}}).extractor
     clients = assign_samples(load("digits"), trainer.config.data, 0)
     torch.manual_seed(0)
-    net = type(trainer.net)(type(trainer.net.extractor)(**trainer.networks.extractor.arguments), run.head(0))
+    net = type(trainer.classifier)(type(trainer.classifier.extractor)(**trainer.specs.extractor.arguments), run.head(0))
     torch.manual_seed(0)
-    net.extractor.load_state_dict(build(trainer.networks.extractor).state_dict())
-    net.head.load_state_dict(build(trainer.networks.head).state_dict())
+    net.extractor.load_state_dict(build(trainer.specs.extractor).state_dict())
+    net.head.load_state_dict(build(trainer.specs.head).state_dict())
     x, y = clients.train[1]
     state = net.state_dict()
     for round_ in range(12):

@@ -73,7 +73,7 @@ def test_a_table_shows_each_figure_in_its_cell_and_a_dash_for_missing_ones(made)
     assert lines["the paper"] == ["–", "66.7/8.0/50.0", "76.9/8.7/50.0", "83.3/9.1/50.0"]
     balanced = {line[:22].strip(): line[22:].split() for line in table(2, done, 1).splitlines()}
     figures = done["noniid-0.5-fedce-baselines-0"]["local"]["iid"]
-    assert balanced["local classifier"][1].startswith(f"{100 * figures['accuracy']:.1f}/")
+    assert balanced["Local classifier"][1].startswith(f"{100 * figures['accuracy']:.1f}/")
     assert "the paper" not in balanced
 
 
