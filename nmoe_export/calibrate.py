@@ -65,6 +65,8 @@ def read_recipe(name: str) -> Recipe:
 
     Raises SourceError when it cannot be read.
     """
+    if name == "default":
+        return Recipe()  # also where only the packages are installed, without calibration/
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         return from_plain(Recipe, tomllib.loads(path.read_text(encoding="utf-8")))

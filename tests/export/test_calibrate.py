@@ -160,3 +160,9 @@ def test_an_invalid_recipe_is_refused_with_a_reason(tmp_path, text, reason):
 def test_the_error_for_an_unknown_recipe_lists_the_known_ones():
     with pytest.raises(SourceError, match="recipes by name: default, entropy, minmax, percentile; or give a file.toml"):
         read_recipe("nowhere")
+
+
+def test_the_default_recipe_is_that_of_its_file_and_needs_no_folder(monkeypatch, tmp_path):
+    assert read_recipe(str(calibrate.FOLDER / "default.toml")) == Recipe() == read_recipe("default")
+    monkeypatch.setattr(calibrate, "FOLDER", tmp_path / "nowhere")
+    assert read_recipe("default") == Recipe()
