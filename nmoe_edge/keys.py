@@ -65,7 +65,7 @@ def read_key(path: Path) -> KeyPair:
         finally:
             os.close(handle)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; nmoe-edge keygen makes keys") from error
+        raise KeyFileError(f"{path}: {error.strerror}; copy it from where nmoe-edge keygen wrote it") from error
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise KeyFileError(f"{path}: others may read it; run chmod 600 {path}, or make a new key if it may have leaked")
     secret = data[:40]

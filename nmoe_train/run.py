@@ -288,6 +288,8 @@ def read_run(folder: Path | str) -> Run:
     if not os.path.isdir(folder):
         raise RunError(f"{folder}: no such run; expected a folder that nmoe-train wrote")
     path = folder / RUN_FILE
+    if not path.exists() and (folder / "fleet.toml").exists():
+        raise RunError(f"{folder}: a fleet of bundles, not a run; expected a folder that nmoe-train wrote")
     try:
         record = _parse_record(parse_json(_read_bytes(path)))
         for name in _listed_files(record):

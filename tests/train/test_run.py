@@ -260,3 +260,9 @@ def test_the_document_names_every_metric(golden, tmp_path):
     assert sorted(documented) == sorted(metrics)
     for key in (*metrics["own"], *metrics["own"]["networked"], *metrics["privacy"]):
         assert f"`{key}`" in table, key
+
+
+def test_a_fleet_of_bundles_is_not_a_run(tmp_path):
+    (tmp_path / "fleet.toml").touch()
+    with pytest.raises(RunError, match="a fleet of bundles, not a run"):
+        read_run(tmp_path)
