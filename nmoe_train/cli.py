@@ -74,8 +74,8 @@ def run(
     A checkpoint is saved after every round. If the training stops or is killed, finish it with --out and --resume: the
     result is the same as without the interruption.
     """
-    from nmoe_train.config import configure
     from nmoe_train.pipeline import stopped_config
+    from nmoe_train.recipes import configure
 
     flags = options.settings_of(given, settings)
     _check_resume(resume, out)
@@ -313,7 +313,7 @@ def settings(file: Path | None, recipe: str | None, settings: tuple[str, ...], *
 
     The output is TOML: edit it, and pass it to `nmoe-train run --config`.
     """
-    from nmoe_train.config import configure
+    from nmoe_train.recipes import configure
     from nmoe_train.settings import as_toml
 
     click.echo(as_toml(configure(recipe or "best", file, options.settings_of(given, settings))), nl=False)

@@ -1,26 +1,17 @@
-"""Every setting of a training with its default, and how defaults, recipe, file and flags combine.
+"""Every setting of a training with its default.
 
-Flags override a TOML file, the file overrides the recipe, and the recipe overrides the defaults. Unknown keys are
-refused by name. `nmoe-train settings` prints the docstrings of the fields as comments (settings.py).
+`nmoe-train settings` prints the docstrings of the fields as comments (settings.py); recipes.py says how defaults,
+recipe, file and flags combine.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from nmoe_edge.common.schema import from_plain, parse_json, to_plain
-from nmoe_train.errors import ConfigError
 from nmoe_train.nets import NetSpec
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _COUNT = (1, 10**6)
 _POSITIVE = (1e-12, 1e30)
@@ -242,7 +233,7 @@ class Config:
 
         Config(seed=1, data=DataConfig(clients=5))  # five clients on scikit-learn's digits, all else by default
 
-    `configure` builds a Config from a recipe, a file and flags, and raises ConfigError instead.
+    `recipes.configure` builds a Config from a recipe, a file and flags, and raises ConfigError instead.
     """
 
     seed: int = 0
@@ -298,102 +289,3 @@ class Config:
         if self.gate.widths:
             return NetSpec("mlp", {**sizes, "widths": list(self.gate.widths)})
         return NetSpec("linear", sizes)
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "best": {},
-    "paper": {
-        "extractor": {"head": "linear"},
-        "experts": {"loss": "plain", "start": "fresh", "rate": 2e-3},
-        "gate": {"loss": "outputs", "own": "nothing", "load_loss": 0.01},
-        "inference": {"local_first": False, "adapt": False},
-    },
-}
-"""What each recipe changes; "best" is the defaults."""
-
-METHODS: dict[tuple[str, str], dict[str, Any]] = {
-    ("fedsc", ""): {
-        "extractor": {"batch": 512, "local_epochs": 5, "rounds": 200, "rate": 0.03},
-        "experts": {"start": "fresh", "rate": 2e-3},
-    },
-    ("fedsc", "digits"): {
-        "extractor": {"batch": 35, "local_epochs": 5, "rounds": 60, "rate": 0.1},
-        "fedsc": {"views": "crop", "radius": 20.0},
-    },
-}
-"""Defaults of a stage-1 method, for every data set ("") and for some."""
-
-DATA: dict[str, dict[str, Any]] = {
-    "cifar10": {
-        "extractor": {"dim": 128, "batch": 50, "rounds": 100, "views": "light"},
-        "experts": {"widths": [128, 64, 64], "batch": 50},
-        "fedsc": {"projector": 256},
-    },
-}
-"""Defaults for larger data sets."""
-DATA["fashion-mnist"] = DATA["cifar10"]
-SECTIONS = ("data", "extractor", "fedsc", "experts", "gate", "inference")
-
-
-def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
-    """The defaults, changed in this order by data set, recipe, stage-1 method, file and flags. ConfigError if invalid.
-
-    file: TOML, or a run.json with every setting; flags: nested like the file, for example {"gate": {"rounds": 50}}
-    """
-    if recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
-    try:
-        given = _merge(_settings(file) if file is not None else {}, flags or {})
-        plain = to_plain(Config())
-        name = _chosen(given, plain, "data", "name")
-        method = _chosen(given, plain, "extractor", "method")
-        of_method = [METHODS.get((method, data), {}) for data in ("", name)]
-        for changes in (DATA.get(name, {}), RECIPES[recipe], *of_method, given):
-            plain = _merge(plain, changes)
-        return from_plain(Config, plain)
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; --config takes a TOML file or a run.json") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}" if file else str(error)) from error
-
-
-def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
-    """`config` with some settings changed; if the stage-1 method changes, the new method's defaults apply first."""
-    plain = to_plain(config)
-    try:
-        method = _chosen(flags, plain, "extractor", "method")
-        if method != config.extractor.method:
-            usual = to_plain(configure(flags={"data": {"name": config.data.name}, "extractor": {"method": method}}))
-            kept = {key: plain["extractor"][key] for key in ("backbone", "arguments", "dim")}
-            start = {"start": "fresh", "rate": 2e-3} if method == "fedsc" else {}
-            changes = {"extractor": {**usual["extractor"], **kept}, "fedsc": usual["fedsc"], "experts": start}
-            plain = _merge(plain, changes)
-        return from_plain(Config, _merge(plain, flags))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _settings(file: Path) -> Mapping[str, Any]:
-    if file.suffix != ".json":
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    plain = parse_json(file.read_bytes())
-    if not (isinstance(plain, dict) and isinstance(plain.get("config"), dict)):
-        raise ValueError("this is not a run.json: the key config is missing")
-    return plain["config"]
-
-
-def _chosen(given: Mapping[str, Any], usual: Mapping[str, Any], section: str, name: str) -> str:
-    """A setting that other defaults depend on, as text; `from_plain` refuses other types later."""
-    table = given.get(section)
-    if isinstance(table, Mapping) and name in table:
-        return str(table[name])
-    return str(usual[section][name])
-
-
-def _merge(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`plain` with `changes` applied, table by table."""
-    merged = dict(plain)
-    for key, value in changes.items():
-        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both_tables else value
-    return merged

@@ -23,10 +23,11 @@ import torch
 from nmoe_edge.common.folders import check_replaceable
 from nmoe_edge.common.schema import from_plain, to_plain
 from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claim_folder, difference, partial_folder
-from nmoe_train.config import Config, configure_from
+from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, assign_samples
 from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.errors import ConfigError, RunError
+from nmoe_train.recipes import configure_from
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import FILES, RUN_FILE, Run, RunRecord, read_run, write_run
 from nmoe_train.stages.gate import plain_gate

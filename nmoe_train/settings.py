@@ -15,8 +15,9 @@ from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nmoe_edge.common.schema import to_plain
-from nmoe_train.config import SECTIONS, Config, tomllib
+from nmoe_train.config import Config
 from nmoe_train.errors import ConfigError
+from nmoe_train.recipes import SECTIONS, tomllib
 
 _WIDTH = 110
 """Longest line of a comment"""

@@ -19,11 +19,12 @@ from torch.func import functional_call, vmap
 
 from nmoe_edge.common.schema import parse_json
 from nmoe_train.checkpoint import Checkpoint, claim_folder
-from nmoe_train.config import ExtractorConfig, configure
+from nmoe_train.config import ExtractorConfig
 from nmoe_train.data.clients import Part
 from nmoe_train.errors import RunError
 from nmoe_train.nets import build
 from nmoe_train.pipeline import torch_settings, trainer_of
+from nmoe_train.recipes import configure
 from nmoe_train.results.evaluation import DeviceRows, answers, apply_class_mix, measure
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import Inference, Run, write_unlisted

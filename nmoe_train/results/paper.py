@@ -19,9 +19,10 @@ import numpy as np
 from nmoe_edge.common.files import replace_file
 from nmoe_edge.common.schema import parse_json, to_plain
 from nmoe_train.checkpoint import CHECKPOINT_FILE, difference, partial_folder
-from nmoe_train.config import Config, configure
+from nmoe_train.config import Config
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.pipeline import retrain_config, train
+from nmoe_train.recipes import configure
 from nmoe_train.results.baselines import METHODS as BASELINES
 from nmoe_train.results.baselines import baselines
 from nmoe_train.results.pages.charts import Figure, curves, figure, heat_map

@@ -27,8 +27,8 @@ from nmoe_export.errors import GraphError, SourceError
 from nmoe_export.export import Options, export_fleet
 from nmoe_export.graphs import export_graph
 from nmoe_export.source import of_run
-from nmoe_train.config import configure
 from nmoe_train.pipeline import train
+from nmoe_train.recipes import configure
 from nmoe_train.run import Inference, read_run, write_run
 
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from nmoe_train.config import Config, configure, configure_from
+from nmoe_train.config import Config
 from nmoe_train.errors import ConfigError
+from nmoe_train.recipes import configure, configure_from
 from nmoe_train.settings import as_toml, parse_setting
 
 

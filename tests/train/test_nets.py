@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nmoe_train.config import configure
 from nmoe_train.errors import NetError
 from nmoe_train.pipeline import train
+from nmoe_train.recipes import configure
 
 SHORT = {"extractor": {"rounds": 2}, "gate": {"rounds": 3, "laps": 1}, "experts": {"epochs": 2}, "data": {"clients": 3}}
 

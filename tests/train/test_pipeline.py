@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from nmoe_train.config import configure
 from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
 from nmoe_train.pipeline import retrain_config, stopped_config, train
+from nmoe_train.recipes import configure
 from nmoe_train.results.evaluation import class_mix
 from nmoe_train.run import read_run
 from nmoe_train.stages.privacy import noise_for

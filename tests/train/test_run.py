@@ -249,8 +249,8 @@ def test_the_document_names_every_key():
 
 
 def test_the_document_names_every_metric(golden, tmp_path):
-    from nmoe_train.config import configure
     from nmoe_train.pipeline import train
+    from nmoe_train.recipes import configure
 
     flags = {"extractor": {"rounds": 1, "method": "fedsc"}, "fedsc": {"epsilon": 8.0}, "gate": {"rounds": 1}}
     metrics = train(configure(flags={**flags, "data": {"clients": 2}}), tmp_path / "run").metrics

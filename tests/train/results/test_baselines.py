@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nmoe_train.config import configure
 from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
 from nmoe_train.nets import build
 from nmoe_train.pipeline import train, trainer_of
+from nmoe_train.recipes import configure
 from nmoe_train.results.baselines import baselines
 from nmoe_train.run import read_run
 from nmoe_train.stages.extractor import fedce_update
