@@ -101,7 +101,7 @@ class Checkpoint:
             all_shared = all(state is states[0] for state in states)
             shared[stage] = len(states) if all_shared else 0
             for i, state in enumerate(states[:1] if all_shared else states):
-                tensors |= {f"{stage}/{i}/{key}": value.cpu().clone() for key, value in state.items()}
+                tensors |= {f"{stage}/{i}/{key}": _copied(value) for key, value in state.items()}
         facts = {name: getattr(self, name) for name in _FACTS} | {"shared": shared}
         try:
             replace_file(path, save(tensors, {"facts": json.dumps(facts), "digest": _digest(tensors, facts)}))
@@ -145,6 +145,11 @@ class StageClock:
         """Seconds of every stage so far."""
         total = self._earlier.get(self._stage, 0.0) + time.perf_counter() - self._began
         return {**self._earlier, self._stage: total}
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU in the usual memory format, as safetensors requires."""
+    return value.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _states(tensors: Mapping[str, torch.Tensor], stage: str, shared_by: int) -> Sequence[State]:

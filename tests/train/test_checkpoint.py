@@ -18,6 +18,12 @@ def test_a_checkpoint_is_read_back_complete_and_shares_what_clients_share(tmp_pa
     assert [state["b"][0].item() for state in read.states["gate"]] == [0, 1, 2]
 
 
+def test_weights_in_another_memory_format_are_saved(tmp_path):
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    Checkpoint({}, states={"local": [{"w": weight}, {"w": weight + 1}]}).write(tmp_path / "c.safetensors")
+    assert torch.equal(Checkpoint.read(tmp_path / "c.safetensors").states["local"][0]["w"], weight)
+
+
 def test_the_first_difference_is_reported_with_its_setting():
     assert difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
     assert difference({"a": {"b": 1}, "c": 1}, {"a": {"b": 2}, "c": 1}) == "a.b was 1 and is 2"
