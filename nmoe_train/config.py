@@ -117,7 +117,9 @@ class FedSCConfig:
     radius: float = 4.0
     """μ: projections longer than √μ are cut to that length."""
     alpha: float = 0.2
-    """α, weight of a client's own correlations, in the last round; it falls linearly from 1. In the paper it is q_i."""
+    """α, weight of a client's own correlations, in the last round; it falls linearly from 1. See `own_weight`."""
+    own_weight: Literal["falling", "share"] = "falling"
+    """"falling": α falls from 1 to `alpha`; "share": α is q_i, the client's share of all samples (paper, eq. 4)."""
     views: Literal["shift", "light", "crop", "strong"] = "strong"
     """Random changes that make two views of an image, as in extractor.views; "strong" is FedSC's own."""
     projector: int = 128
@@ -147,7 +149,7 @@ class ExpertsConfig:
     start: Literal["head", "fresh"] = "head"
     """Initial weights: FedCE's head, or fresh ones."""
     epochs: int = 30
-    """Passes over the samples of the largest client; smaller clients repeat theirs."""
+    """Passes over the samples of the largest client; smaller clients repeat theirs. 0 keeps FedCE's head as it is."""
     batch: int = 20
     """Samples per gradient step."""
     rate: float = 2e-4
@@ -155,7 +157,9 @@ class ExpertsConfig:
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
-        _check(self, {"epochs": _COUNT, "batch": _COUNT, "rate": _POSITIVE, "weight_decay": (0, 1e9)})
+        _check(self, {"epochs": (0, 10**6), "batch": _COUNT, "rate": _POSITIVE, "weight_decay": (0, 1e9)})
+        if not self.epochs and self.start == "fresh":
+            raise ValueError("epochs = 0 would leave fresh experts untrained; set start = 'head'")
         if not self.widths:
             raise ValueError("widths is empty; an expert needs at least one hidden layer, for example [64]")
         _check_widths(self.widths)

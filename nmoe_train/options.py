@@ -118,6 +118,18 @@ TRAINING = combine(
 
 
 PAPER = combine(
+    click.option(
+        "--partitions",
+        metavar="P,P,…",
+        help="Splits, separated by commas, such as noniid:0.2,dirichlet:0.3,classes:2.  [default: the paper's]",
+    ),
+    click.option(
+        "--seeds",
+        type=click.IntRange(1, 100),
+        default=1,
+        show_default=True,
+        help="Trainings per number; what is shown is their mean.",
+    ),
     click.option("--data", help="digits, cifar10, fashion-mnist, npz:FILE or folder:DIR.  [default: digits]"),
     click.option(
         "--recipe",
@@ -132,6 +144,7 @@ PAPER = combine(
     click.option(
         "--minutes", type=float, help="Stop after this time; the same command continues.  [default: no limit]"
     ),
+    click.option("--no-train", is_flag=True, help="Train nothing: show what the folder holds."),
     click.option("--out", type=PATH, help="The folder for the runs and paper.json.  [default: paper/DATA]"),
 )
 

@@ -6,15 +6,17 @@ partition.py decides which samples a client gets; this module cuts the held-out 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nmoe_train.config import DataConfig
 from nmoe_train.data.datasets import Dataset
-from nmoe_train.data.partition import counts_for_size, draw_samples
+from nmoe_train.data.partition import Indices, counts_for_size, draw_samples
 from nmoe_train.errors import DataError
 
 PAPER_SIZES = {"cifar10": (2500, 1000)}
@@ -57,17 +59,11 @@ def assign_samples(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
     DataError: there are too few samples for this partition, or for held-out samples.
     """
     classes = len(dataset.labels)
-    max_train, max_test = PAPER_SIZES.get(config.name, (None, None))
-
-    def parts(
-        x: np.ndarray, y: np.ndarray, partition: str, wanted: int | None, maximum: int | None, shuffle_seed: int
-    ) -> list[Part]:
-        counts = counts_for_size(y, partition, config.clients, classes, wanted, maximum, seed)
-        return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in draw_samples(y, counts, shuffle_seed)]
-
-    test_partition = config.test_partition or config.partition
-    available = parts(dataset.x_train, dataset.y_train, config.partition, config.train_size, max_train, seed)
-    own_test = parts(dataset.x_test, dataset.y_test, test_partition, config.test_size, max_test, seed + 1)
+    maximum, _ = PAPER_SIZES.get(config.name, (None, None))
+    y = dataset.y_train
+    counts = counts_for_size(y, config.partition, config.clients, classes, config.train_size, maximum, seed)
+    available = _samples(dataset.x_train, y, draw_samples(y, counts, seed))
+    own_test = test_samples(dataset, config, config.test_partition or config.partition, seed)
     train, held_out = [], []
     for x, y in available:
         n = max(1, round(len(y) * config.held_out))
@@ -80,6 +76,19 @@ def assign_samples(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
         train.append((x[n:], y[n:]))
     test = (torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test))
     return Clients(train, held_out, own_test, test, _fingerprint(dataset, [*train, *held_out]))
+
+
+def test_samples(dataset: Dataset, config: DataConfig, partition: str, seed: int) -> list[Part]:
+    """Each client's own test samples under a partition. With "iid", those of the paper's table II."""
+    _, maximum = PAPER_SIZES.get(config.name, (None, None))
+    y = dataset.y_test
+    classes = len(dataset.labels)
+    counts = counts_for_size(y, partition, config.clients, classes, config.test_size, maximum, seed, "test")
+    return _samples(dataset.x_test, y, draw_samples(y, counts, seed + 1))
+
+
+def _samples(x: NDArray[np.uint8], y: NDArray[np.int64], clients: Sequence[Indices]) -> list[Part]:
+    return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in clients]
 
 
 def _fingerprint(dataset: Dataset, parts: list[Part]) -> str:

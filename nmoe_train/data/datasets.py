@@ -110,7 +110,13 @@ class Dataset:
         values = np.arange(256) / 255
         shares = histogram / histogram.sum(1, keepdims=True)  # (C, 256)
         mean = shares @ values
-        deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1)).clip(1e-3)
+        deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
+        if (deviation < 1e-9).all():
+            raise DataError(
+                f"{self.name}: all training images are the same single colour, so there is nothing to learn from;"
+                " check how the images were made"
+            )
+        deviation = deviation.clip(1e-3)
         return mean.round(4).tolist(), deviation.round(4).tolist()
 
 

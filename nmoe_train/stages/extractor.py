@@ -23,8 +23,8 @@ Where this deviates from the paper:
 
 - FedCE averages the head as well unless extractor.heads = "local". The paper's equation (2) keeps a head per client;
   its text also trains the entire classifier by FedAvg, and a shared head is what experts start from.
-- FedSC's loss is twice equation (4), and α is not qᵢ: it falls from 1 in the first round to fedsc.alpha in the last.
-  While α is 1 the other clients' matrices, and the noise on them, count for nothing.
+- FedSC's loss is twice equation (4). α is qᵢ only with fedsc.own_weight = "share"; by default it falls from 1 in the
+  first round to fedsc.alpha in the last. While α is 1 the other clients' matrices, and their noise, count for nothing.
 - FedSC uses a projector and cuts z to length √μ. The cut bounds what one sample adds to a released matrix, as
   differential privacy requires. Only the matrices are protected; the averaged weights are not.
 """
@@ -211,7 +211,6 @@ def fedsc_round(
 ) -> tuple[list[State], Round]:
     """One round of FedSC: clients publish the correlation matrices of the shared network, then train on their own."""
     rate = config.rate * cosine(round_, config.rounds, config.warm_rounds)
-    alpha = 1 - (1 - fedsc.alpha) * round_ / max(1, config.rounds - 1)
     active, dropped = active_clients(len(data), config.share, config.drop, seed, "extractor", round_)
     sizes = [len(x) for x, _ in data]
     noise = MatrixNoise(sizes, config, fedsc)
@@ -223,6 +222,7 @@ def fedsc_round(
     updates = []
     for i, mean in zip(active, others, strict=True):
         g = generator(seed, "extractor", round_, i)
+        alpha = _own_weight(sizes[i] / sum(sizes), round_, config.rounds, fedsc)
         updates.append(fedsc_update(net, states[i], i, data[i][0], mean, alpha, rate, config, fedsc, g))
     require_finite("extractor", round_, updates)
     matrix_bytes = size_bytes({"R": others[0]}) if others else 0
@@ -237,6 +237,13 @@ def fedsc_round(
     )
     after = [average(updates)] * len(data) if updates else list(states)
     return after, summary
+
+
+def _own_weight(share: float, round_: int, rounds: int, fedsc: FedSCConfig) -> float:
+    """α of a client with this share of all samples."""
+    if fedsc.own_weight == "share":
+        return share
+    return 1 - (1 - fedsc.alpha) * round_ / max(1, rounds - 1)
 
 
 def matrix(net: nn.Module, state: State, x: Tensor, fedsc: FedSCConfig, g: torch.Generator) -> Tensor:
