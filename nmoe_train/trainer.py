@@ -285,7 +285,7 @@ class Trainer:
         """
         rules = self._inference_rules(c)
         metrics: dict[str, Any] = {}
-        for name, parts in (("own", self.clients.own_test), ("iid", [self.clients.test])):
+        for name, parts in self.clients.tests().items():
             frozen = [self.frozen_outputs(c, part) for part in parts]
             frozen *= self.count // len(frozen)  # the balanced test set is the same for every device
             metrics[name] = evaluate(self.device_rows(c, frozen), rules)

@@ -22,6 +22,9 @@ from nmoe_train.errors import DataError
 PAPER_SIZES = {"cifar10": (2500, 1000)}
 """Upper limits of training and test samples per client if data.train_size and data.test_size are not set."""
 
+IID_ROWS = "iid_rows"
+"""The name of `Clients.iid_test` in metrics.json and baselines.json."""
+
 Part = tuple[Tensor, Tensor]
 """Images or latents (n, …) and labels (n,)."""
 
@@ -39,8 +42,16 @@ class Clients:
     """Each client's test samples, distributed like its training samples or as data.test_partition says"""
     test: Part
     """The whole test set of the data set"""
+    iid_test: list[Part]
+    """Each client's balanced test samples, as many as in own_test if there are enough: the paper's table II.
+    Empty if the test set lacks a class"""
     fingerprint: str
     """SHA-256 of the data set and of every client's training and held-out samples"""
+
+    def tests(self) -> dict[str, list[Part]]:
+        """The test sets by their names in metrics.json: one part per client, or a single part for all clients."""
+        parts = {"own": self.own_test, "iid": [self.test], IID_ROWS: self.iid_test}
+        return {name: part for name, part in parts.items() if part}
 
     def class_counts(self, classes: int) -> dict[str, list[list[int]]]:
         """Sample counts as lists [client][class], for "train", "held_out" and "test"."""
@@ -63,7 +74,8 @@ def assign_samples(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
     y = dataset.y_train
     counts = counts_for_size(y, config.partition, config.clients, classes, config.train_size, maximum, seed)
     available = _samples(dataset.x_train, y, draw_samples(y, counts, seed))
-    own_test = test_samples(dataset, config, config.test_partition or config.partition, seed)
+    own_test = _test_samples(dataset, config, config.test_partition or config.partition, seed)
+    iid_test = _iid_samples(dataset, config.clients, len(own_test[0][1]), seed)
     train, held_out = [], []
     for x, y in available:
         n = max(1, round(len(y) * config.held_out))
@@ -75,15 +87,28 @@ def assign_samples(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
         held_out.append((x[:n], y[:n]))
         train.append((x[n:], y[n:]))
     test = (torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test))
-    return Clients(train, held_out, own_test, test, _fingerprint(dataset, [*train, *held_out]))
+    return Clients(train, held_out, own_test, test, iid_test, _fingerprint(dataset, [*train, *held_out]))
 
 
-def test_samples(dataset: Dataset, config: DataConfig, partition: str, seed: int) -> list[Part]:
-    """Each client's own test samples under a partition. With "iid", those of the paper's table II."""
+def _test_samples(dataset: Dataset, config: DataConfig, partition: str, seed: int) -> list[Part]:
+    """Each client's own test samples under a partition."""
     _, maximum = PAPER_SIZES.get(config.name, (None, None))
     y = dataset.y_test
     classes = len(dataset.labels)
     counts = counts_for_size(y, partition, config.clients, classes, config.test_size, maximum, seed, "test")
+    return _samples(dataset.x_test, y, draw_samples(y, counts, seed + 1))
+
+
+def _iid_samples(dataset: Dataset, clients: int, most: int, seed: int) -> list[Part]:
+    """The same number of balanced test samples for each client, at most `most`; none where that is impossible."""
+    y = dataset.y_test
+    classes = len(dataset.labels)
+    if not np.bincount(y, minlength=classes).all():
+        return []
+    try:
+        counts = counts_for_size(y, "iid", clients, classes, None, most, seed, "test")
+    except DataError:
+        return []
     return _samples(dataset.x_test, y, draw_samples(y, counts, seed + 1))
 
 

@@ -10,7 +10,7 @@ centralised  all samples in one place: an extractor, experts and a gate of the s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 from nmoe_edge.common.schema import parse_json
 from nmoe_train.checkpoint import Checkpoint, claim_folder
 from nmoe_train.config import ExtractorConfig
-from nmoe_train.data.clients import Part, test_samples
+from nmoe_train.data.clients import Part
 from nmoe_train.errors import RunError
 from nmoe_train.nets import build
 from nmoe_train.pipeline import torch_settings, trainer_of
@@ -40,9 +40,6 @@ METHODS = ("local", "fedavg", "centralised")
 FILE = "baselines.json"
 RATE = 2e-3
 """Learning rate of the centralised mixture's experts, which start from new weights."""
-IID_ROWS = "iid_rows"
-"""The third test set of baselines.json, besides `own` and `iid`: as many balanced rows for each device as its own test
-set has, as in the paper's table II. `iid` is the whole test set for every device."""
 LOAD_LOSS = 0.01
 """Weight of the centralised mixture's load loss; without it, one expert answers every row."""
 
@@ -91,10 +88,7 @@ def _train_and_measure(trainer: Trainer, run: Run, name: str, path: Path, progre
     net = Headed(build(trainer.specs.extractor), build(head)).to(trainer.device)
     has_fedavg = trainer.specs.head == head and trainer.config.extractor.heads == "shared"
     if name == "fedavg" and has_fedavg:
-        rows = {IID_ROWS: _test_sets(trainer)[IID_ROWS]}
-        states = [_classifier_state(run)] * trainer.count
-        figures = _measure_classifiers(net, states, run.record.inference, rows)
-        return {part: run.metrics[part]["fedce"] for part in ("own", "iid")} | figures
+        return {part: run.metrics[part]["fedce"] for part in trainer.clients.tests() if part in run.metrics}
     data = [(x.to(trainer.device), y.to(trainer.device)) for x, y in trainer.clients.train]
     if name == "centralised":
         data = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
@@ -106,13 +100,7 @@ def _train_and_measure(trainer: Trainer, run: Run, name: str, path: Path, progre
         return _measure_mixture(trainer, net.extractor, mixture)
     # A classifier of one client already carries that client's class mix.
     rules = replace(run.record.inference, adapt=run.record.inference.adapt and name == "fedavg")
-    return _measure_classifiers(net, states, rules, _test_sets(trainer))
-
-
-def _classifier_state(run: Run) -> State:
-    """The weights of the classifier that stage 1 of the run trained."""
-    parts = {"extractor": run.extractor(), "head": run.head(0)}
-    return {f"{name}.{key}": value for name, net in parts.items() for key, value in net.state_dict().items()}
+    return _measure_classifiers(trainer, net, states, rules)
 
 
 def _settings(trainer: Trainer) -> ExtractorConfig:
@@ -167,19 +155,12 @@ def _test_sets(trainer: Trainer) -> dict[str, list[Part]]:
     """Each device's test set, by name: its own distribution, the balanced set that all devices share, and balanced rows
     of its own.
     """
-    config = trainer.config
-    return {
-        "own": trainer.clients.own_test,
-        "iid": [trainer.clients.test] * trainer.count,
-        IID_ROWS: test_samples(trainer.dataset, config.data, "iid", config.seed),
-    }
+    return {name: parts * (trainer.count // len(parts)) for name, parts in trainer.clients.tests().items()}
 
 
-def _measure_classifiers(
-    net: Headed, states: Sequence[State], rules: Inference, tests: Mapping[str, Sequence[Part]]
-) -> dict[str, Any]:
+def _measure_classifiers(trainer: Trainer, net: Headed, states: Sequence[State], rules: Inference) -> dict[str, Any]:
     figures = {}
-    for name, parts in tests.items():
+    for name, parts in _test_sets(trainer).items():
         probabilities = []
         for state, (x, _) in zip(states, parts, strict=True):
             net.load_state_dict(state)
@@ -251,7 +232,7 @@ def _measure_mixture(trainer: Trainer, extractor: nn.Module, mixture: _Mixture) 
     config = trainer.config
     rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
     figures: dict[str, Any] = {}
-    for name, parts in (_test_sets(trainer) | {"iid": [trainer.clients.test]}).items():
+    for name, parts in trainer.clients.tests().items():
         probabilities = []
         routing = []
         for x, y in parts:

@@ -130,8 +130,9 @@ def _figure_4b(plan: Plan, partitions: str | None, clients: str | None, seeds: i
 
     splits = _split_names(partitions, units.PARTITIONS[2])
     _refuse(clients is not None, "--clients belongs to figure 4a")
-    done, unfinished = _do_units(plan, units.top_k_units(splits, seeds), given)
-    return (None if unfinished else figures.figure_4b(done, splits, seeds)), unfinished
+    count = plan.data.clients
+    done, unfinished = _do_units(plan, units.top_k_units(splits, seeds, count), given)
+    return (None if unfinished else figures.figure_4b(done, splits, seeds, count)), unfinished
 
 
 def _curves(plan: Plan, partitions: str | None, clients: str | None, seeds: int, given: dict[str, Any]) -> Drawn:

@@ -56,9 +56,10 @@ def figure_3(done: Done, partition: str) -> Drawing:
         alone = [[float(i == j) for j in range(count)] for i in range(count)]
         ratio = 100 * own.get("kept_local", 1.0)
         title = f"{ROWS[row]}: F1 {100 * own['macro_f1']:.1f} %, LR {ratio:.0f} %"
+        title += f" (paper: {published.macro_f1:.1f} %, {published.local_ratio:.0f} %)"
         caption = (
-            f"{title}. In the paper: F1 {published.macro_f1:.2f} %, LR {published.local_ratio:.0f} %. F1 on balanced"
-            f" rows is {100 * balanced['macro_f1']:.1f} %. LR is the share of rows that a device answers itself."
+            f"{title}. F1 on balanced rows is {100 * balanced['macro_f1']:.1f} %. LR is the share of rows that a device"
+            " answers itself."
         )
         panels.append(HeatMap(title, own.get("routing", alone), caption))
     return Drawing("figure-3", f"Figure 3: which device asks which expert, {partition}", panels)
@@ -82,17 +83,16 @@ def figure_4a(done: Done, sizes: Mapping[tuple[str, int], int | None], seeds: in
     return Drawing("figure-4a", "Figure 4a: one data set, split among more and more clients", panels)
 
 
-def figure_4b(done: Done, partitions: Sequence[str], seeds: int) -> Drawing:
+def figure_4b(done: Done, partitions: Sequence[str], seeds: int, clients: int) -> Drawing:
     """Accuracy against k, the number of experts that a row is sent to, with FedGate."""
     panels = []
     for partition in partitions:
-        counts = range(1, len(done[Unit(partition, "fedce", "top-k", 0).name]["own"]) + 1)
 
         def point(extractor: str, part: str, k: int, of: str = partition) -> Value:
-            found = [done[Unit(of, extractor, "top-k", seed).name] for seed in range(seeds)]
-            return value_of([figures[part][k - 1]["accuracy"] for figures in found])
+            found = [done[Unit(of, extractor, f"top-{k}", seed).name] for seed in range(seeds)]
+            return value_of([figures[part]["accuracy"] for figures in found])
 
-        panels.append(_comparison(partition, counts, point, "k"))
+        panels.append(_comparison(partition, range(1, clients + 1), point, "k"))
     return Drawing("figure-4b", "Figure 4b: accuracy against the number of experts per row", panels)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from nmoe_edge.common.files import replace_file
 from nmoe_edge.common.schema import from_plain, parse_json, to_plain
 from nmoe_train.checkpoint import difference
-from nmoe_train.config import Config
+from nmoe_train.config import Config, DataConfig
 from nmoe_train.data.datasets import Dataset
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.recipes import configure
@@ -49,6 +49,11 @@ class Plan:
     @property
     def path(self) -> Path:
         return self.out / FILE
+
+    @property
+    def data(self) -> DataConfig:
+        """Of the tables; partitions differ between units."""
+        return self.config(Unit("iid", "fedce", "fedgate", 0)).data
 
     def config(self, unit: Unit) -> Config:
         """The configuration of a unit's run; its gate is FedGate."""

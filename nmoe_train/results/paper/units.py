@@ -55,7 +55,7 @@ class Unit:
     partition: str
     extractor: str
     kind: str
-    """A gate; "baselines"; or "top-k", the run with FedGate measured with every number of experts per row"""
+    """A gate; "baselines"; or "top-2" and so on: the run with FedGate, measured with so many experts per row"""
     seed: int
     clients: int | None = None
     """Figure 4a: number of clients. None: as in the tables"""
@@ -73,6 +73,12 @@ class Unit:
         """For the progress of work."""
         size = "" if self.clients is None else f", {self.clients} clients"
         return f"{self.partition}, {self.extractor}, {self.kind}, seed {self.seed}{size}"
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts per row of a unit "top-…"."""
+        kind, _, k = self.kind.partition("-")
+        return int(k) if kind == "top" else None
 
     @property
     def base(self) -> Unit:
@@ -111,14 +117,14 @@ def split_units(sizes: Mapping[tuple[str, int], int | None], seeds: int) -> list
     return found
 
 
-def top_k_units(partitions: Iterable[str], seeds: int) -> list[Unit]:
+def top_k_units(partitions: Iterable[str], seeds: int, clients: int) -> list[Unit]:
     """Figure 4b: each run with FedGate, and then its measurement with every k."""
     found = []
     for extractor in EXTRACTORS:
         for seed in range(seeds):
             for partition in partitions:
-                unit = Unit(partition, extractor, "top-k", seed)
-                found += [unit.base, unit]
+                kinds = ["fedgate", *[f"top-{k}" for k in range(1, clients + 1)]]
+                found += [Unit(partition, extractor, kind, seed) for kind in kinds]
     return found
 
 

@@ -5,6 +5,7 @@ So a folder grows over several calls until everything is there. Only one process
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.pipeline import config_of, retrain_config, train
 from nmoe_train.results.baselines import METHODS as BASELINES
 from nmoe_train.results.paper.folder import Done, Plan, read, write
-from nmoe_train.results.paper.measured import baseline_figures, gate_figures, top_k_figures
+from nmoe_train.results.paper.measured import baseline_figures, gate_figures
 from nmoe_train.results.paper.units import GATES, Unit
 from nmoe_train.run import RUN_FILE, Run, read_run
 from nmoe_train.stages.federation import Round
@@ -44,7 +45,7 @@ def work(
 ) -> Done:
     """Do the wanted units that paper.json does not hold yet, and return all its units.
 
-    minutes: stop at the first saved round after this time; None: no limit
+    minutes: stop after this time, as soon as everything is saved; None: no limit
     announce: gets a line when a unit begins
 
     Raises TrainError: besides the errors of `train`, RunError when the folder holds other data, other settings or
@@ -53,7 +54,7 @@ def work(
     if minutes is not None and not minutes >= 0:
         raise ConfigError(f"--minutes is {minutes}; it must be 0 or more")
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    dataset = load(_data(plan).name)
+    dataset = load(plan.data.name)
     done = read(plan, dataset)
     if all(unit.name in done for unit in wanted):
         return done
@@ -72,6 +73,8 @@ def work(
                     announce(f"[{number}/{len(wanted)}] {unit.title}")
                     done[unit.name] = _figures(plan, unit, progress_until_deadline)
                     write(plan, dataset, done)
+                    if time.monotonic() > deadline:
+                        break
         except _TimeIsUpError:
             pass
     return done
@@ -83,7 +86,7 @@ def split_sizes(plan: Plan, partitions: Sequence[str], counts: Sequence[int]) ->
     Its size is the largest that every one of these splits allows. Returns {(partition, clients): samples}, with None
     where this is the size that the tables use.
     """
-    data = _data(plan)
+    data = plan.data
     dataset = load(data.name)
     classes = len(dataset.labels)
     maximum = data.train_size or PAPER_SIZES.get(data.name, (None, None))[0]
@@ -102,10 +105,6 @@ def split_sizes(plan: Plan, partitions: Sequence[str], counts: Sequence[int]) ->
     return found
 
 
-def _data(plan: Plan) -> Any:
-    return plan.config(Unit("iid", "fedce", "fedgate", 0)).data
-
-
 def _check_splits(plan: Plan, dataset: Dataset, wanted: Sequence[Unit]) -> None:
     """Refuse, before any training, a split that the data does not allow."""
     configs = {(unit.partition, unit.clients, unit.samples): plan.config(unit).data for unit in wanted}
@@ -118,12 +117,19 @@ def _figures(plan: Plan, unit: Unit, progress: Progress) -> dict[str, Any]:
     base = _train(plan.out / unit.base.name, plan.config(unit.base), None, progress)
     if unit.kind == "baselines":
         return baseline_figures(base, progress)
-    if unit.kind == "top-k":
-        return top_k_figures(base)
-    if unit == unit.base:
+    if unit.kind == "fedgate" or unit.top_k == base.record.inference.top_k:
         return gate_figures(base)
+    if unit.top_k is not None:
+        return gate_figures(_evaluate(plan, base, unit.top_k))
     config = retrain_config(base, "gate", {"gate": dict(GATES[unit.kind].settings)})
     return gate_figures(_train(plan.out / unit.name, config, (base, "gate"), progress))
+
+
+def _evaluate(plan: Plan, base: Run, top_k: int) -> Run:
+    """The run with another number of experts per row, as `nmoe-train evaluate` makes it. Only its figures are kept."""
+    config = retrain_config(base, "evaluate", {"inference": {"top_k": top_k}})
+    with tempfile.TemporaryDirectory(dir=plan.out, prefix=".top-k-") as folder:
+        return train(config, Path(folder) / "run", again=(base, "evaluate"))
 
 
 def _train(folder: Path, config: Config, again: tuple[Run, str] | None, progress: Progress) -> Run:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,3 +165,13 @@ def test_an_npz_with_a_damaged_array_is_loaded_or_raises_dataerror(tmp_path, key
         load(f"npz:{tmp_path}/mine.npz")
 
     assert_survives_damage(whole.getvalue(), tmp_path / "array", read, 200)
+
+
+def test_images_of_one_single_colour_are_refused_but_one_constant_channel_is_not():
+    digits = load("digits")
+    grey = replace(digits, x_train=np.full_like(digits.x_train, 7))
+    with refused("all training images are the same single colour, so there is nothing to learn from"):
+        grey.statistics()
+    red = np.concatenate([digits.x_train, np.zeros_like(digits.x_train)], 1)
+    _, deviation = replace(digits, x_train=red, x_test=np.repeat(digits.x_test, 2, 1)).statistics()
+    assert deviation[1] == 0.001

@@ -128,7 +128,10 @@ def constant_predictor(partition, size):
         ("noniid:0.5:0.5", "does not end in a finite number"),
         ("noniid:1\n2", "does not end in a finite number"),
         ("noniid:-1", "τ must be in 0..1"),
-        ("noniid:1.01", "noniid:1.01: τ must be in 0..1; the paper's share of the own class, 1-τ, has no meaning outside"),
+        (
+            "noniid:1.01",
+            "noniid:1.01: τ must be in 0..1; the paper's share of the own class, 1-τ, has no meaning outside",
+        ),
         ("noniid-text:2", "τ must be in 0..1"),
         ("noniid-text:1", "over 0 and at most 1"),
         ("noniid-text:-0.1", "τ must be in 0..1"),
