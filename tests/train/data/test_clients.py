@@ -62,7 +62,7 @@ def test_an_error_of_the_split_says_which_samples_are_too_few():
     with refused("needs 500 training samples of class 0, but there are 120; lower data.train_size or data.clients"):
         assign_samples(digits, DataConfig(partition="iid", train_size=500), 0)
     small = replace(digits, x_test=digits.x_test[:15], y_test=digits.y_test[:15])
-    with refused("iid among 10 clients leaves 1 of 15 test samples per client"):
+    with refused("iid among 10 clients leaves 0 of 15 test samples per client"):
         assign_samples(small, DataConfig(partition="iid"), 0)
 
 
