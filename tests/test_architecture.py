@@ -118,7 +118,8 @@ ORDER = {
         " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
         " stages.gate checkpoint run results results.evaluation results.pages results.pages.svg results.pages.plane"
         " results.pages.grid results.pages.charts results.pages.formats results.pages.render results.pages.run_page"
-        " trainer pipeline results.baselines results.paper terminal options __init__ cli"
+        " trainer pipeline results.centralised results.rivals results.lda results.baselines"
+        " results.paper terminal options __init__ cli"
     ),
 }
 # Package -> what it may import of its sisters.

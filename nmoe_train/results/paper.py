@@ -140,7 +140,7 @@ def _figures(out: Path, unit: Unit, recipe: str, flags: Mapping[str, Any], progr
     """Train a unit, and return its figures as paper.json holds them."""
     base = out / Unit(unit.partition, unit.extractor, "fedgate", unit.seed).name
     if unit.kind == "baselines":
-        return baselines(read_run(base), progress)
+        return baselines(read_run(base), progress, BASELINES)
     if unit.kind == "fedgate":
         run = _train(base, _config(unit, recipe, flags), None, progress)
     else:

@@ -11,9 +11,17 @@ METHOD_NAMES = {
     "fedce": "FedCE classifier",
     "local": "Local classifier",
     "fedavg": "FedAvg classifier",
+    "fedavg_prior": "FedAvg + class mix",
+    "fedavg_tuned": "FedAvg + fine-tuning",
+    "fedrep": "FedRep",
+    "ditto": "Ditto",
+    "lda": "Federated LDA",
+    "lda_prior": "LDA + class mix",
     "centralised": "Centralised mixture",
 }
 """Method of metrics.json or baselines.json -> its name in tables and on pages."""
+BASELINES = tuple(METHOD_NAMES)[3:]
+"""Methods of baselines.json."""
 
 
 def count(number: float | None) -> str:

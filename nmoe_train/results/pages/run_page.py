@@ -25,6 +25,12 @@ EXPLANATIONS = {
     "fedce": "stage 1’s classifier",
     "local": "trained by each client alone",
     "fedavg": "one shared classifier, averaged over all clients",
+    "fedavg_prior": "answers times the client’s class mix; on balanced rows, a mix estimated from unlabelled rows",
+    "fedavg_tuned": "trained further by each client alone",
+    "fedrep": "a shared extractor, and a head per client",
+    "ditto": "a classifier per client, pulled towards the average",
+    "lda": "class means and one covariance of the extractor’s latents, sent once",
+    "lda_prior": "the same, with a class mix as for FedAvg",
     "centralised": "trained on all samples in one place",
 }
 """What each method of METHOD_NAMES is."""
