@@ -222,7 +222,7 @@ Examples: nmoe-train baselines runs/digits-1
     "methods",
     type=click.Choice(BASELINES),
     multiple=True,
-    help="Train this baseline and those that share its training. May be repeated.  [default: all]",
+    help="Train this baseline. May be repeated.  [default: all]",
 )
 @options.JSON
 def baselines(folder: Path, methods: tuple[str, ...], as_json: bool) -> None:

@@ -114,11 +114,12 @@ ORDER = {
         " assignment trial search bundles existing report export __init__ cli"
     ),
     "nmoe_train": (
-        "errors vision nets config recipes settings data data.partition data.views data.datasets data.clients"
+        "errors meter vision nets config recipes settings data data.partition data.views data.datasets data.clients"
         " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
         " stages.gate checkpoint run results results.evaluation results.pages results.pages.svg results.pages.plane"
-        " results.pages.grid results.pages.charts results.pages.formats results.pages.render results.pages.run_page"
-        " trainer pipeline results.centralised results.rivals results.lda results.baselines"
+        " results.pages.grid results.pages.charts results.pages.formats results.pages.render"
+        " results.pages.resource_tables results.pages.run_page"
+        " results.resources trainer pipeline results.centralised results.rivals results.lda results.baselines"
         " results.paper terminal options __init__ cli"
     ),
 }

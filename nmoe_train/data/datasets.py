@@ -42,7 +42,7 @@ _MEDMNIST = {
     "x_test": ("test_images",),
     "y_test": ("test_labels",),
 }
-"""Names of the same arrays in a file of MedMNIST, whose validation samples join the training samples"""
+"""Names of the same arrays in a file of MedMNIST; its validation samples join the training samples"""
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP"}
 _LAYOUT = "a data set is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png"
 """Ends every error message about a folder of images"""

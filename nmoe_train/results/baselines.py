@@ -4,7 +4,7 @@ All of them train with as many epochs as FedCE, with plain cross-entropy, and wi
 
 local         every client trains a whole classifier on its own samples; nothing is averaged
 fedavg        one classifier for all clients; taken from the run when its stage 1 trained one with plain cross-entropy
-fedavg_prior  the same classifier, whose answers are multiplied by a class mix (see _answers_with_prior)
+fedavg_prior  the same classifier; its answers are multiplied by a class mix (see _answers_with_prior)
 fedavg_tuned  the same classifier, trained further by every client on its own samples
 fedrep        the extractor is averaged, every client keeps its head
 ditto         every client has a classifier of its own that is pulled towards the average
@@ -66,8 +66,8 @@ FILE = "baselines.json"
 
 Step = Callable[[Federation, States, int], tuple[States, Round]]
 Figures = dict[str, Any]
-"""Figures of one method: `own` and `iid` as in metrics.json, and `chosen`, the settings that held-out rows chose, with the
-accuracy of every candidate on them."""
+"""Figures of one method: `own` and `iid` as in metrics.json; `chosen`: the settings that held-out rows chose, and the
+accuracy of every candidate on them"""
 
 
 def baselines(
@@ -78,7 +78,7 @@ def baselines(
     After each training, baselines.json and report.html are updated. A training that is interrupted continues with the
     next call. The result maps a method to its figures on `own` and `iid`, as in metrics.json.
 
-    methods: some of METHODS and RIVALS. Methods that share a training are measured together
+    methods: some of METHODS and RIVALS. Others that need no further training are measured too
 
     Raises TrainError.
     """
@@ -88,7 +88,7 @@ def baselines(
     out = run.folder.with_name(f"{run.folder.name}-baselines")
     with claim_folder(out) as path, torch_settings(run.record.config.get("threads", 1)):
         trainer, checkpoint = trainer_of(run)
-        contest = _Contest(trainer, run, checkpoint.states["extractor"], path, progress)
+        contest = _Contest(trainer, run, checkpoint.states["extractor"], path, progress, frozenset(methods))
         found = read_baselines(run)
         for names, train_and_measure in TRAININGS.items():
             if any(name in methods and name not in found for name in names):
@@ -128,6 +128,8 @@ class _Contest:
     path: Path
     """The checkpoint of the training in progress"""
     progress: Progress
+    methods: frozenset[str]
+    """The wanted methods"""
 
     def federation(self) -> Federation:
         """The clients with a fresh classifier, which is the same for every baseline."""
@@ -200,6 +202,8 @@ def _fedavg(contest: _Contest) -> dict[str, Figures]:
         "fedavg": _figures(contest, p),
         "fedavg_prior": _figures(contest, _answers_with_prior(contest, p, _pooled_mix(contest))),
     }
+    if "fedavg_tuned" not in contest.methods:
+        return found
     tuned, chosen = _fine_tune(contest, f, shared, tuning)
     return found | {"fedavg_tuned": _figures(contest, _answers(contest, f, tuned), chosen)}
 

@@ -63,6 +63,19 @@ def size(number: float | None) -> str:
     return f"{number / 1000**power:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def operations(number: float | None) -> str:
+    """1234567 -> 1.2 M"""
+    if number is None:
+        return MISSING
+    power = min(int(math.log10(max(number, 1)) / 3), 5)
+    return f"{number:.0f}" if power == 0 else f"{number / 1000**power:.1f} {('k', 'M', 'G', 'T', 'P')[power - 1]}"
+
+
+def energy(joules: float | None) -> str:
+    """12.34 -> 12.3 J"""
+    return MISSING if joules is None else f"{joules:,.1f} J"
+
+
 def seconds(number: float | None, digits: int = 2) -> str:
     """0.25 -> 0.25 s"""
     return MISSING if number is None else f"{number:.{digits}f} s"

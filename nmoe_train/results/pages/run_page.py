@@ -15,6 +15,7 @@ from typing import Any
 from nmoe_train.results.pages.charts import Figure, bars, curves, dots, figure, finite_number, heat_map
 from nmoe_train.results.pages.formats import METHOD_NAMES, MISSING, percentage
 from nmoe_train.results.pages.render import TEMPLATES, render
+from nmoe_train.results.pages.resource_tables import CLIENT_COLUMNS, STAGE_COLUMNS, resource_tables
 
 TEMPLATE = TEMPLATES / "run.html"
 SETS = {"own": "own distribution", "iid": "balanced"}
@@ -91,6 +92,8 @@ def page(
         dropouts=_dropouts(history),
         split=_split(metrics.get("split") or {}, labels),
         cost=_cost(metrics.get("bytes") or {}, metrics.get("seconds") or {}),
+        resources=resource_tables(metrics.get("resources") or {}),
+        resource_columns=(STAGE_COLUMNS, CLIENT_COLUMNS),
         privacy=_privacy(metrics.get("privacy") or {}),
         settings=settings,
     )

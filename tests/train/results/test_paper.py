@@ -7,7 +7,7 @@ import pytest
 from nmoe_train.cli import main
 from nmoe_train.errors import RunError
 from nmoe_train.results import paper
-from nmoe_train.results.baselines import baselines
+from nmoe_train.results.baselines import METHODS, baselines
 from nmoe_train.results.paper import FIGURE_PARTITION, draw, figures_of, table, units, work
 from nmoe_train.run import read_run
 
@@ -126,8 +126,8 @@ def test_baselines_that_are_stopped_resume_to_the_same_figures(made, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        baselines(read_run(folder), stop)
-    assert set(json.loads((folder / "baselines.json").read_text())) == {"local", "fedavg"}
-    assert baselines(read_run(folder)) == done["noniid-0.5-fedce-baselines-0"]
+        baselines(read_run(folder), stop, METHODS)
+    assert set(json.loads((folder / "baselines.json").read_text())) == {"local", "fedavg", "fedavg_prior"}
+    assert baselines(read_run(folder), methods=METHODS) == done["noniid-0.5-fedce-baselines-0"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert "Centralised mixture" in (folder / "report.html").read_text(encoding="utf-8")
