@@ -1,9 +1,10 @@
 """What a run is compared with: baselines on the same data, split and network.
 
-All of them train with as many epochs as FedCE, with plain cross-entropy, and without dropped clients.
+All of them train with as many epochs as FedCE, with plain cross-entropy, and without dropped clients. Each classifier
+is the extractor with the layers of an expert on top.
 
 local         every client trains a whole classifier on its own samples; nothing is averaged
-fedavg        one classifier for all clients; taken from the run when its stage 1 trained one with plain cross-entropy
+fedavg        one classifier for all clients; taken from the run when its stage 1 trained it
 fedavg_prior  the same classifier; its answers are multiplied by a class mix (see _answers_with_prior)
 fedavg_tuned  the same classifier, trained further by every client on its own samples
 fedrep        the extractor is averaged, every client keeps its head
@@ -31,7 +32,7 @@ from nmoe_train.checkpoint import Checkpoint, claim_folder
 from nmoe_train.config import ExtractorConfig
 from nmoe_train.data.clients import Part
 from nmoe_train.errors import ConfigError, RunError
-from nmoe_train.nets import build
+from nmoe_train.nets import NetSpec, build
 from nmoe_train.pipeline import torch_settings, trainer_of
 from nmoe_train.recipes import configure
 from nmoe_train.results import lda
@@ -131,12 +132,16 @@ class _Contest:
     methods: frozenset[str]
     """The wanted methods"""
 
+    @property
+    def head(self) -> NetSpec:
+        """The head of every classifier: the layers of an expert."""
+        return self.trainer.config.expert_net(self.trainer.classes)
+
     def federation(self) -> Federation:
         """The clients with a fresh classifier, which is the same for every baseline."""
         trainer = self.trainer
         torch.manual_seed(trainer.config.seed)
-        head = trainer.specs.head or trainer.config.expert_net(trainer.classes)
-        net = Headed(build(trainer.specs.extractor), build(head)).to(trainer.device)
+        net = Headed(build(trainer.specs.extractor), build(self.head)).to(trainer.device)
         data = [(x.to(trainer.device), y.to(trainer.device)) for x, y in trainer.clients.train]
         return Federation(net, data, trainer.clients.held_out, _settings(trainer), trainer.config.seed)
 
@@ -209,10 +214,9 @@ def _fedavg(contest: _Contest) -> dict[str, Figures]:
 
 
 def _fedavg_states(contest: _Contest, f: Federation) -> Sequence[State]:
-    record = contest.run.record
     extractor = contest.trainer.config.extractor
     is_fedavg = (extractor.heads, extractor.loss) == ("shared", "plain")
-    if record.networks.head is not None and is_fedavg:
+    if contest.trainer.specs.head == contest.head and is_fedavg:
         return contest.extractors
     return contest.train(f, "fedavg", fedavg_round, ["fedavg"])["fedavg"]
 
