@@ -7,7 +7,7 @@ local         every client trains a whole classifier on its own samples; nothing
 fedavg        one classifier for all clients; taken from the run when its stage 1 trained it
 fedavg_prior  the same classifier; its answers are multiplied by a class mix (see _answers_with_prior)
 fedavg_tuned  the same classifier, trained further by every client on its own samples
-fedrep        the extractor is averaged, every client keeps its head
+fedrep        lower layers are averaged, every client keeps its upper ones
 ditto         every client has a classifier of its own that is pulled towards the average
 lda           a linear classifier on the run's frozen extractor, from statistics that clients send once
 lda_prior     the same classifier, with a class mix like fedavg_prior
@@ -40,7 +40,7 @@ from nmoe_train.results.centralised import measure_mixture, train_mixture
 from nmoe_train.results.evaluation import apply_class_mix, measure
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.results.rivals import (
-    HEAD_EPOCHS,
+    FEDREP,
     PULLS,
     TUNING_EPOCHS,
     Federation,
@@ -239,10 +239,11 @@ def _fine_tune(
 
 def _fedrep(contest: _Contest) -> dict[str, Figures]:
     f = contest.federation()
-    states = contest.train(f, "fedrep", fedrep_round, HEAD_EPOCHS)
-    tried = f.held_out_accuracies(states, HEAD_EPOCHS)
+    states = contest.train(f, "fedrep", fedrep_round, tuple(FEDREP))
+    tried = f.held_out_accuracies(states, tuple(FEDREP))
     best = max(tried, key=lambda name: tried[name])  # the first of equals
-    chosen = {"head_epochs": int(best), "held_out": tried}
+    layers, epochs = FEDREP[best]
+    chosen = {"own_layers": layers, "epochs": epochs, "held_out": tried}
     return {"fedrep": _figures(contest, _answers(contest, f, states[best]), chosen)}
 
 

@@ -1,19 +1,19 @@
 """Federated methods that give every client a network of its own, on the same network, split and epochs as the run.
 
 Fine-tuning   each client trains FedAvg's classifier for some more epochs on its own samples
-FedRep        the extractor is averaged, the head stays with its client. In every round a client first trains its head,
-              then the extractor (Collins et al. 2021)
+FedRep        the lower layers are averaged, the upper ones stay with their client. In every round a client first trains
+              its own layers, then the others (Collins et al. 2021)
 Ditto         beside FedAvg's classifier every client trains one of its own, pulled towards the average by
               λ/2 ‖v - w‖² (Li et al. 2021)
 
 Each method has a few candidates for its own setting. All are trained, and the accuracy on the clients' held-out rows
-chooses: no test sample does. Other settings are FedCE's. A step of a method is a function of states and round, so that
+chooses: no test sample does. Among equals it is the one closest to the average. Other settings are FedCE's. A step of a method is a function of states and round, so that
 baselines.py can stop between any two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -29,9 +29,10 @@ from nmoe_train.trainer import encode
 States = Mapping[str, Sequence[State]]
 """Name -> one state per client: the candidates of a method, and what else it needs between two rounds."""
 
-HEAD_EPOCHS = (2, 10)
-"""FedRep: candidates for the epochs of the head in a round."""
-PULLS = (0.03, 0.3, 3.0)
+FEDREP = {"last 1": ("last", 1), "last 5": ("last", 5), "head 1": ("head", 1)}
+"""FedRep: candidates for the layers that stay with their client ("head": all above the extractor; "last": the last one)
+and for their epochs in a round."""
+PULLS = (3.0, 0.3, 0.03)
 """Ditto: candidates for λ."""
 TUNING_RATES = (0.03, 0.3)
 """Fine-tuning: candidates for the learning rate, as shares of the peak rate of FedAvg."""
@@ -124,29 +125,36 @@ def _pull_towards(net: nn.Module, anchor: State, strength: float) -> AdjustGradi
 
 
 def fedrep_round(f: Federation, states: States, round_: int) -> tuple[States, Round]:
-    """Each client trains its head, then the extractor; the server averages extractors. states: one name per candidate
+    """Each client trains its own layers, then the others, which the server averages. states: one name per candidate
 
-    FedCE's rate falls to 0 over the rounds, so the heads need no last training on the last average.
+    FedCE's rate falls to 0 over the rounds, so a client's layers need no last training on the last average.
     """
     after = {}
-    for epochs in HEAD_EPOCHS:
+    for name, (part, epochs) in FEDREP.items():
+        own = "head." if part == "head" else _last_layer(f.net)
         updates = []
-        for i, state in enumerate(states[str(epochs)]):
-            with _trains_only(f.net, "head."):
+        for i, state in enumerate(states[name]):
+            with _frozen(f.net, lambda key, own=own: not key.startswith(own)):
                 config = replace(f.config, local_epochs=epochs)
-                head = f.update(state, i, f.rate(round_), config, ("fedrep", "head", round_)).state
-            with _trains_only(f.net, "extractor."):
-                updates.append(f.update(head, i, f.rate(round_), f.config, ("fedrep", "extractor", round_)))
+                upper = f.update(state, i, f.rate(round_), config, ("fedrep", "own", round_)).state
+            with _frozen(f.net, lambda key, own=own: key.startswith(own)):
+                updates.append(f.update(upper, i, f.rate(round_), f.config, ("fedrep", "shared", round_)))
         require_finite("extractor", round_, updates)
-        shared = {key: value for key, value in average(updates).items() if key.startswith("extractor.")}
-        after[str(epochs)] = [{**update.state, **shared} for update in updates]
+        shared = {key: value for key, value in average(updates).items() if not key.startswith(own)}
+        after[name] = [{**update.state, **shared} for update in updates]
     return after, report("fedrep", round_, f.config.rounds, updates)
 
 
+def _last_layer(net: nn.Module) -> str:
+    """What the names of the last layer's parameters begin with."""
+    *_, last = [key for key, _ in net.named_parameters()]
+    return last.rpartition(".")[0] + "."
+
+
 @contextmanager
-def _trains_only(net: nn.Module, prefix: str) -> Iterator[None]:
-    """Freeze every parameter that is not named `prefix`…, and restore afterwards what could be trained before."""
-    frozen = [p for key, p in net.named_parameters() if p.requires_grad and not key.startswith(prefix)]
+def _frozen(net: nn.Module, is_frozen: Callable[[str], bool]) -> Iterator[None]:
+    """Freeze the parameters with these names, and restore afterwards what could be trained before."""
+    frozen = [p for key, p in net.named_parameters() if p.requires_grad and is_frozen(key)]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

@@ -28,7 +28,7 @@ EXPLANATIONS = {
     "fedavg": "one shared classifier, averaged over all clients",
     "fedavg_prior": "answers times the client’s class mix; on balanced rows, a mix estimated from unlabelled rows",
     "fedavg_tuned": "trained further by each client alone",
-    "fedrep": "a shared extractor, and a head per client",
+    "fedrep": "lower layers averaged, upper layers per client",
     "ditto": "a classifier per client, pulled towards the average",
     "lda": "class means and one covariance of the extractor’s latents, sent once",
     "lda_prior": "the same, with a class mix as for FedAvg",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -54,33 +56,38 @@ def test_ditto_pulls_every_clients_classifier_towards_the_average_it_received(fe
     assert close(after["fedavg"][0], {key: (6 * steps[0][key] + 10 * steps[1][key]) / 16 for key in shared})
 
 
-def test_fedrep_trains_the_head_first_then_the_extractor_and_averages_only_extractors(federation):
-    start = copy_state(federation.net)
-    states = {str(epochs): [start] * 2 for epochs in rivals.HEAD_EPOCHS}
-    after, _ = fedrep_round(federation, states, 0)
-    for epochs in rivals.HEAD_EPOCHS:
-        trained = []
-        for client in range(2):
-            state = dict(start)
-            for _ in range(epochs):
-                g = gradient(federation, state, client)
-                state |= {key: state[key] - RATE * g[key] for key in state if key.startswith("head.")}
-            g = gradient(federation, state, client)
-            state |= {key: state[key] - RATE * g[key] for key in state if key.startswith("extractor.")}
-            trained.append(state)
-        for client in range(2):
-            found = after[str(epochs)][client]
-            assert torch.allclose(found["head.weight"], trained[client]["head.weight"], atol=1e-6)
-            mean = (6 * trained[0]["extractor.weight"] + 10 * trained[1]["extractor.weight"]) / 16
-            assert torch.allclose(found["extractor.weight"], mean, atol=1e-6)
-    assert all(p.requires_grad for p in federation.net.parameters())
+@pytest.fixture
+def deeper(federation):
+    """The same clients with a head of two layers."""
+    head = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    return replace(federation, net=Headed(nn.Linear(3, 4), head))
+
+
+@pytest.mark.parametrize(("name", "own"), [("head 1", "head."), ("last 1", "head.2."), ("last 5", "head.2.")])
+def test_fedrep_trains_a_clients_own_layers_first_then_the_others_and_averages_only_those(deeper, name, own):
+    start = copy_state(deeper.net)
+    after, _ = fedrep_round(deeper, {candidate: [start] * 2 for candidate in rivals.FEDREP}, 0)
+    trained = []
+    for client in range(2):
+        state = dict(start)
+        for _ in range(rivals.FEDREP[name][1]):
+            g = gradient(deeper, state, client)
+            state |= {key: state[key] - RATE * g[key] for key in state if key.startswith(own)}
+        g = gradient(deeper, state, client)
+        state |= {key: state[key] - RATE * g[key] for key in state if not key.startswith(own)}
+        trained.append(state)
+    for client in range(2):
+        for key, found in after[name][client].items():
+            mean = (6 * trained[0][key] + 10 * trained[1][key]) / 16
+            assert torch.allclose(found, trained[client][key] if key.startswith(own) else mean, atol=1e-6), key
+    assert all(p.requires_grad for p in deeper.net.parameters())
 
 
 def test_fedrep_leaves_frozen_parameters_frozen(federation):
     federation.net.extractor.bias.requires_grad_(False)
     start = copy_state(federation.net)
-    after, _ = fedrep_round(federation, {str(epochs): [start] * 2 for epochs in rivals.HEAD_EPOCHS}, 0)
-    assert torch.equal(after[str(rivals.HEAD_EPOCHS[0])][0]["extractor.bias"], start["extractor.bias"])
+    after, _ = fedrep_round(federation, {candidate: [start] * 2 for candidate in rivals.FEDREP}, 0)
+    assert torch.equal(after["head 1"][0]["extractor.bias"], start["extractor.bias"])
     assert not federation.net.extractor.bias.requires_grad
     assert federation.net.head.bias.requires_grad
 
