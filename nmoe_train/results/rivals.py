@@ -7,8 +7,8 @@ Ditto         beside FedAvg's classifier every client trains one of its own, pul
               λ/2 ‖v - w‖² (Li et al. 2021)
 
 Each method has a few candidates for its own setting. All are trained, and the accuracy on the clients' held-out rows
-chooses: no test sample does. Equal candidates go to the one closest to the average. Other settings are FedCE's. A step of
-a method is a function of states and round, so that baselines.py can stop between any two.
+chooses: no test sample does. Among equal ones it is the one closest to the average. Other settings are FedCE's. A step
+of a method is a function of states and round, so that baselines.py can stop between any two.
 """
 
 from __future__ import annotations
