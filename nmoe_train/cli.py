@@ -15,6 +15,7 @@ from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
 from nmoe_edge.common.text import counted
 from nmoe_train import options
 from nmoe_train.errors import ConfigError, RunError, TrainError
+from nmoe_train.results.pages.formats import BASELINES
 from nmoe_train.results.paper.commands import figure as paper_figure
 from nmoe_train.results.paper.commands import table as paper_table
 from nmoe_train.terminal import Progress, json_line, summary
@@ -210,22 +211,38 @@ def _free_folder(parent: Path, name: str) -> Path:
     raise AssertionError("unreachable: itertools.count does not end")
 
 
-@cli.command(short_help="Train baselines to compare RUN with.", epilog="Example: nmoe-train baselines runs/digits-1")
+@cli.command(
+    short_help="Train baselines to compare RUN with.",
+    epilog="""\b
+Examples: nmoe-train baselines runs/digits-1
+          nmoe-train baselines runs/digits-1 --only fedavg_tuned --only ditto""",
+)
 @options.RUN
+@click.option(
+    "--only",
+    "methods",
+    type=click.Choice(BASELINES),
+    multiple=True,
+    help="Train this baseline. May be repeated.  [default: all]",
+)
 @options.JSON
-def baselines(folder: Path, as_json: bool) -> None:
-    """Train baselines to compare RUN with, on the same data and split.
+def baselines(folder: Path, methods: tuple[str, ...], as_json: bool) -> None:
+    """Train baselines to compare RUN with, on the same data, split and network.
 
     Baselines are a separate classifier for each client, one classifier averaged over all clients (FedAvg), and a
-    mixture of experts trained on all data in one place. RUN is the folder of a finished run; the figures go to its
-    baselines.json and report.html. If the command stops, run it again to finish.
+    mixture of experts trained on all data in one place. The others give every client a model of its own: FedAvg with
+    the client's class mix or after fine-tuning, FedRep, Ditto, and a linear classifier from class means (LDA). Held-out
+    samples choose their settings.
+
+    RUN is the folder of a finished run; the figures go to its baselines.json and report.html. If the command stops, run
+    it again to finish.
     """
     from nmoe_train.results.baselines import baselines
     from nmoe_train.run import read_run
 
     run = read_run(_with_name(folder))
     try:
-        found = baselines(run, json_line if as_json else Progress())
+        found = baselines(run, json_line if as_json else Progress(), methods or BASELINES)
     except KeyboardInterrupt:
         raise RunError(f"stopped; finish it with: nmoe-train baselines {folder}") from None
     if as_json:

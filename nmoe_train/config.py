@@ -35,7 +35,7 @@ class DataConfig:
     """The data set, and how it is distributed among the clients."""
 
     name: str = "digits"
-    """One of "digits", "cifar10", "fashion-mnist", "npz:FILE" or "folder:DIR"; RUN.md describes files and folders."""
+    """"digits", a torchvision set such as "cifar10" or "mnist", "npz:FILE" or "folder:DIR"; RUN.md lists all."""
     clients: int = 10
     """Number of clients, and so of experts (m = n in the paper): 1 to 1024."""
     partition: str = "noniid:0.2"

@@ -98,8 +98,8 @@ TRAINING = combine(
     click.option("--recipe", type=click.Choice(("best", "paper")), help=f"Named settings: {_RECIPES}  [default: best]"),
     click.option(
         "--data",
-        help="digits (comes with scikit-learn), cifar10 or fashion-mnist (downloaded), npz:FILE or folder:DIR (your"
-        " own).  [default: digits]",
+        help="digits (comes with scikit-learn); a data set of torchvision (downloaded), such as cifar10, cifar100 or"
+        " mnist; npz:FILE (your own, or MedMNIST's) or folder:DIR.  [default: digits]",
     ),
     click.option("--clients", type=int, help="Number of clients; each becomes a device.  [default: 10]"),
     click.option(
@@ -130,7 +130,9 @@ PAPER = combine(
         show_default=True,
         help="Trainings per number; what is shown is their mean.",
     ),
-    click.option("--data", help="digits, cifar10, fashion-mnist, npz:FILE or folder:DIR.  [default: digits]"),
+    click.option(
+        "--data", help="digits, a data set of torchvision such as cifar10, npz:FILE or folder:DIR.  [default: digits]"
+    ),
     click.option(
         "--recipe",
         type=click.Choice(("best", "paper")),

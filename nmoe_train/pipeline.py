@@ -10,7 +10,6 @@ The stages themselves are in trainer.py; this module handles folders, checkpoint
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,8 +26,10 @@ from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, assign_samples
 from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.errors import ConfigError, RunError
+from nmoe_train.meter import StageMeter
 from nmoe_train.recipes import configure_from
 from nmoe_train.results.pages.run_page import page
+from nmoe_train.results.resources import client_seconds, resources_of
 from nmoe_train.run import FILES, RUN_FILE, Run, RunRecord, read_run, write_run
 from nmoe_train.stages.gate import plain_gate
 from nmoe_train.trainer import STAGES, Progress, Trainer
@@ -227,11 +228,15 @@ def _load_and_split(config: Config) -> tuple[Dataset, Clients]:
 
 def _evaluate(trainer: Trainer, checkpoint: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
     """run.json and metrics.json of a finished training."""
-    began = time.perf_counter()
+    meter = StageMeter(checkpoint.usage, "evaluate")
     record, metrics = trainer.evaluate(checkpoint)
-    seconds = checkpoint.seconds | {"evaluate": time.perf_counter() - began}
+    usage = meter.usage()
+    seconds = {stage: measured["seconds"] for stage, measured in usage.items()}
+    sizes = [len(y) for _, y in trainer.clients.train]
+    resources = resources_of(trainer.config, trainer.specs, trainer.dataset.shape, sizes, checkpoint.history)
     metrics |= {"history": checkpoint.history, "seconds": seconds | {"all": sum(seconds.values())}}
-    return record, metrics
+    estimated = client_seconds(resources["stages"], usage)
+    return record, metrics | {"resources": {**resources, "measured": usage, "client_seconds": estimated}}
 
 
 def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, record: RunRecord, metrics: dict[str, Any]) -> Run:

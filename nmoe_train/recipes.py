@@ -51,7 +51,10 @@ DATA: dict[str, dict[str, Any]] = {
     },
 }
 """Defaults for larger data sets."""
-DATA["fashion-mnist"] = DATA["cifar10"]
+DATA |= dict.fromkeys(("fashion-mnist", "cifar100", "stl10"), DATA["cifar10"])
+# A mirrored digit or letter is another one.
+_SHIFTED = DATA["cifar10"] | {"extractor": DATA["cifar10"]["extractor"] | {"views": "shift"}}
+DATA |= dict.fromkeys(("mnist", "kmnist", "emnist", "qmnist", "usps", "svhn"), _SHIFTED)
 RECIPE_DATA: dict[tuple[str, str], dict[str, Any]] = {
     ("paper", name): {
         "extractor": {"dim": 512},

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from nmoe_edge.common.schema import to_plain
-from nmoe_train.checkpoint import Checkpoint, StageClock
+from nmoe_train.checkpoint import Checkpoint
 from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, Part
 from nmoe_train.data.datasets import Dataset
 from nmoe_train.errors import ConfigError, RunError
+from nmoe_train.meter import StageMeter, usage_of
 from nmoe_train.nets import NetSpec, build, probe
 from nmoe_train.results.evaluation import DeviceRows, apply_class_mix, choose_threshold, evaluate, measure
 from nmoe_train.run import DataRecord, Inference, Networks, Run, RunRecord
@@ -123,7 +124,7 @@ class Trainer:
     def initial_checkpoint(self, empty: Checkpoint, again: tuple[Run, str] | None) -> Checkpoint:
         """`empty` with the states that a training starts from.
 
-        A new training starts from the fresh extractor. With `again` = (run, stage), weights, history and seconds of the
+        A new training starts from the fresh extractor. With `again` = (run, stage), weights, history and usage of the
         stages before `stage` come from the run. Raises RunError when the run's data has changed.
         """
         checkpoint = replace(empty, fingerprint=self.clients.fingerprint)
@@ -138,13 +139,13 @@ class Trainer:
             )
         kept = STAGES[: STAGES.index(stage)]
         history = run.metrics.get("history", [])
-        seconds = run.metrics.get("seconds", {})
+        usage = usage_of(run.metrics)
         return replace(
             checkpoint,
             stage=stage,
             states={name: self._states_of(run, name) for name in kept} or fresh,
             history=[entry for entry in history if entry.get("stage") in kept],
-            seconds={name: value for name, value in seconds.items() if name in kept},
+            usage={name: value for name, value in usage.items() if name in kept},
         )
 
     def _states_of(self, run: Run, stage: str) -> list[State]:
@@ -178,17 +179,17 @@ class Trainer:
         train_stage = {"extractor": self._train_extractor, "experts": self._train_experts, "gate": self._train_gate}
         first = STAGES.index(checkpoint.stage)
         for name, following in zip(STAGES[first:-1], STAGES[first + 1 :], strict=True):
-            clock = StageClock(checkpoint, name)
+            meter = StageMeter(checkpoint.usage, name)
 
             def finish_round(
-                c: Checkpoint, states: Sequence[State], finished: Round, clock: StageClock = clock
+                c: Checkpoint, states: Sequence[State], finished: Round, meter: StageMeter = meter
             ) -> Checkpoint:
                 c = replace(
                     c,
                     round=finished.round,
                     states={**c.states, finished.stage: states},
                     history=[*c.history, _history_entry(finished)],
-                    seconds=clock.seconds(),
+                    usage=meter.usage(),
                 )
                 save(c)
                 progress(finished)
@@ -197,7 +198,7 @@ class Trainer:
             if name != "extractor":
                 self._freeze_extractor(checkpoint)
             checkpoint = train_stage[name](checkpoint, finish_round, progress)
-            checkpoint = replace(checkpoint, stage=following, round=0, seconds=clock.seconds())
+            checkpoint = replace(checkpoint, stage=following, round=0, usage=meter.usage())
         self._freeze_extractor(checkpoint)
         return checkpoint
 
@@ -281,7 +282,7 @@ class Trainer:
     def evaluate(self, c: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
         """Choose the rules for inference, measure the fleet under them, and describe the run.
 
-        Returns run.json without its files, and metrics.json without `history` and `seconds`.
+        Returns run.json without its files, and metrics.json without `history`, `seconds` and `resources`.
         """
         rules = self._inference_rules(c)
         metrics: dict[str, Any] = {}

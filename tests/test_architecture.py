@@ -114,14 +114,15 @@ ORDER = {
         " assignment trial search bundles existing report export __init__ cli"
     ),
     "nmoe_train": (
-        "errors vision nets config recipes settings data data.partition data.views data.datasets data.clients"
+        "errors meter vision nets config recipes settings data data.partition data.views data.datasets data.clients"
         " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
         " stages.gate checkpoint run results results.evaluation results.pages results.pages.svg results.pages.plane"
-        " results.pages.grid results.pages.charts results.pages.formats results.pages.render results.pages.run_page"
-        " trainer pipeline results.baselines results.paper results.paper.published"
-        " results.paper.units results.paper.folder results.paper.measured results.paper.work results.paper.cells"
-        " results.paper.tables results.paper.figures results.paper.plots terminal options results.paper.commands"
-        " __init__ cli"
+        " results.pages.grid results.pages.charts results.pages.formats results.pages.render"
+        " results.pages.resource_tables results.pages.run_page"
+        " results.resources trainer pipeline results.centralised results.rivals results.lda results.baselines"
+        " results.paper results.paper.published results.paper.units results.paper.folder results.paper.measured"
+        " results.paper.work results.paper.cells results.paper.tables results.paper.figures results.paper.plots"
+        " terminal options results.paper.commands __init__ cli"
     ),
 }
 # Package -> what it may import of its sisters.

@@ -61,6 +61,8 @@ Data = Sequence[tuple[Tensor, Tensor]]
 """Each client's images (n, C, H, W) uint8 and labels (n,)."""
 BatchLoss = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor | None]]
 """(network, indices of the batch) -> (mean loss, number of rows classified correctly; None without labels)."""
+AdjustGradients = Callable[[Sequence[Tensor]], None]
+"""Gets the trained weights of a client before every step, and may change their gradients in place."""
 ENCODE_BATCH = 512
 
 
@@ -86,6 +88,7 @@ def local_sgd(
     rate: float,
     config: ExtractorConfig,
     g: torch.Generator,
+    adjust_gradients: AdjustGradients = lambda _: None,
 ) -> Update:
     """One client's local epochs of SGD, starting from `state`; at most extractor.step_limit batches."""
     _train_mode(net)
@@ -105,6 +108,7 @@ def local_sgd(
                 value, correct = loss(lambda x: functional_call(net, theta, (x,)), batch.to(device))
             optimiser.zero_grad()
             value.backward()
+            adjust_gradients(trained)
             nn.utils.clip_grad_norm_(trained, config.clip)
             optimiser.step()
             loss_sum = loss_sum + value.detach() * len(batch)
@@ -131,6 +135,7 @@ def fedce_update(
     rate: float,
     config: ExtractorConfig,
     g: torch.Generator,
+    adjust_gradients: AdjustGradients = lambda _: None,
 ) -> Update:
     """FedCE on one client: epochs of cross-entropy on its own labelled images."""
     view = VIEWS.get(config.views, lambda images, _g: images)
@@ -142,7 +147,7 @@ def fedce_update(
         correct = (logits.detach().argmax(1) == y[batch]).sum()
         return cross_entropy(logits, y[batch]), correct
 
-    return local_sgd(net, state, client, len(x), loss, rate, config, g)
+    return local_sgd(net, state, client, len(x), loss, rate, config, g, adjust_gradients)
 
 
 def fedce_round(

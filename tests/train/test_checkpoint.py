@@ -48,6 +48,16 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
         Checkpoint.read(tmp_path / "c.safetensors")
 
 
+def test_a_checkpoint_of_version_0_2_can_be_resumed(tmp_path, monkeypatch):
+    old = ("command", "config", "stage", "round", "history", "fingerprint", "seconds")
+    monkeypatch.setattr("nmoe_train.checkpoint._FACTS", old)
+    monkeypatch.setattr(Checkpoint, "seconds", {"extractor": 2.5}, raising=False)
+    Checkpoint({"seed": 1}, "gate", 4, {"gate": [{"b": torch.ones(4)}]}).write(tmp_path / "c.safetensors")
+    monkeypatch.undo()
+    read = Checkpoint.read(tmp_path / "c.safetensors")
+    assert (read.stage, read.usage) == ("gate", {"extractor": {"seconds": 2.5}})
+
+
 def test_only_one_process_at_a_time_claims_a_folder(tmp_path):
     with claim_folder(tmp_path / "run") as path:
         assert path == tmp_path / "run.partial" / CHECKPOINT_FILE

@@ -13,7 +13,7 @@ import numpy as np
 from nmoe_train.results.paper.folder import Done
 from nmoe_train.results.paper.measured import METRICS
 from nmoe_train.results.paper.published import PUBLISHED
-from nmoe_train.results.paper.units import ROWS, Unit
+from nmoe_train.results.paper.units import BASELINES, ROWS, Unit
 
 PARTS = {1: "own", 2: "iid"}
 """The test set of each table."""
@@ -78,7 +78,8 @@ def figures_of(done: Done, row: str, partition: str, part: str, seeds: Iterable[
         if gate:
             figures = done.get(Unit(partition, extractor, gate, seed).name)
         else:
-            figures = done.get(Unit(partition, "fedce", "baselines", seed).name, {}).get(row)
+            (kind,) = [kind for kind, methods in BASELINES.items() if row in methods]
+            figures = done.get(Unit(partition, "fedce", kind, seed).name, {}).get(row)
         if figures:
             found.append(figures[part])
     return found

@@ -35,8 +35,13 @@ Examples: nmoe-train table 1
     show_default=True,
     help="What to print; all three are written to --out.",
 )
+@click.option(
+    "--rivals",
+    is_flag=True,
+    help="Also train methods that the paper does not have: FedAvg fine-tuned, FedRep, Ditto, …",
+)
 @options.PAPER
-def table(number: int, shown: str, partitions: str | None, seeds: int, **given: Any) -> None:
+def table(number: int, shown: str, rivals: bool, partitions: str | None, seeds: int, **given: Any) -> None:
     """Print the paper's table 1 or 2 with figures trained here and, beside them, the paper's: every extractor with
     every gate, and the baselines.
 
@@ -54,7 +59,7 @@ def table(number: int, shown: str, partitions: str | None, seeds: int, **given: 
 
     splits = _split_names(partitions, PARTITIONS[number])
     plan = _plan(given)
-    done, unfinished = _do_units(plan, table_units(splits, seeds), given)
+    done, unfinished = _do_units(plan, table_units(splits, seeds, rivals), given)
     found = table_of(number, done, splits, seeds)
     for name, suffix in SUFFIXES.items():
         text = FORMATS[name](found)

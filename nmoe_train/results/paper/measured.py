@@ -6,7 +6,7 @@ metrics.json, where `iid` instead is the whole balanced test set for every devic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nmoe_train.data.clients import IID_ROWS
@@ -29,10 +29,12 @@ def gate_figures(run: Run) -> dict[str, Any]:
     return found
 
 
-def baseline_figures(run: Run, progress: Progress) -> dict[str, Any]:
+def baseline_figures(run: Run, methods: Sequence[str], progress: Progress) -> dict[str, Any]:
     """{method: {"own", "iid": accuracy, macro_f1, auc}}; a mixture also has its routing on own rows."""
     found = {}
-    for method, figures in baselines(run, progress).items():
+    measured = baselines(run, progress, methods)
+    for method in methods:
+        figures = measured[method]
         found[method] = {name: _numbers(part) for name, part in _parts(figures, str(run.folder / FILE)).items()}
         if "routing" in figures["own"]:
             found[method]["own"]["kept_local"] = _rounded(figures["own"]["kept_local"], 5)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from nmoe_train.results.baselines import METHODS as BASELINES
+from nmoe_train.results.baselines import METHODS, RIVALS
 from nmoe_train.results.pages.formats import METHOD_NAMES
 from nmoe_train.results.paper.published import SPLITS
 
@@ -37,11 +37,12 @@ GATES = {
 
 _PAPER_GATES = ("rangate", "rollgate", "fedgate")
 _SHOWN_GATES = (*_PAPER_GATES, *[gate for gate in GATES if gate not in _PAPER_GATES])
-_SHOWN_BASELINES = ("centralised", "local", "fedavg")
+BASELINES = {"baselines": METHODS, "rivals": RIVALS}
+"""Baselines by the kind of unit that trains them: the paper's, and others."""
+_SHOWN_BASELINES = ("centralised", "local", "fedavg", *RIVALS)
 ROWS = MappingProxyType(
     {
         **{method: METHOD_NAMES[method] for method in _SHOWN_BASELINES},
-        **{method: METHOD_NAMES[method] for method in BASELINES if method not in _SHOWN_BASELINES},
         **{f"{e}-{gate}": f"{EXTRACTORS[e]} + {GATES[gate].name}" for e in EXTRACTORS for gate in _SHOWN_GATES},
     }
 )
@@ -55,7 +56,7 @@ class Unit:
     partition: str
     extractor: str
     kind: str
-    """A gate; "baselines"; or "top-2" and so on: the run with FedGate, measured with so many experts per row"""
+    """A gate; "baselines" or "rivals"; or "top-2" and so on: the run with FedGate, with so many experts per row"""
     seed: int
     clients: int | None = None
     """Figure 4a: number of clients. None: as in the tables"""
@@ -86,11 +87,15 @@ class Unit:
         return Unit(self.partition, self.extractor, "fedgate", self.seed, self.clients, self.samples)
 
 
-def table_units(partitions: Sequence[str], seeds: int) -> list[Unit]:
-    """Everything that both tables show. FedSC, which takes longest, comes last."""
+def table_units(partitions: Sequence[str], seeds: int, rivals: bool = False) -> list[Unit]:
+    """Everything that both tables show. FedSC, which takes longest, comes last.
+
+    rivals: whether to train the baselines that the paper does not have
+    """
     found = []
     for extractor in EXTRACTORS:
-        kinds = (*GATES, "baselines") if extractor == "fedce" else GATES
+        baselines = BASELINES if rivals else ("baselines",)
+        kinds = (*GATES, *baselines) if extractor == "fedce" else GATES
         for seed in range(seeds):
             for partition in partitions:
                 found += [Unit(partition, extractor, kind, seed) for kind in kinds]

@@ -20,16 +20,15 @@ from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.data.partition import largest_size
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.pipeline import config_of, retrain_config, train
-from nmoe_train.results.baselines import METHODS as BASELINES
 from nmoe_train.results.paper.folder import Done, Plan, read, write
 from nmoe_train.results.paper.measured import baseline_figures, gate_figures
-from nmoe_train.results.paper.units import GATES, Unit
+from nmoe_train.results.paper.units import BASELINES, GATES, Unit
 from nmoe_train.run import RUN_FILE, Run, read_run
 from nmoe_train.stages.federation import Round
 from nmoe_train.trainer import Progress
 
-SAVED_STAGES = ("extractor", "gate", *BASELINES)
-"""Stages that save every round: stopping between two rounds loses nothing."""
+UNSAVED_STAGES = ("experts", "mixture")
+"""Stages that save nothing until they end. In others, stopping between two rounds loses nothing."""
 
 
 class _TimeIsUpError(Exception):
@@ -62,7 +61,7 @@ def work(
 
     def progress_until_deadline(finished: Round) -> None:
         progress(finished)
-        if time.monotonic() > deadline and finished.stage in SAVED_STAGES:
+        if time.monotonic() > deadline and finished.stage not in UNSAVED_STAGES:
             raise _TimeIsUpError
 
     with claim_folder(plan.out):
@@ -115,8 +114,8 @@ def _check_splits(plan: Plan, dataset: Dataset, wanted: Sequence[Unit]) -> None:
 def _figures(plan: Plan, unit: Unit, progress: Progress) -> dict[str, Any]:
     """Train a unit, and return its figures as paper.json holds them."""
     base = _train(plan.out / unit.base.name, plan.config(unit.base), None, progress)
-    if unit.kind == "baselines":
-        return baseline_figures(base, progress)
+    if unit.kind in BASELINES:
+        return baseline_figures(base, BASELINES[unit.kind], progress)
     if unit.kind == "fedgate" or unit.top_k == base.record.inference.top_k:
         return gate_figures(base)
     if unit.top_k is not None:

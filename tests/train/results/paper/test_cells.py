@@ -57,7 +57,7 @@ def test_pairs_within_the_spread_of_the_seeds_are_not_called_reversed(split):
 
 
 def test_every_row_of_a_table_has_its_unit(made):
-    names = {unit.name for unit in table_units(["noniid:0.5"], 1)}
+    names = {unit.name for unit in table_units(["noniid:0.5"], 1, rivals=True)}
     for row in ROWS:
         assert figures_of(made.done, row, "noniid:0.5", "iid", [0]), row
     assert names <= set(made.done)
