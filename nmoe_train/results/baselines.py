@@ -67,8 +67,8 @@ FILE = "baselines.json"
 
 Step = Callable[[Federation, States, int], tuple[States, Round]]
 Figures = dict[str, Any]
-"""Figures of one method: `own`, `iid` and `iid_rows` as in metrics.json; `chosen`: the settings that held-out rows chose,
-and the accuracy of every candidate on them"""
+"""Figures of one method: `own`, `iid` and `iid_rows` as in metrics.json; `chosen`: the settings that held-out rows
+chose, and the accuracy of every candidate on them"""
 
 
 def baselines(
