@@ -44,6 +44,8 @@ class Drawing:
     name: str
     title: str
     panels: Sequence[HeatMap | Lines]
+    one_scale: bool = False
+    """Whether all panels have the same y axis"""
 
 
 def figure_3(done: Done, partition: str) -> Drawing:
@@ -56,11 +58,9 @@ def figure_3(done: Done, partition: str) -> Drawing:
         alone = [[float(i == j) for j in range(count)] for i in range(count)]
         ratio = 100 * own.get("kept_local", 1.0)
         title = f"{ROWS[row]}: F1 {100 * own['macro_f1']:.1f} %, LR {ratio:.0f} %"
-        title += f" (paper: {published.macro_f1:.1f} %, {published.local_ratio:.0f} %)"
-        caption = (
-            f"{title}. F1 on balanced rows is {100 * balanced['macro_f1']:.1f} %. LR is the share of rows that a device"
-            " answers itself."
-        )
+        title += f" (paper: {published.macro_f1:.1f}, {published.local_ratio:.0f})"
+        on_balanced = f"F1 on balanced rows: {100 * balanced['macro_f1']:.1f} %"
+        caption = f"{title}. {on_balanced}. LR: the share of rows that a device answers itself."
         panels.append(HeatMap(title, own.get("routing", alone), caption))
     return Drawing("figure-3", f"Figure 3: which device asks which expert, {partition}", panels)
 
@@ -80,7 +80,7 @@ def figure_4a(done: Done, sizes: Mapping[tuple[str, int], int | None], seeds: in
             return value_of([figures[part]["accuracy"] for figures in found])
 
         panels.append(_comparison(partition, counts, point, "clients"))
-    return Drawing("figure-4a", "Figure 4a: one data set, split among more and more clients", panels)
+    return Drawing("figure-4a", "Figure 4a: one data set, split among more and more clients", panels, True)
 
 
 def figure_4b(done: Done, partitions: Sequence[str], seeds: int, clients: int) -> Drawing:
@@ -93,7 +93,7 @@ def figure_4b(done: Done, partitions: Sequence[str], seeds: int, clients: int) -
             return value_of([figures[part]["accuracy"] for figures in found])
 
         panels.append(_comparison(partition, range(1, clients + 1), point, "k"))
-    return Drawing("figure-4b", "Figure 4b: accuracy against the number of experts per row", panels)
+    return Drawing("figure-4b", "Figure 4b: accuracy against the number of experts per row", panels, True)
 
 
 def _comparison(
@@ -105,7 +105,7 @@ def _comparison(
         for extractor, name in EXTRACTORS.items()
         for part, tested_on in _TEST_SETS.items()
     }
-    meaning = {"clients": "number of clients", "k": "experts per row, k"}[x_label]
+    meaning = {"clients": "number of clients", "k": "number of experts per row, k"}[x_label]
     caption = f"{partition}: accuracy with FedGate against the {meaning}, on own and on balanced rows."
     return Lines(partition, series, meaning, "percent", caption)
 

@@ -25,8 +25,10 @@ def save(drawing: Drawing, folder: Path) -> list[Path]:
     columns = min(MOST_COLUMNS, len(drawing.panels))
     rows = -(-len(drawing.panels) // columns)
     plot = Figure((PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
+    first = None
     for number, panel in enumerate(drawing.panels, 1):
-        axes = plot.add_subplot(rows, columns, number)
+        axes = plot.add_subplot(rows, columns, number, sharey=first if drawing.one_scale else None)
+        first = first or axes
         if isinstance(panel, HeatMap):
             _heat_map(axes, panel)
         else:

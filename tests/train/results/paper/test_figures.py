@@ -16,8 +16,8 @@ def test_figure_3_has_three_panels_with_f1_and_the_share_answered_locally(made, 
     own = made.done["noniid-0.5-fedsc-fedgate-0"]["own"]
     titles = [panel.title for panel in drawing.panels]
     ours = f"F1 {100 * own['macro_f1']:.1f} %, LR {100 * own['kept_local']:.0f} %"
-    assert titles[0] == f"FedSC + FedGate: {ours} (paper: 54.8 %, 25 %)"
-    assert titles[1].endswith("(paper: 90.2 %, 8 %)")
+    assert titles[0] == f"FedSC + FedGate: {ours} (paper: 54.8, 25)"
+    assert titles[1].endswith("(paper: 90.2, 8)")
     assert "LR 100 %" in titles[2]
     assert drawing.panels[0].matrix == own["routing"]
     assert drawing.panels[2].matrix == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
