@@ -40,6 +40,9 @@ EDGE = {
     "protocol.exchange": "protocol.combine protocol.messages protocol.routing",
     "protocol.health": "",
     "protocol.classmix": "",
+    "protocol.familiar": "",
+    "protocol.answering": "protocol.classmix protocol.combine protocol.routing",
+    "protocol.thresholds": "protocol.answering",
     "bundle": "",
     "bundle.onnxfile": "",
     "bundle.manifest": "protocol.messages protocol.tensor",
@@ -121,15 +124,20 @@ ORDER = {
         " trainer pipeline results.baselines results.paper terminal options __init__ cli"
     ),
 }
+# Modules of nmoe_edge.protocol that say how a device answers: training and export measure with them.
+ANSWERING = ("answering", "classmix", "combine", "familiar", "thresholds")
 # Package -> what it may import of its sisters.
 SISTERS = {
     "nmoe_edge": (),
-    "nmoe_train": ("nmoe_edge.common.*",),
+    "nmoe_train": (
+        *("nmoe_edge.common.*", "nmoe_edge.errors"),
+        *(f"nmoe_edge.protocol.{module}" for module in ANSWERING),
+    ),
     "nmoe_export": (
         "nmoe_edge",
         "nmoe_edge.common.*",
         *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest")),
-        *(f"nmoe_edge.protocol.{module}" for module in ("combine", "routing", "tensor")),
+        *(f"nmoe_edge.protocol.{module}" for module in (*ANSWERING, "routing", "tensor")),
         *("nmoe_edge.errors", "nmoe_edge.models"),
         *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.evaluation", "nmoe_train.results.pages.*"),
     ),

@@ -17,6 +17,8 @@ MIN_ROWS = 200
 """Fewer rows say more about chance than about the device."""
 MAX_ROWS = 2000
 """Older rows are dropped, so that the mix follows a camera that is moved."""
+PRIOR_ROWS = 10.0
+"""Rows of an even mix that every estimate adds to those it has."""
 _ROWS_PER_ESTIMATE = 20
 _FIRST_STEPS = 30
 """EM steps from an even mix."""
@@ -84,12 +86,35 @@ def class_mix(
 ) -> NDArray[np.float64]:
     """The class mix that best explains these answers: p, (rows, outputs) -> (outputs,).
 
-    Half a row of every class is added in each step, so that no class is ruled out.
+    It is found by expectation maximisation with PRIOR_ROWS rows of an even mix added, so that few rows hardly change an
+    answer and no class is ruled out.
     """
     p = np.asarray(p, np.float64)
-    mix = np.full(p.shape[1], 1 / p.shape[1]) if start is None else start
+    outputs = p.shape[1]
+    mix = np.full(outputs, 1 / outputs) if start is None else start
     for _ in range(steps):
-        posterior = p * mix
-        mix = (posterior / posterior.sum(1, keepdims=True)).sum(0) + 0.5
-        mix = mix / mix.sum()
+        # The sum over rows of p · mix / (their sum over classes).
+        counts = mix * ((1 / (p @ mix)) @ p) + PRIOR_ROWS / outputs
+        mix = counts / counts.sum()
     return mix
+
+
+def cross_adapted(p: NDArray[Any], seed: int) -> NDArray[np.float32]:
+    """Answers as a device gives them once it knows its class mix: p, (n, K) without a prior -> (n, K).
+
+    For measuring on a fixed set of rows: each half gets the mix that is estimated from the other half. The halves are a
+    random draw that depends on the seed and on the set of rows, and not on their order.
+    """
+    p = np.asarray(p, np.float32)
+    if len(p) < 2:
+        return p
+    # Sorted by the most likely class and its probability: rows that change places through rounding are much alike.
+    tie_breaker = (p * np.cos(np.arange(p.shape[1]))).sum(axis=1)
+    order = np.lexsort((tie_breaker, p.max(axis=1), p.argmax(axis=1)))
+    drawn = order[np.random.default_rng(seed).permutation(len(p))]
+    half = len(p) // 2
+    adapted = np.empty_like(p)
+    for rows, others in ((drawn[:half], drawn[half:]), (drawn[half:], drawn[:half])):
+        weighed = p[rows] * class_mix(p[others])
+        adapted[rows] = weighed / weighed.sum(axis=1, keepdims=True)
+    return adapted
