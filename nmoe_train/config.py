@@ -63,7 +63,7 @@ class ExtractorConfig:
     method: Literal["fedce", "fedsc"] = "fedce"
     """FedCE trains a classifier and needs labels; FedSC is self-supervised and needs none (see [fedsc])."""
     backbone: str = "small"
-    """The network: "small", "resnet18", or "package.module:factory" for one of your own."""
+    """The network: "small", "resnet9", "resnet18", or "package.module:factory" for one of your own."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the backbone: all for one of your own, else added to those that nmoe-train passes."""
     dim: int = 64
@@ -72,6 +72,8 @@ class ExtractorConfig:
     """FedCE's head H, the predictor on top of F. "expert": the layers of an expert; "linear": one linear layer."""
     heads: Literal["shared", "local"] = "shared"
     """FedCE. "shared": the head is averaged like the extractor; "local": each client keeps its own (paper, eq. 2)."""
+    loss: Literal["plain", "adjusted"] = "plain"
+    """FedCE's cross-entropy: "plain" as in the paper; "adjusted" adds the log of the class mix to the logits."""
     views: Literal["none", "shift", "light", "crop", "strong"] = "none"
     """FedCE: random changes of training images. "shift": moved by up to 1/8; "light": moved, mirrored; "crop": a part,
     1/2 to all of the area; "strong": a part, 1/5 to all of the area, mirrored and recoloured."""
@@ -89,6 +91,8 @@ class ExtractorConfig:
     """Longer gradients are scaled down to this length."""
     warm_rounds: int = 2
     """Rounds in which the learning rate rises to its peak."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Numbers of the networks' arithmetic; weights stay float32. "auto": bfloat16 on a GPU, float32 on a CPU."""
     share: float = 1.0
     """Share of clients that train in a round, over 0 and up to 1."""
     drop: float = 0.0
@@ -139,7 +143,7 @@ class ExpertsConfig:
     widths: tuple[int, ...] = (64, 32, 32)
     """Widths of the hidden layers; three of them make the paper's four-layer MLP."""
     loss: Literal["plain", "adjusted"] = "adjusted"
-    """Cross-entropy: "plain" as in the paper; "adjusted" adds the log of the client's class mix to the logits."""
+    """Cross-entropy: "plain" as in the paper; "adjusted" adds the log of the class mix to the logits."""
     start: Literal["head", "fresh"] = "head"
     """Initial weights: FedCE's head, or fresh ones."""
     epochs: int = 30

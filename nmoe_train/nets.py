@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 from nmoe_edge.common.imports import import_path
 from nmoe_train.errors import NetError
@@ -74,6 +75,51 @@ class Small(nn.Module):
         for convolution in self.convolutions:
             x = convolution(x).relu()
         return self.norm(self.project(x.flatten(1)))
+
+
+class ResNet9(nn.Module):
+    """A residual network of seven convolutions for images of `channels` × `size` × `size`, made to train on a CPU.
+
+    The first convolution keeps the size. Each later width adds a block: a convolution that is pooled to half the size,
+    and a residual one. GroupNorm replaces BatchNorm, because FedAvg over clients with different data ruins BatchNorm's
+    running statistics. Residual branches start as zero.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        dim: int = 128,
+        widths: Sequence[int] = (24, 64, 128, 128),
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.5,),
+    ) -> None:
+        """mean, std: of each channel of the training images, with pixels scaled to 0..1"""
+        super().__init__()
+        if size < 2 ** (len(widths) - 1):
+            raise ValueError(f"{len(widths)} widths halve the size too often for images of {size} pixels; give fewer")
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
+        self.first = _convolution(channels, widths[0])
+        self.shrink = nn.ModuleList(_convolution(*pair) for pair in pairwise(widths))
+        self.residual = nn.ModuleList(_convolution(width, width) for width in widths[1:])
+        self.project = nn.Identity() if dim == widths[-1] else nn.Linear(widths[-1], dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        _initialise(self)
+        for branch in self.residual:
+            nn.init.zeros_(branch[1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, dim)
+        x = self.first((x.float() / 255 - self.mean) / self.std).relu()
+        for shrink, residual in zip(self.shrink, self.residual, strict=True):
+            x = max_pool2d(shrink(x), 2).relu()
+            x = x + residual(x).relu()
+        return self.norm(self.project(x.amax((2, 3))))
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Sequential:
+    norm = nn.GroupNorm(max(1, outputs // 16), outputs)
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm)
 
 
 class ResNet18(nn.Module):
@@ -172,6 +218,7 @@ class Random(nn.Module):
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "small": Small,
+    "resnet9": ResNet9,
     "resnet18": ResNet18,
     "mlp": MLP,
     "linear": linear,

@@ -65,7 +65,8 @@ def extractor(method: str, backbone: str, rounds: str, epsilon: str) -> Callable
             f" self-supervised).  [default: {method}]",
         ),
         click.option(
-            "--backbone", help=f"The extractor: small, resnet18 or package.module:factory.  [default: {backbone}]"
+            "--backbone",
+            help=f"The extractor: small, resnet9, resnet18 or a.module:factory.  [default: {backbone}]",
         ),
         click.option("--rounds", type=int, help=f"Training rounds of the extractor.  [default: {rounds}]"),
         click.option(
@@ -125,7 +126,7 @@ PAPER = combine(
         show_default=True,
         help=f"Named settings: {_RECIPES}",
     ),
-    click.option("--backbone", help="The extractor: small, resnet18 or package.module:factory.  [default: small]"),
+    click.option("--backbone", help="The extractor: small, resnet9, resnet18 or a.module:factory.  [default: small]"),
     DEVICE,
     SET,
     click.option(

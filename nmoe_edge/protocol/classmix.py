@@ -19,6 +19,8 @@ MAX_ROWS = 2000
 """Older rows are dropped, so that the mix follows a camera that is moved."""
 PRIOR_ROWS = 10.0
 """Rows of an even mix that every estimate adds to those it has."""
+EVIDENCE = 2.0
+"""How many times the gain that chance alone explains an estimate must reach before it counts at all."""
 _ROWS_PER_ESTIMATE = 20
 _FIRST_STEPS = 30
 """EM steps from an even mix."""
@@ -36,7 +38,8 @@ class ClassMix:
         self.outputs = outputs
         max_rows = max(MIN_ROWS, min(MAX_ROWS, _MAX_VALUES // outputs))
         self._rows: deque[NDArray[np.float32]] = deque(maxlen=max_rows)
-        self._mix = np.full(outputs, 1 / outputs)
+        self._estimate = np.full(outputs, 1 / outputs)
+        self._mix = self._estimate
         self._new_rows = 0
         self._estimates = 0
 
@@ -59,7 +62,7 @@ class ClassMix:
         self._new_rows += len(p)
         if self._new_rows >= _ROWS_PER_ESTIMATE and self.rows >= MIN_ROWS:
             steps = _FIRST_STEPS if self._estimates == 0 else _NEXT_STEPS
-            self._mix = class_mix(np.stack(self._rows), self._mix, steps)
+            self._learn(steps)
             self._new_rows = 0
             self._estimates += 1
         return np.asarray(weighed, np.float32)
@@ -78,7 +81,13 @@ class ClassMix:
         self._rows.clear()
         self._rows.extend(np.array(saved))
         if self.rows >= MIN_ROWS:
-            self._mix = class_mix(np.stack(self._rows))
+            self._estimate = np.full(self.outputs, 1 / self.outputs)
+            self._learn(_FIRST_STEPS)
+
+    def _learn(self, steps: int) -> None:
+        rows = np.stack(self._rows)
+        self._estimate = class_mix(rows, self._estimate, steps)
+        self._mix = shrunk_mix(rows, self._estimate)
 
 
 def class_mix(
@@ -99,6 +108,18 @@ def class_mix(
     return mix
 
 
+def shrunk_mix(p: NDArray[Any], mix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A mix estimated from p, moved towards an even one by as much as chance explains: (n, K), (K,) -> (K,).
+
+    Where the classes are in truth even, an estimate still gains about K - 1 in twice the log-likelihood. Few rows, or
+    rows that are almost even, gain little more; then answers stay almost as they are.
+    """
+    outputs = p.shape[1]
+    gain = 2 * float(np.log(outputs * (np.asarray(p, np.float64) @ mix)).sum())
+    trust = max(0.0, 1 - EVIDENCE * (outputs - 1) / gain) if gain > 0 else 0.0
+    return trust * mix + (1 - trust) / outputs
+
+
 def cross_adapted(p: NDArray[Any], seed: int) -> NDArray[np.float32]:
     """Answers as a device gives them once it knows its class mix: p, (n, K) without a prior -> (n, K).
 
@@ -115,6 +136,6 @@ def cross_adapted(p: NDArray[Any], seed: int) -> NDArray[np.float32]:
     half = len(p) // 2
     adapted = np.empty_like(p)
     for rows, others in ((drawn[:half], drawn[half:]), (drawn[half:], drawn[:half])):
-        weighed = p[rows] * class_mix(p[others])
+        weighed = p[rows] * shrunk_mix(p[others], class_mix(p[others]))
         adapted[rows] = weighed / weighed.sum(axis=1, keepdims=True)
     return adapted

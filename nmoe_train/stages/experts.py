@@ -23,15 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import ExpertsConfig
 from nmoe_train.stages.federation import Round, State, Update, generator, report, require_finite, stack_states
-
-SMOOTHING = 0.5
-"""Added to every class count, so that a class a client has never seen keeps a small prior instead of zero."""
-
-
-def class_prior(y: Tensor, classes: int) -> Tensor:
-    """π, the smoothed class mix of these labels. (n,) -> (K,)"""
-    counts = torch.bincount(y, minlength=classes) + SMOOTHING
-    return counts / counts.sum()
+from nmoe_train.stages.losses import class_prior
 
 
 def train_experts(

@@ -14,6 +14,9 @@ pushes different images apart, those of other clients too:
     Rᵢ⁺ = E[z z⁺ᵀ],  Rᵢ = E[z zᵀ]        client i's correlation matrices
     R̄₋ᵢ                                 the mean of Rⱼ over the other clients, which the server computes
 
+With extractor.loss = "adjusted" FedCE trains on CE(H(F(x)) + log πᵢ, y) instead, where πᵢ is the client's own class mix
+(logit adjustment). Clients with different classes then pull the shared head less far apart.
+
 In every round each client takes some epochs of SGD on its own samples, and the server averages the weights by qᵢ.
 
 Where this deviates from the paper:
@@ -51,7 +54,7 @@ from nmoe_train.stages.federation import (
     require_finite,
     size_bytes,
 )
-from nmoe_train.stages.losses import cap_length, correlation, means_of_others, spectral_loss
+from nmoe_train.stages.losses import cap_length, class_prior, correlation, means_of_others, spectral_loss
 from nmoe_train.stages.privacy import epsilon_spent, noise_for
 
 Data = Sequence[tuple[Tensor, Tensor]]
@@ -86,9 +89,10 @@ def local_sgd(
 ) -> Update:
     """One client's local epochs of SGD, starting from `state`; at most extractor.step_limit batches."""
     _train_mode(net)
-    theta = {key: value.clone() for key, value in state.items()}
+    theta = {key: value.clone(memory_format=_memory_format(value)) for key, value in state.items()}
     trained = [theta[key].requires_grad_() for key, p in net.named_parameters() if p.requires_grad]
     device = trained[0].device
+    bfloat16 = device.type == "cuda" if config.precision == "auto" else config.precision == "bfloat16"
     optimiser = torch.optim.SGD(trained, rate, momentum=config.momentum, weight_decay=config.weight_decay)
     loss_sum = torch.zeros((), device=device)
     correct_sum = torch.zeros((), device=device)
@@ -97,7 +101,7 @@ def local_sgd(
     with torch.random.fork_rng():  # Dropout takes no generator, so it gets the global one, seeded for this client
         torch.manual_seed(int(torch.randint(2**62, (), generator=g)))
         for batch in islice(_batches(samples, config, g), config.step_limit):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 value, correct = loss(lambda x: functional_call(net, theta, (x,)), batch.to(device))
             optimiser.zero_grad()
             value.backward()
@@ -111,6 +115,11 @@ def local_sgd(
     accuracy = correct_sum.item() / rows if has_labels else None
     after = {key: value.detach() for key, value in theta.items()}
     return Update(client, after, samples, loss_sum.item() / max(1, rows), accuracy)
+
+
+def _memory_format(value: Tensor) -> torch.memory_format:
+    """Convolutions are faster with channels last."""
+    return torch.channels_last if value.ndim == 4 else torch.preserve_format
 
 
 def fedce_update(
@@ -128,6 +137,8 @@ def fedce_update(
 
     def loss(network: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, Tensor]:
         logits = network(view(x[batch], g))  # (B, K)
+        if config.loss == "adjusted":
+            logits = logits + class_prior(y, logits.shape[1]).log()
         correct = (logits.detach().argmax(1) == y[batch]).sum()
         return cross_entropy(logits, y[batch]), correct
 

@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+SMOOTHING = 0.5
+"""Added to every class count, so that a class a client has never seen keeps a small prior instead of zero."""
+
+
+def class_prior(y: Tensor, classes: int) -> Tensor:
+    """π, the smoothed class mix of these labels. (n,) -> (K,)"""
+    counts = torch.bincount(y, minlength=classes) + SMOOTHING
+    return counts / counts.sum()
+
 
 def cap_length(z: Tensor, radius: float) -> Tensor:
     """Every row scaled down to length √μ if it is longer; μ is `radius`. (n, d) -> (n, d)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nmoe_edge.protocol.classmix import MAX_ROWS, MIN_ROWS, PRIOR_ROWS, ClassMix, class_mix, cross_adapted
+from nmoe_edge.protocol.classmix import MAX_ROWS, MIN_ROWS, PRIOR_ROWS, ClassMix, class_mix, cross_adapted, shrunk_mix
 
 SKEWED = np.array([0.6, 0.25, 0.1, 0.04, 0.01])
 
@@ -62,7 +62,7 @@ def test_too_few_rows_leave_an_answer_unchanged():
         assert mix.reweight(row[None]) == pytest.approx(row[None], rel=1e-6)
     assert mix.mix is None
     mix.reweight(p[-1:])
-    assert mix.mix == pytest.approx(class_mix(p))
+    assert mix.mix == pytest.approx(shrunk_mix(p, class_mix(p)))
 
 
 def test_a_request_is_not_reweighted_by_what_is_learned_from_itself():
@@ -161,6 +161,29 @@ def test_the_estimate_maximises_the_likelihood_of_the_rows_and_the_even_ones():
 
     for moved in np.random.default_rng(0).dirichlet(np.ones(5), 50):
         assert likelihood(0.9 * mix + 0.1 * moved) < likelihood(mix)
+
+
+@pytest.mark.parametrize("rows", [10, 30, 300, 3000])
+def test_rows_of_an_even_mix_leave_answers_almost_as_they_are(rows):
+    even = np.full(5, 0.2)
+    worst = 0.0
+    for seed in range(5):
+        p, _ = answers(rows, even, seed=seed)
+        worst = max(worst, np.abs(shrunk_mix(p, class_mix(p)) - even).max())
+    assert worst < 0.08
+
+
+def test_a_clear_mix_is_trusted():
+    p, _ = answers(500, np.array([0.9, 0.1, 0, 0, 0]), noise=0.5)
+    mix = class_mix(p)
+    assert shrunk_mix(p, mix) == pytest.approx(mix, abs=0.02)
+
+
+def test_more_rows_of_the_same_mix_are_trusted_more():
+    p, _ = answers(2000, seed=12)
+    distances = [np.abs(shrunk_mix(p[:n], class_mix(p[:n])) - 0.2).max() for n in (20, 200, 2000)]
+    assert distances == sorted(distances)
+    assert shrunk_mix(p[:, :1], np.ones(1)).tolist() == [1.0]
 
 
 def test_adapted_answers_do_not_depend_on_the_order_of_rows():
