@@ -47,7 +47,8 @@ EDGE = {
     "bundle.onnxfile": "",
     "bundle.manifest": "protocol.messages protocol.tensor",
     "bundle.selftest": "bundle.manifest protocol.routing",
-    "bundle.folder": "bundle.manifest bundle.onnxfile bundle.selftest",
+    "bundle.statistics": "bundle.manifest protocol.familiar",
+    "bundle.folder": "bundle.manifest bundle.onnxfile bundle.selftest bundle.statistics protocol.familiar",
     "bundle.fleet": "bundle.folder protocol.messages",
     "bundle.image": "bundle.manifest",
     "models": "bundle.folder bundle.selftest",
@@ -67,8 +68,8 @@ EDGE = {
     "device.service": "device.metrics device.sockets models protocol.messages protocol.tensor protocol.wire",
     "device.extraction": "models",
     "device.requests": (
-        "bundle.manifest device.extraction device.metrics device.peers device.rules models protocol.classmix"
-        " protocol.combine protocol.exchange protocol.messages protocol.routing protocol.tensor protocol.wire"
+        "bundle.manifest device.extraction device.metrics device.peers device.rules models protocol.answering"
+        " protocol.classmix protocol.exchange protocol.messages protocol.routing protocol.tensor protocol.wire"
     ),
     "device.files": "device.membership device.rules models",
     "device.report": (
@@ -136,7 +137,7 @@ SISTERS = {
     "nmoe_export": (
         "nmoe_edge",
         "nmoe_edge.common.*",
-        *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest")),
+        *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest", "statistics")),
         *(f"nmoe_edge.protocol.{module}" for module in (*ANSWERING, "routing", "tensor")),
         *("nmoe_edge.errors", "nmoe_edge.models"),
         *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.evaluation", "nmoe_train.results.pages.*"),

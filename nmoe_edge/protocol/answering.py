@@ -9,7 +9,7 @@ then routing.route, then combine.combine. Training and export, which have every 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,9 +61,17 @@ class Answered:
     """(n,): whether the own expert answered alone because it was confident, and not because the gate chose it"""
 
 
-def local_rows(
-    own_outputs: NDArray[Any], rules: AnswerRules, distances: NDArray[Any] | None = None
-) -> NDArray[np.bool_]:
+class ExitRules(Protocol):
+    """The rules of the local exit, as AnswerRules has them; a device has them with others."""
+
+    @property
+    def local_first(self) -> float | None: ...
+
+    @property
+    def familiar(self) -> float | None: ...
+
+
+def local_rows(own_outputs: NDArray[Any], rules: ExitRules, distances: NDArray[Any] | None = None) -> NDArray[np.bool_]:
     """The rows that the own expert answers alone, (n,).
 
     own_outputs: (n, K), of the own expert

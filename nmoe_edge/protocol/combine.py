@@ -40,7 +40,8 @@ def mixture(weights: NDArray[Any], answers: NDArray[Any], combination: str) -> N
     chosen = softmax(answers) if combination == "probabilities" else answers.astype(np.float64)
     total = (weights.astype(np.float64)[..., None] * chosen).sum(axis=-2)
     # The largest float32 times weights that sum to 1 + 1e-7 would be infinity.
-    return np.clip(total, -_LARGEST, _LARGEST).astype(np.float32)
+    mixed: NDArray[np.float32] = np.minimum(np.maximum(total, -_LARGEST), _LARGEST).astype(np.float32)
+    return mixed
 
 
 def expert_weights(scores: NDArray[Any], experts: Sequence[int]) -> dict[int, float]:

@@ -7,7 +7,7 @@ computes both and chooses the largest distance that is still familiar.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ class Familiar:
     """(d, r): a latent times this has unit covariance within classes; at most MAX_DIRECTIONS directions"""
     centres: NDArray[np.float32]
     """(c, r): the class means in these directions; 1 to MAX_CENTRES"""
+    _twice_centres: NDArray[np.float64] = field(init=False, repr=False)
+    """(r, c)"""
+    _lengths: NDArray[np.float64] = field(init=False, repr=False)
+    """(c,): the squared length of each centre"""
 
     def __post_init__(self) -> None:
         for name in ("whitening", "centres"):
@@ -44,6 +48,9 @@ class Familiar:
             raise ValueError(f"whitening has {directions} directions, more than {MAX_DIRECTIONS}")
         if len(self.centres) > MAX_CENTRES:
             raise ValueError(f"there are {len(self.centres)} centres, more than {MAX_CENTRES}")
+        centres = self.centres.astype(np.float64)
+        object.__setattr__(self, "_twice_centres", 2 * centres.T)
+        object.__setattr__(self, "_lengths", (centres * centres).sum(axis=1))
 
     def distances(self, latents: NDArray[Any]) -> NDArray[np.float64]:
         """The squared distance of each latent from the nearest centre: (n, d) -> (n,).
@@ -52,9 +59,9 @@ class Familiar:
         """
         with np.errstate(over="ignore", invalid="ignore"):
             whitened = (np.asarray(latents, np.float32) @ self.whitening).astype(np.float64)  # (n, r)
-            centres = self.centres.astype(np.float64)
-            lengths = (whitened**2).sum(axis=1)
             # |h - c|² = |h|² + (|c|² - 2 h·c), and the nearest centre has the smallest bracket.
-            brackets = (centres**2).sum(axis=1) - 2 * (whitened @ centres.T)  # (n, c)
-            distances = lengths + brackets.min(axis=1)
-        return np.where(np.isnan(distances), np.inf, np.maximum(distances, 0.0))
+            brackets = self._lengths - whitened @ self._twice_centres  # (n, c)
+            distances = (whitened * whitened).sum(axis=1) + brackets.min(axis=1)
+        distances[np.isnan(distances)] = np.inf
+        nearest: NDArray[np.float64] = np.maximum(distances, 0.0)
+        return nearest
