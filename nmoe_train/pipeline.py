@@ -33,7 +33,8 @@ from nmoe_train.recipes import configure_from
 from nmoe_train.results.pages.run_page import page
 from nmoe_train.run import FILES, RUN_FILE, Run, read_run, write_run
 from nmoe_train.stages.gate import plain_gate
-from nmoe_train.trainer import STAGES, Progress, Trainer
+from nmoe_train.stages.statistics import from_state
+from nmoe_train.trainer import STAGES, STATISTICS, Progress, Trainer
 
 STAGE_OF_SECTION = {"extractor": "extractor", "fedsc": "extractor", "experts": "experts", "gate": "gate"}
 """The stage that a section of the configuration belongs to. Other sections belong to no single stage."""
@@ -253,6 +254,7 @@ def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, assessment: Asse
         corrections=assessment.chosen.calibration,
         head_correction=assessment.chosen.head,
         familiar=assessment.familiar,
+        statistics=[from_state(state) for state in checkpoint.states.get(STATISTICS, ())],
         calibration=_calibration(trainer.clients),
         metrics=metrics,
         report=page(out.name, to_plain(trainer.config), metrics, trainer.dataset.labels),

@@ -42,6 +42,7 @@ from nmoe_train.record import (
 )
 from nmoe_train.stages.calibration import Calibration, calibrated_net, no_calibration
 from nmoe_train.stages.federation import State
+from nmoe_train.stages.statistics import Statistics, as_arrays, from_arrays
 
 __all__ = [
     "DataRecord",
@@ -57,12 +58,13 @@ __all__ = [
 
 RUN_FILE = "run.json"
 CALIBRATION_FILE = "calibration.safetensors"
+STATISTICS_FILE = "statistics.safetensors"
 OTHER_FILES = ("calibration.npz", "metrics.json")
 """Required files that are neither run.json nor weights. read_run parses the last one."""
 
 FILES = (
     r"run\.json|calibration\.npz|metrics\.json|baselines\.json|report\.html"
-    r"|((gates|experts|heads|familiar)/\d+|extractor|gate|head|calibration)\.safetensors"
+    r"|((gates|experts|heads|familiar)/\d+|extractor|gate|head|calibration|statistics)\.safetensors"
 )
 """Regular expression for the paths that a run's folder may contain; a folder with any other file is not replaced."""
 
@@ -135,6 +137,19 @@ class Run:
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise RunError(f"{self.folder / name}: {_reason(error)}") from error
 
+    def statistics(self) -> list[Statistics]:
+        """What StatGate's clients published, one entry per device; empty in a run with another gate.
+
+        `nmoe_train.stages.statgate.assemble` makes the gate from it, and from one entry more when a device joins.
+        """
+        if STATISTICS_FILE not in self.record.files:
+            return []
+        path = self.folder / STATISTICS_FILE
+        try:
+            return from_arrays(load_arrays(path), self.record.experts, self.record.latent_dim)
+        except (OSError, ValueError, SafetensorError, RunError) as error:
+            raise RunError(f"{path}: {_reason(error)}") from error
+
     def head(self, device: int) -> nn.Module | None:
         """The head of stage 1's classifier: latents (n, d) -> logits (n, K).
 
@@ -206,6 +221,7 @@ def write_run(
     corrections: Calibration | None = None,
     head_correction: Calibration | None = None,
     familiar: Sequence[Familiar] = (),
+    statistics: Sequence[Statistics] = (),
     report: str | None = None,
 ) -> Run:
     """Write a run to `folder` and return it.
@@ -222,6 +238,7 @@ def write_run(
     corrections: the calibration of the experts; None: they stay as they are
     head_correction: the calibration of a shared head
     familiar: what each client's latents look like, one per device or none
+    statistics: what StatGate's clients published, one per device or none
     report: HTML for report.html, if any
 
     Raises RunError when the states do not match `record`, when `folder` holds anything but a run, or when a file cannot
@@ -236,6 +253,7 @@ def write_run(
         )
     arrays = _calibration_arrays(record, corrections, head_correction)
     arrays |= {name: _familiar_arrays(one) for name, one in zip(_familiar(len(familiar)), familiar, strict=True)}
+    arrays |= {STATISTICS_FILE: as_arrays(statistics)} if statistics else {}
     try:
         with staged_folder(folder, RUN_FILE, FILES) as staging:
             for name, state in zip(names, states, strict=True):
@@ -318,8 +336,10 @@ def _listed_files(record: RunRecord) -> list[str]:
         expected_heads = [{_HEAD}, set(_heads(record.experts))]
     familiar = set(_familiar(record.experts)) if record.schema > 1 else set()
     expected_others = [familiar] if record.inference.familiar is not None else [set(), familiar]
+    published = {STATISTICS_FILE} if record.networks.gate.factory == "statgate" else set()
     complete = len(record.files) == len(required) + len(optional)
-    if not complete or heads not in expected_heads or optional - heads not in expected_others:
+    others = optional - heads - published
+    if not complete or heads not in expected_heads or others not in expected_others or not published <= optional:
         raise ValueError(f"files are not those of a run with {record.experts} experts")
     return [*sorted(optional), *required]
 

@@ -26,9 +26,13 @@ from nmoe_train.stages.experts import train_experts
 from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, MatrixNoise, fedce_round, fedsc_round
 from nmoe_train.stages.federation import Round, State, generator, size_bytes
 from nmoe_train.stages.gate import Gate, composed_gate, fedgate_round, gate_samples, rollgate_stop
+from nmoe_train.stages.statgate import statgate_round
+from nmoe_train.stages.statistics import client_statistics, to_state
 from nmoe_train.stages.weights import copy_state, select_part, to_device
 
 STAGES = ("extractor", "experts", "gate", "evaluate")
+STATISTICS = "statistics"
+"""Key of what StatGate's clients publish, in a checkpoint's states."""
 
 Progress = Callable[[Round], None]
 """Called after every round."""
@@ -68,7 +72,7 @@ class Trainer:
         head = config.head_net(self.classes)
         self.specs = Networks(
             self._extractor_spec(),
-            config.gate_net(),
+            config.gate_net(self.classes),
             config.expert_net(self.classes),
             head if fedce else None,
         )
@@ -140,10 +144,16 @@ class Trainer:
         return replace(
             checkpoint,
             stage=stage,
-            states={name: self._states_of(run, name) for name in kept} or fresh,
+            states=self._kept_states(run, kept) or fresh,
             history=[entry for entry in history if entry.get("stage") in kept],
             seconds={name: value for name, value in seconds.items() if name in kept},
         )
+
+    def _kept_states(self, run: Run, kept: Sequence[str]) -> dict[str, Sequence[State]]:
+        """The states of stages that are not trained again, from a run's files."""
+        states: dict[str, Sequence[State]] = {name: self._states_of(run, name) for name in kept}
+        published = run.statistics()
+        return {**states, STATISTICS: [to_state(one) for one in published]} if "gate" in kept and published else states
 
     def _states_of(self, run: Run, stage: str) -> list[State]:
         """A stage's states of all clients, from a run's files."""
@@ -250,8 +260,10 @@ class Trainer:
         return starts
 
     def _train_gate(self, c: Checkpoint, finish_round: FinishRound, _progress: Progress) -> Checkpoint:
-        """Stage 3. RanGate trains nothing."""
+        """Stage 3. RanGate trains nothing, and StatGate is assembled in one round."""
         config = self.config.gate
+        if config.method == "statgate":
+            return self._assemble_gate(c, finish_round)
         if "gate" not in c.states:
             c = replace(c, states={**c.states, "gate": [copy_state(self.gate)] * self.count})
         rounds = {"rangate": 0, "rollgate": config.laps * self.count, "fedgate": config.rounds}[config.method]
@@ -264,6 +276,20 @@ class Trainer:
             states, finished = step(self.gate, c.states["gate"], data, round_, self.config.seed, config)
             c = finish_round(c, states, finished)
         return c
+
+    def _assemble_gate(self, c: Checkpoint, finish_round: FinishRound) -> Checkpoint:
+        """Stage 3 for StatGate."""
+        if c.round:
+            return c
+        config = self.config
+        parts = [(encode(self.classifier.extractor, x), y) for x, y in self.clients.train]
+        published = [
+            client_statistics(h, y, self.classes, config.gate, config.seed, i) for i, (h, y) in enumerate(parts)
+        ]
+        held_out = [encode(self.classifier.extractor, x) for x, _ in self.clients.held_out]
+        state, finished = statgate_round(self.specs.gate, published, held_out, config.gate)
+        c = replace(c, states={**c.states, STATISTICS: [to_state(one) for one in published]})
+        return finish_round(c, [composed_gate(state, {})] * self.count, finished)
 
     def frozen_outputs(self, c: Checkpoint, part: Part) -> FrozenOutputs:
         """The latents and the experts' outputs of a part of the data."""
