@@ -211,8 +211,8 @@ class GateConfig:
     """StatGate: what a client publishes. "means": share and mean of each class; "moments": one mean, without labels.
     Both with a covariance."""
     shrink: float | None = None
-    """StatGate: how far a client's covariance is moved towards that of all, 0 to 1. Not set: 1 for means (one covariance
-    for all), 0.5 for moments."""
+    """StatGate: how far a client's covariance is moved towards that of all, 0 to 1. Not set: 1 for means, which then
+    share one covariance, and 0.5 for moments."""
     ridge: float = 0.01
     """StatGate: share of the mean variance that is added to every variance."""
     covariance: Literal["auto", "full", "diagonal"] = "auto"

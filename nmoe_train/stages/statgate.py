@@ -69,9 +69,7 @@ def assemble(published: Sequence[Statistics], config: GateConfig, temperature: f
     return {key: value.float().contiguous() for key, value in state.items()}
 
 
-def _expert(
-    client: Statistics, pooled: Tensor, ridge: Tensor, center: Tensor, config: GateConfig
-) -> dict[str, Tensor]:
+def _expert(client: Statistics, pooled: Tensor, ridge: Tensor, center: Tensor, config: GateConfig) -> dict[str, Tensor]:
     """One expert's part of the gate, from covariances."""
     values, vectors = torch.linalg.eigh(pooled)
     scaled = vectors / values.sqrt()  # (d, d): h @ scaled has covariance 1 under Σ

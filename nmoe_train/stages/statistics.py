@@ -28,6 +28,7 @@ from nmoe_train.stages.federation import State, generator
 from nmoe_train.stages.losses import cap_length
 from nmoe_train.stages.privacy import epsilon_spent, noise_for
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
     """How one client's latents lie."""
