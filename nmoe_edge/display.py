@@ -26,6 +26,8 @@ def bundle_table(bundle: Bundle) -> str:
         local = "the gate alone decides"
     else:
         local = f"answered locally above confidence {routing.local_first}"
+    if routing.familiar is not None:
+        local += f" and within distance {routing.familiar:.4g} of what the expert knows"
     labels = ", ".join(bundle.labels) if bundle.labels else "no labels"
     accuracy = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in manifest.accuracy.items())
     facts = {

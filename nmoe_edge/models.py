@@ -113,7 +113,7 @@ def _one_line(error: Exception) -> str:
 
 
 class Models:
-    """The three graphs of one device's bundle (extractor, gate, own expert), with its manifest and labels."""
+    """The three graphs of one device's bundle (extractor, gate, own expert), its manifest, statistics and labels."""
 
     def __init__(
         self,
@@ -130,6 +130,8 @@ class Models:
         manifest = bundle.manifest
         self.manifest = manifest
         self.labels = bundle.labels
+        self.familiar = bundle.familiar
+        """Measures whether a latent is familiar; None where the bundle does not test it."""
         latent = (manifest.latent.dim,)
 
         def open_graph(name: str, row_in: tuple[int, ...], row_out: tuple[int, ...]) -> Graph:

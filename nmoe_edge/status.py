@@ -30,6 +30,8 @@ class RulesReport(TypedDict):
     """Experts that a row is sent to."""
     local_first: float
     """Confidence above which a row is answered locally, 0 to 1; 1: the gate alone decides."""
+    familiar: float | None
+    """Largest distance of a latent that local-first answers; None: not tested."""
     latents: Literal["int8", "float16", "float32"]
     """The type in which latents travel."""
     deadline_s: float

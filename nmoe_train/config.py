@@ -16,6 +16,8 @@ from nmoe_train.nets import NetSpec
 _COUNT = (1, 10**6)
 _POSITIVE = (1e-12, 1e30)
 _SHARE = (1e-9, 1)
+_MAX_FULL = 1024
+"""With longer latents a covariance takes over 2 MB per client."""
 
 
 def _check(section: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -174,12 +176,13 @@ def _check_widths(widths: tuple[int, ...]) -> None:
 class GateConfig:
     """Stage 3: the gate G, which picks the experts for a latent."""
 
-    method: Literal["rangate", "rollgate", "fedgate"] = "fedgate"
-    """RanGate draws at random; RollGate learns which client a latent comes from; FedGate learns by FedAvg."""
+    method: Literal["rangate", "rollgate", "fedgate", "statgate"] = "fedgate"
+    """RanGate draws at random; RollGate learns which client a latent comes from; FedGate learns by FedAvg; StatGate is
+    assembled from what each client publishes once about its latents."""
     widths: tuple[int, ...] = ()
     """Widths of hidden layers; none makes the paper's linear gate."""
     own: Literal["nothing", "bias", "weights"] = "bias"
-    """FedGate: the part of the gate that a device adds to the shared scores and never sends."""
+    """FedGate: the part of the gate that a device adds to the shared scores and never sends; other gates have none."""
     loss: Literal["outputs", "probabilities"] = "probabilities"
     """What is combined, in training and on devices: the experts' outputs (the paper) or their probabilities."""
     rounds: int = 100
@@ -208,16 +211,57 @@ class GateConfig:
     """RollGate: order of the clients in a lap. "ring": by number; "shuffled": a new random order in every lap."""
     laps: int = 10
     """RollGate: how often the gate visits every client."""
+    statistics: Literal["means", "moments"] = "moments"
+    """StatGate: what a client publishes. "means": share and mean of each class; "moments": one mean, without labels.
+    Both with a covariance."""
+    shrink: float | None = None
+    """StatGate: how far a client's covariance is moved towards that of all, 0 to 1. Not set: 1 for means, which then
+    share one covariance, and 0.5 for moments."""
+    ridge: float = 0.01
+    """StatGate: share of the mean variance that is added to every variance."""
+    covariance: Literal["auto", "full", "diagonal"] = "auto"
+    """StatGate: "diagonal" publishes variances alone; "auto" does so for latents of more than 1024 numbers."""
+    rank: int = 64
+    """StatGate: most directions in which the gate lets a client's covariance differ from that of all."""
+    temperature: float | None = None
+    """StatGate: divides the scores, for the weights of several experts. Not set: chosen on held-out rows."""
+    epsilon: float | None = None
+    """StatGate: ε, privacy budget of the published statistics, which get noise to meet it. Not set: no noise."""
+    delta: float = 1e-5
+    """StatGate: δ: (ε, δ)-differential privacy protects the replacement of one training sample of a client."""
+    radius: float | None = None
+    """StatGate with `epsilon`: latents of a greater squared length are cut to it. Not set: extractor.dim."""
 
     def __post_init__(self) -> None:
         _check(self, {"rounds": _COUNT, "local_steps": _COUNT, "batch": _COUNT, "laps": _COUNT, "rate": _POSITIVE})
         _check(self, {"noise": (0, 1e9), "load_loss": (0, 1e9), "share": _SHARE, "drop": (0, 0.999)})
-        _check(self, {"roll_own": (0, 1)})
+        _check(self, {"roll_own": (0, 1), "shrink": (0, 1), "ridge": (1e-6, 1e3), "rank": _COUNT})
+        _check(self, {"temperature": (1e-3, 1e6), "epsilon": (1e-3, 1e5), "delta": (1e-300, 0.5), "radius": _POSITIVE})
         _check_widths(self.widths)
         if self.widths and self.own == "weights":
             raise ValueError("own = 'weights' needs a linear gate; set widths = []")
         if self.shares is not None and not (min(self.shares, default=0) > 0 and abs(sum(self.shares) - 1) < 1e-6):
             raise ValueError(f"shares are {list(self.shares)}; each must be over 0, and they must sum to 1")
+
+    @property
+    def shrink_used(self) -> float:
+        """StatGate: `shrink`, or its default for the statistics."""
+        usual = 1.0 if self.statistics == "means" else 0.5
+        return usual if self.shrink is None else self.shrink
+
+    def is_diagonal(self, dim: int) -> bool:
+        """StatGate: whether clients publish variances instead of covariances."""
+        return self.covariance == "diagonal" or (self.covariance == "auto" and dim > _MAX_FULL)
+
+    def statgate_shape(self, dim: int, classes: int) -> dict[str, Any]:
+        """StatGate: arguments of the network that depend on the settings."""
+        diagonal = self.is_diagonal(dim)
+        same_covariance = self.shrink_used == 1
+        return {
+            "groups": classes if self.statistics == "means" else 1,
+            "rank": 0 if diagonal or same_covariance else min(self.rank, dim),
+            "diagonal": diagonal and not same_covariance,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +272,13 @@ class InferenceConfig:
     """Experts that a row is sent to: 1 to data.clients, the paper's k."""
     local_first: bool = True
     """Whether the device answers a row alone if its own expert is confident; held-out samples choose the threshold."""
+    novelty: bool = True
+    """Whether such a row's latent must also be familiar: near those that the client trained on."""
+    calibrate: bool = True
+    """Whether experts get a temperature and a bias per class, fitted on held-out samples of all clients."""
     adapt: bool = True
-    """Whether a device multiplies in its own class mix, estimated from its requests; needs experts.loss "adjusted"."""
+    """Whether a device may multiply in its own class mix, estimated from its requests. It does where no accuracy on
+    held-out samples falls. Needs experts.loss "adjusted" or inference.calibrate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +311,8 @@ class Config:
         clients = self.data.clients
         has_expert_head = self.extractor.method == "fedce" and self.extractor.head == "expert"
         asks_for_privacy = self.fedsc.epsilon is not None or self.fedsc.sigma is not None
-        if self.inference.adapt and self.experts.loss == "plain":
-            raise ValueError("inference.adapt needs experts.loss = 'adjusted'; for plain experts set it to false")
+        if self.inference.adapt and self.experts.loss == "plain" and not self.inference.calibrate:
+            raise ValueError("inference.adapt needs experts.loss = 'adjusted' or inference.calibrate; set it to false")
         if not 1 <= self.inference.top_k <= clients:
             raise ValueError(f"inference.top_k is {self.inference.top_k}; it must be in 1..{clients}, data.clients")
         if self.experts.start == "head" and not has_expert_head:
@@ -288,10 +337,12 @@ class Config:
             return self.expert_net(classes)
         return NetSpec("linear", {"dim": dim, "outputs": classes})
 
-    def gate_net(self) -> NetSpec:
+    def gate_net(self, classes: int) -> NetSpec:
         """The shared part of the gate, G."""
         n = self.data.clients
         sizes = {"dim": self.extractor.dim, "outputs": n}
+        if self.gate.method == "statgate":
+            return NetSpec("statgate", {**sizes, **self.gate.statgate_shape(self.extractor.dim, classes)})
         if self.gate.method == "rangate":
             return NetSpec("random", {**sizes, "shares": list(self.gate.shares or [1 / n] * n)})
         if self.gate.widths:

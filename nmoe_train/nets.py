@@ -216,6 +216,42 @@ class Random(nn.Module):
         return u.clamp(min=0.05) ** self.power
 
 
+class StatGate(nn.Module):
+    """A gate assembled from statistics (stages/statgate.py): linear and quadratic scores. (B, dim) -> (B, N)
+
+    An expert's score is the log-sum-exp over its groups of linear functions, and a quadratic form: a signed sum of
+    squares along `rank` directions of its own, or with `diagonal` a weighted sum of the latent's squares.
+    """
+
+    def __init__(self, dim: int, outputs: int, groups: int = 1, rank: int = 0, diagonal: bool = False) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.groups = groups
+        self.rank = rank
+        self.diagonal = diagonal
+        self.register_buffer("center", torch.zeros(dim))
+        self.register_buffer("weight", torch.zeros(outputs * groups, dim))
+        self.register_buffer("bias", torch.zeros(outputs * groups))
+        self.register_buffer("sharpness", torch.ones(()))
+        if diagonal:
+            self.register_buffer("squares", torch.zeros(outputs, dim))
+        else:
+            self.register_buffer("directions", torch.zeros(outputs * rank, dim))
+            self.register_buffer("signs", torch.zeros(outputs, rank))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h - self.center
+        scores = h @ self.weight.T + self.bias  # (B, N · groups)
+        if self.groups > 1:
+            scores = scores.reshape(-1, self.outputs, self.groups).logsumexp(2)
+        if self.diagonal:
+            scores = scores + (h * h) @ self.squares.T
+        elif self.rank:
+            along = (h @ self.directions.T).reshape(-1, self.outputs, self.rank)
+            scores = scores + (along * along * self.signs).sum(2)
+        return scores * self.sharpness
+
+
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "small": Small,
     "resnet9": ResNet9,
@@ -223,6 +259,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "linear": linear,
     "random": Random,
+    "statgate": StatGate,
 }
 
 

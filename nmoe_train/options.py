@@ -45,10 +45,11 @@ _RECIPES = "best (most accurate) or paper (as published)."
 def gate(default: str) -> Callable[..., Any]:
     return click.option(
         "--gate",
-        type=click.Choice(("rangate", "rollgate", "fedgate")),
+        type=click.Choice(("rangate", "rollgate", "fedgate", "statgate")),
         help="How the gate picks experts: rangate (at random, without training), rollgate (trained by one client after"
-        " another, to tell which client a row is from) or fedgate (trained by all clients, to pick the expert that"
-        f" answers best).  [default: {default}]",
+        " another, to tell which client a row is from), fedgate (trained by all clients, to pick the expert that"
+        " answers best) or statgate (assembled from what each client publishes once about its latents, without"
+        f" training).  [default: {default}]",
     )
 
 

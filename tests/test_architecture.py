@@ -40,11 +40,15 @@ EDGE = {
     "protocol.exchange": "protocol.combine protocol.messages protocol.routing",
     "protocol.health": "",
     "protocol.classmix": "",
+    "protocol.familiar": "",
+    "protocol.answering": "protocol.classmix protocol.combine protocol.routing",
+    "protocol.thresholds": "protocol.answering",
     "bundle": "",
     "bundle.onnxfile": "",
     "bundle.manifest": "protocol.messages protocol.tensor",
     "bundle.selftest": "bundle.manifest protocol.routing",
-    "bundle.folder": "bundle.manifest bundle.onnxfile bundle.selftest",
+    "bundle.statistics": "bundle.manifest protocol.familiar",
+    "bundle.folder": "bundle.manifest bundle.onnxfile bundle.selftest bundle.statistics protocol.familiar",
     "bundle.fleet": "bundle.folder protocol.messages",
     "bundle.image": "bundle.manifest",
     "models": "bundle.folder bundle.selftest",
@@ -64,8 +68,8 @@ EDGE = {
     "device.service": "device.metrics device.sockets models protocol.messages protocol.tensor protocol.wire",
     "device.extraction": "models",
     "device.requests": (
-        "bundle.manifest device.extraction device.metrics device.peers device.rules models protocol.classmix"
-        " protocol.combine protocol.exchange protocol.messages protocol.routing protocol.tensor protocol.wire"
+        "bundle.manifest device.extraction device.metrics device.peers device.rules models protocol.answering"
+        " protocol.classmix protocol.exchange protocol.messages protocol.routing protocol.tensor protocol.wire"
     ),
     "device.files": "device.membership device.rules models",
     "device.report": (
@@ -116,7 +120,8 @@ ORDER = {
     "nmoe_train": (
         "errors meter vision nets config recipes settings data data.partition data.views data.datasets data.clients"
         " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
-        " stages.gate checkpoint run results results.evaluation results.pages results.pages.svg results.pages.plane"
+        " stages.gate stages.statistics stages.statgate checkpoint run results results.evaluation results.pages"
+        " results.pages.svg results.pages.plane"
         " results.pages.grid results.pages.charts results.pages.formats results.pages.render"
         " results.pages.resource_tables results.pages.run_page"
         " results.resources trainer pipeline results.centralised results.rivals results.lda results.baselines"
@@ -125,15 +130,20 @@ ORDER = {
         " terminal options results.paper.commands __init__ cli"
     ),
 }
+# Modules of nmoe_edge.protocol that say how a device answers: training and export measure with them.
+ANSWERING = ("answering", "classmix", "combine", "familiar", "thresholds")
 # Package -> what it may import of its sisters.
 SISTERS = {
     "nmoe_edge": (),
-    "nmoe_train": ("nmoe_edge.common.*",),
+    "nmoe_train": (
+        *("nmoe_edge.common.*", "nmoe_edge.errors"),
+        *(f"nmoe_edge.protocol.{module}" for module in ANSWERING),
+    ),
     "nmoe_export": (
         "nmoe_edge",
         "nmoe_edge.common.*",
-        *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest")),
-        *(f"nmoe_edge.protocol.{module}" for module in ("combine", "routing", "tensor")),
+        *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest", "statistics")),
+        *(f"nmoe_edge.protocol.{module}" for module in (*ANSWERING, "routing", "tensor")),
         *("nmoe_edge.errors", "nmoe_edge.models"),
         *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.evaluation", "nmoe_train.results.pages.*"),
     ),

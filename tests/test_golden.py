@@ -1,4 +1,4 @@
-"""Files of version 1 must load forever. The samples are never changed, whatever changes in the code."""
+"""Files of every version must load forever. The samples are never changed, whatever changes in the code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,30 @@ from nmoe_edge.models import Models, run_selftest
 from nmoe_edge.protocol.wire import decode, encode
 
 
+@pytest.fixture
+def golden_2(golden):
+    """The folder of samples of every format that has a version 2."""
+    return golden.with_name("v2")
+
+
 def test_the_bundle_of_version_1_loads_and_gives_the_same_answers(golden):
     bundle = read_bundle(golden / "bundle")
     assert bundle.labels == ("top", "middle", "bottom")
     assert run_selftest(Models(bundle), bundle).passed
+
+
+def test_the_bundle_of_version_1_tests_no_latents(golden):
+    bundle = read_bundle(golden / "bundle")
+    assert (bundle.manifest.schema, bundle.manifest.routing.familiar, bundle.familiar) == (1, None, None)
+
+
+def test_the_bundle_of_version_2_loads_and_gives_the_same_answers(golden_2):
+    bundle = read_bundle(golden_2 / "bundle")
+    assert run_selftest(Models(bundle), bundle).passed
+    routing = bundle.manifest.routing
+    assert (bundle.manifest.schema, routing.local_first, routing.adapt, routing.familiar) == (2, 0.9, True, 2.5)
+    latents = np.array([[0.25, 0, 0, 9], [0, 1, 0, 0], [0, 0, 1, 0]], np.float32)
+    assert bundle.familiar.distances(latents).tolist() == [0, 1, 1]
 
 
 def test_the_fleet_of_version_1_loads(golden):
@@ -52,10 +72,12 @@ def test_the_run_of_version_1_loads_and_gives_the_same_answers(golden):
             assert np.allclose(run.expert(device)(latents), expected["outputs"][device], atol=1e-5)
 
 
-def test_no_sample_was_changed(golden):
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_no_sample_was_changed(golden, version):
+    folder = golden.with_name(version)
     found = {
-        str(path.relative_to(golden)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in golden.rglob("*")
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
         if path.is_file()
     }
-    assert found == json.loads(golden.with_suffix(".json").read_text())
+    assert found == json.loads(folder.with_suffix(".json").read_text())

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmoe_edge.bundle.manifest import GRAPHS, OPTIONAL, REQUIRED, Manifest, parse_manifest, sha256
+from nmoe_edge.bundle.manifest import GRAPHS, OPTIONAL, REQUIRED, STATISTICS, Manifest, parse_manifest, sha256
 from nmoe_edge.bundle.onnxfile import read_onnx
 from nmoe_edge.bundle.selftest import SelfTest, parse_selftest
+from nmoe_edge.bundle.statistics import parse_statistics
 from nmoe_edge.common.folders import staged_folder
 from nmoe_edge.errors import BundleError
+from nmoe_edge.protocol.familiar import Familiar
 
 MANIFEST = "manifest.json"
 FILES = "|".join(map(re.escape, (MANIFEST, *REQUIRED, *OPTIONAL)))
@@ -45,6 +47,8 @@ class Bundle:
     contents: Mapping[str, bytes]
     """File name -> verified bytes."""
     selftest: SelfTest
+    familiar: Familiar | None = None
+    """How familiar latents lie; None where the manifest has no `routing.familiar`."""
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -151,7 +155,7 @@ def _read_file(directory: int, name: str, max_bytes: int) -> bytes:
 
 
 def _check_contents(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Bundle:
-    """Check that graphs, self-test and labels match the manifest."""
+    """Check that graphs, self-test, statistics and labels match the manifest."""
     for name in GRAPHS:
         with _translate_errors(folder / name):
             facts = read_onnx(contents[name])
@@ -164,7 +168,11 @@ def _check_contents(folder: Path, manifest: Manifest, contents: Mapping[str, byt
                 )
     with _translate_errors(folder / "selftest.npz"):
         selftest = parse_selftest(contents["selftest.npz"], manifest)
-    bundle = Bundle(manifest, contents, selftest)
+    familiar = None
+    if STATISTICS in contents:
+        with _translate_errors(folder / STATISTICS):
+            familiar = parse_statistics(contents[STATISTICS], manifest)
+    bundle = Bundle(manifest, contents, selftest, familiar)
     with _translate_errors(folder / "labels.txt"):
         labels = bundle.labels
         if labels is not None and len(labels) != manifest.outputs:

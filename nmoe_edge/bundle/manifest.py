@@ -17,11 +17,15 @@ from nmoe_edge.common.schema import from_plain, nearest, parse_json, require, to
 from nmoe_edge.protocol.messages import TRUNK_BYTES
 from nmoe_edge.protocol.tensor import MAX_DIMS
 
-SCHEMA = 1
+SCHEMA = 2
+"""What is written."""
+SCHEMAS = (1, SCHEMA)
+"""What is read. Schema 1 has no `familiar` and no familiar.npz."""
 
 GRAPHS = ("extractor.onnx", "gate.onnx", "expert.onnx")
 REQUIRED = (*GRAPHS, "selftest.npz")
-OPTIONAL = ("labels.txt",)
+STATISTICS = "familiar.npz"
+OPTIONAL = ("labels.txt", STATISTICS)
 
 _SEAL = re.compile(rb'"digest": "([0-9a-f]{64})"\n}\n\Z')
 """The end of every manifest. The digest covers the bytes, so a manifest without a newer optional key stays valid."""
@@ -104,11 +108,15 @@ class RoutingSpec:
     """A row is answered locally if the own expert's confidence is above this; null: the gate alone decides."""
     adapt: bool = False
     """Whether the device estimates its class mix and multiplies answers by it; needs answers without a prior."""
+    familiar: float | None = None
+    """A row is answered locally only if its latent is at most this far from those in familiar.npz; null: not tested."""
 
     def __post_init__(self) -> None:
         require(1 <= self.top_k <= MAX_ANSWERED, f"top_k is {self.top_k}, not in 1..{MAX_ANSWERED}")
         threshold = self.local_first
         require(threshold is None or 0 <= threshold <= 1, f"local_first is {threshold}, not in 0..1")
+        limit = self.familiar
+        require(limit is None or 0 <= limit < float("inf"), f"familiar is {limit}; expected a finite number, 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +161,8 @@ class Manifest:
     """sha256 of manifest.json without these 64 characters: identifies the whole bundle. Always the last key."""
 
     def __post_init__(self) -> None:
-        require(self.schema == SCHEMA, f"schema {self.schema} is unknown: this nmoe reads schema {SCHEMA}")
+        require(self.schema in SCHEMAS, _unknown_schema(self.schema))
+        require(self.schema > 1 or self.routing.familiar is None, "routing.familiar needs schema 2")
         check_device_name(self.device)
         require(1 <= self.experts <= MAX_EXPERTS, f"experts is {self.experts}, not in 1..{MAX_EXPERTS}")
         require(0 <= self.expert < self.experts, f"expert is {self.expert}, not in 0..{self.experts - 1}")
@@ -190,16 +199,22 @@ class Manifest:
 def parse_manifest(data: bytes) -> Manifest:
     """Parse manifest.json; ValueError for invalid JSON, another schema, or a file changed since it was written."""
     plain = parse_json(data)
-    if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
+    if isinstance(plain, dict) and plain.get("schema", SCHEMA) not in SCHEMAS:
         # Check the schema before the keys: another schema has other keys.
-        raise ValueError(f"schema {plain['schema']!r:.40} is unknown: this nmoe reads schema {SCHEMA}")
+        raise ValueError(_unknown_schema(plain["schema"]))
     manifest = from_plain(Manifest, plain)
     missing = [name for name in REQUIRED if name not in manifest.files]
     if missing:
         raise ValueError(f"files does not list {', '.join(missing)}")
+    if (manifest.routing.familiar is not None) != (STATISTICS in manifest.files):
+        raise ValueError(f"routing.familiar and the file {STATISTICS} need each other")
     if not _is_sealed(data, manifest.digest):
         raise ValueError("its digest differs: it was changed after it was written; copy or export it again")
     return manifest
+
+
+def _unknown_schema(schema: object) -> str:
+    return f"schema {schema!r:.40} is unknown: this nmoe reads schemas {' and '.join(map(str, SCHEMAS))}"
 
 
 def _is_sealed(data: bytes, digest: str) -> bool:

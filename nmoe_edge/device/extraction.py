@@ -41,13 +41,15 @@ class Job:
     """(rows, *input)"""
     deadline: float
     with_own: bool
-    """Whether to run the device's own expert on every row too: local-first needs its confidence."""
+    """Whether to run the device's own expert on every row too: local-first needs its confidence, and the distances."""
     latents: NDArray[np.float32] | None = None
     """(rows, latent)"""
     scores: NDArray[np.float32] | None = None
     """(rows, experts)"""
     own: NDArray[np.float32] | None = None
     """(rows, outputs): the own expert's answers, when `with_own`."""
+    distances: NDArray[np.float64] | None = None
+    """(rows,): of the latents from familiar ones, when `with_own` and the bundle has their statistics."""
     error: str | None = None
     """What failed. A finished job with neither error nor latents was given up."""
     dropped: bool = False
@@ -183,12 +185,15 @@ def _compute_together(jobs: list[Job]) -> None:
         pieces.append(models.extractor(inputs[start : start + BATCH_ROWS]))
     latents = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
     scores = models.gate(latents)
-    own = models.expert(latents) if any(job.with_own for job in jobs) else None
+    with_own = any(job.with_own for job in jobs)
+    own = models.expert(latents) if with_own else None
+    distances = models.familiar.distances(latents) if with_own and models.familiar is not None else None
     start = 0
     for job in jobs:
         rows = slice(start, start + len(job.inputs))
         start = rows.stop
         _fill_in(job, latents[rows], scores[rows], own[rows] if own is not None and job.with_own else None)
+        job.distances = distances[rows] if distances is not None and job.with_own else None
 
 
 def _fill_in(

@@ -54,6 +54,7 @@ def _rules_report(rules: ResolvedRules) -> RulesReport:
     return {
         "top_k": rules.top_k,
         "local_first": rules.local_first,
+        "familiar": rules.familiar,
         "latents": rules.latents,
         "deadline_s": rules.deadline_s,
         "prefer_near": rules.prefer_near,

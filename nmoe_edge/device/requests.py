@@ -23,8 +23,8 @@ from nmoe_edge.device.peers import Peers
 from nmoe_edge.device.rules import GATE_ALONE, ResolvedRules
 from nmoe_edge.errors import LocalProtocolError, ModelError
 from nmoe_edge.models import Models
+from nmoe_edge.protocol.answering import local_rows, probabilities
 from nmoe_edge.protocol.classmix import ClassMix
-from nmoe_edge.protocol.combine import softmax
 from nmoe_edge.protocol.exchange import Action, Call, Exchange, Fault
 from nmoe_edge.protocol.messages import (
     Answer,
@@ -176,7 +176,7 @@ class Requests:
             self._close(request, Refuse(request.number, Reason.EXPIRED))
         else:
             self._metrics.took("extraction", now - request.began)
-            self._start_exchange(request, job.latents, job.scores, job.own, now)
+            self._start_exchange(request, job, job.latents, job.scores, now)
 
     def answered(self, reply: Answer | Refuse, by: int, now: float) -> None:
         """The peer with expert `by` replied to an Ask."""
@@ -235,26 +235,22 @@ class Requests:
     def _start_exchange(
         self,
         request: _Request,
+        job: Job,
         latents: NDArray[np.float32],
         scores: NDArray[np.float32],
-        own: NDArray[np.float32] | None,
         now: float,
     ) -> None:
-        """Choose the experts of each row and ask them.
-
-        latents: (rows, latent); scores: (rows, experts); own: (rows, outputs), of the own expert, for local-first
-        """
+        """Choose the experts of each row and ask them. latents: (rows, latent); scores: (rows, experts), of the job"""
         rules = request.rules
         manifest = request.models.manifest
-        local_rows: set[int] = set()
-        if own is not None:
-            confidence = softmax(own).max(axis=1)  # (rows,)
-            local_rows = set((confidence > rules.local_first).nonzero()[0].tolist())
+        local: set[int] = set()
+        if job.own is not None:
+            local = set(local_rows(job.own, rules, job.distances).nonzero()[0].tolist())
         penalties = None
         if rules.prefer_near:
             away_s = [self._peers.expected_s(e) * (e != manifest.expert) for e in range(manifest.experts)]
             penalties = rules.prefer_near * 1000 * np.asarray(away_s, np.float32)  # (experts,)
-        routed = route(scores, manifest.expert, self._peers.trusted(now), rules.top_k, local_rows, penalties)
+        routed = route(scores, manifest.expert, self._peers.trusted(now), rules.top_k, local, penalties)
         reserve_s = min(_MAX_RESERVE_S, (request.deadline - request.began) * _RESERVE_SHARE)
         request.exchange = Exchange(
             routed,
@@ -268,7 +264,7 @@ class Requests:
         self._metrics.counts["rows"] += routed.rows
         self._metrics.counts["rows_local"] += routed.wanted.count((manifest.expert,))
         request.latents = latents
-        request.own = own
+        request.own = job.own
         self._act(request, request.exchange.start(now), now)
 
     def _act(self, request: _Request, actions: list[Action], now: float) -> None:
@@ -377,7 +373,7 @@ def _apply_class_mix(
     mix: ClassMix, manifest: Manifest, outputs: NDArray[np.float32], rows: tuple[RowAnswer, ...]
 ) -> NDArray[np.float32]:
     """Probabilities weighted with the device's class mix, which learns from them. outputs: (rows, outputs)"""
-    p = outputs if manifest.routing.combination == "probabilities" else softmax(outputs)
+    p = probabilities(outputs, manifest.routing.combination)
     answered = [i for i, row in enumerate(rows) if row.experts]
     weighted = np.zeros_like(outputs)
     if answered:

@@ -28,7 +28,9 @@ class Rules:
     top_k: int | None = None
     """Experts that a row is sent to, 1 or more; the bundle limits it (see `resolve`)."""
     local_first: float | None = None
-    """0 to 1. A row is answered locally if the own expert's confidence is higher; 1: the gate alone decides."""
+    """0 to 1. A row is answered locally if the own expert's confidence is higher; 1: the gate alone decides.
+
+    Where the bundle has statistics of familiar latents, the latent must also be familiar."""
     adapt: bool | None = None
     """Whether to estimate the device's class mix from its answers and weight answers with it."""
     latents: LatentType | None = None
@@ -69,6 +71,7 @@ class Rules:
         return ResolvedRules(
             top_k=top_k,
             local_first=GATE_ALONE if local_first is None else local_first,
+            familiar=routing.familiar,
             adapt=routing.adapt if self.adapt is None else self.adapt,
             latents=manifest.latent.dtype if self.latents is None else self.latents,
             deadline_s=self.deadline_s,
@@ -84,6 +87,8 @@ class ResolvedRules:
     top_k: int
     local_first: float
     """From 0 to GATE_ALONE."""
+    familiar: float | None
+    """The largest distance of a latent that local-first answers; the bundle says it, and None: not tested."""
     adapt: bool
     latents: LatentType
     deadline_s: float

@@ -40,8 +40,24 @@ class Route:
 
     def ranking(self, row: int) -> list[int]:
         """All experts of a row, best first; of equals, the lower number first."""
-        ranked: list[int] = np.argsort(-self.preferred[row], kind="stable").tolist()
+        ranked: list[int] = ranking(self.preferred[row]).tolist()
         return ranked
+
+
+def ranking(preferred: NDArray[Any]) -> NDArray[np.intp]:
+    """Experts by score, best first; of equals, the lower number first. (…, experts) -> (…, experts)"""
+    return (-preferred).argsort(axis=-1, kind="stable")
+
+
+def check_scores(scores: NDArray[np.float32], own: int, top_k: int) -> None:
+    """Raise LocalProtocolError unless scores are finite (rows, experts), and `own` and `top_k` in range."""
+    if scores.ndim != 2 or not np.isfinite(scores).all():
+        raise LocalProtocolError("gate scores must be finite and have shape (rows, experts)")
+    experts = scores.shape[1]
+    if not 0 <= own < experts:
+        raise LocalProtocolError(f"expert {own} is not in 0..{experts - 1}")
+    if not 1 <= top_k <= min(experts, MAX_ANSWERED):
+        raise LocalProtocolError(f"top-k {top_k} is not in 1..{min(experts, MAX_ANSWERED)}")
 
 
 def route(
@@ -59,18 +75,13 @@ def route(
     penalties: (experts,), subtracted from the scores when experts are ranked
     """
     scores = np.asarray(scores, np.float32)
-    if scores.ndim != 2 or not np.isfinite(scores).all():
-        raise LocalProtocolError("gate scores must be finite and have shape (rows, experts)")
+    check_scores(scores, own, top_k)
     experts = scores.shape[1]
-    if not 0 <= own < experts:
-        raise LocalProtocolError(f"expert {own} is not in 0..{experts - 1}")
-    if not 1 <= top_k <= min(experts, MAX_ANSWERED):
-        raise LocalProtocolError(f"top-k {top_k} is not in 1..{min(experts, MAX_ANSWERED)}")
     reachable = (frozenset(alive) | {own}) & frozenset(range(experts))
     preferred = scores if penalties is None else scores - np.asarray(penalties, np.float32)
     wanted: list[tuple[int, ...]] = []
     chosen: list[tuple[int, ...]] = []
-    for row, ranked in enumerate((-preferred).argsort(axis=1, kind="stable").tolist()):
+    for row, ranked in enumerate(ranking(preferred).tolist()):
         if row in local_rows:
             wanted.append((own,))
             chosen.append((own,))

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nmoe_edge.bundle.fleet import FLEET_FILE, SCHEMA, Device, Fleet
 from nmoe_edge.bundle.folder import write_bundle
+from nmoe_edge.bundle.manifest import SCHEMA as MANIFEST_SCHEMA
 from nmoe_edge.bundle.manifest import InputSpec, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, sha256, trunk_digest
 from nmoe_edge.bundle.selftest import SelfTest
 
@@ -100,7 +101,7 @@ def bundle(expert):
         "labels.txt": ("\n".join(LABELS) + "\n").encode(),
     }
     manifest = Manifest(
-        schema=1,
+        schema=MANIFEST_SCHEMA,
         device=DEVICES[expert],
         experts=3,
         expert=expert,

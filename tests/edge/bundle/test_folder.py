@@ -21,6 +21,7 @@ from nmoe_edge.bundle.manifest import Manifest, parse_manifest, sha256, trunk_di
 from nmoe_edge.bundle.selftest import SelfTest
 from nmoe_edge.common.npz import write_npz
 from nmoe_edge.errors import BundleError
+from nmoe_edge.protocol.familiar import Familiar
 
 BUNDLE_MD = Path(bundle_module.__file__).with_name("BUNDLE.md").read_text()
 
@@ -128,7 +129,8 @@ def edited(folder, edit):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda m: m.update(schema=2), "schema 2 is unknown: this nmoe reads schema 1"),
+        (lambda m: m.update(schema=3), "schema 3 is unknown: this nmoe reads schemas 1 and 2"),
+        (lambda m: m.update(schema=[1]), "schema [1] is unknown"),
         (lambda m: m.update(schema="1"), "schema '1' is unknown"),
         (lambda m: m.update(topk=1), "unknown key 'topk'"),
         (lambda m: m["routing"].update(topk=1), "unknown key 'routing.topk' (did you mean 'top_k'?)"),
@@ -138,6 +140,11 @@ def edited(folder, edit):
         (lambda m: m["routing"].update(top_k=4), "top_k is 4, more than the 3 experts"),
         (lambda m: m["routing"].update(top_k=0), "top_k is 0"),
         (lambda m: m["routing"].update(local_first=2), "local_first is 2.0, not in 0..1"),
+        (lambda m: m["routing"].update(familiar=-1), "familiar is -1.0; expected a finite number, 0 or more"),
+        (lambda m: m["routing"].update(familiar=1e400), "not a finite number"),
+        (lambda m: m["routing"].update(familiar="near"), "routing.familiar is text"),
+        (lambda m: m["routing"].update(familiar=1), "routing.familiar and the file familiar.npz need each other"),
+        (lambda m: m.update(schema=1, routing={**m["routing"], "familiar": 1}), "routing.familiar needs schema 2"),
         (lambda m: m["routing"].update(combination="mean"), "expected one of 'outputs', 'probabilities'"),
         (lambda m: m["input"].update(dtype="float64"), "expected one of 'uint8', 'float32', 'int64'"),
         (lambda m: m["input"].update(shape=[]), "must have 1 to 4 dimensions"),
@@ -204,12 +211,13 @@ def test_the_same_manifest_with_another_layout_is_refused(folder, indent):
 
 def test_a_manifest_from_before_a_key_with_a_default_still_loads(folder):
     data = (folder / "manifest.json").read_bytes()
-    shorter = re.sub(rb',\s+"local_first": null,\s+"adapt": false', b"", data)
+    shorter = re.sub(rb',\s+"local_first": null,\s+"adapt": false,\s+"familiar": null', b"", data)
     assert shorter != data
     digest = read_bundle(folder).manifest.digest.encode()
     sealed = shorter.replace(digest, sha256(shorter.replace(digest, b"")).encode())
     (folder / "manifest.json").write_bytes(sealed)
-    assert read_bundle(folder).manifest.routing.adapt is False
+    routing = read_bundle(folder).manifest.routing
+    assert (routing.adapt, routing.familiar) == (False, None)
 
 
 @pytest.mark.parametrize("caps", [BundleCaps(manifest_bytes=100), BundleCaps(bundle_bytes=100)])
@@ -264,6 +272,56 @@ def test_a_selftest_that_does_not_match_the_manifest_is_refused(folder, change, 
     arrays = {field.name: getattr(test, field.name) for field in fields(SelfTest)}
     with pytest.raises(BundleError, match=rf"selftest\.npz: .*{text}"):
         read_bundle(rewritten(folder, {"selftest.npz": write_npz({**arrays, **change})}))
+
+
+def with_statistics(folder, change=None, familiar=2.5):
+    """A bundle that tests whether latents are familiar; change: what differs in its familiar.npz."""
+    arrays = {"whitening": np.eye(4, 2, dtype=np.float32), "centres": np.ones((3, 2), np.float32)}
+    contents = {"familiar.npz": write_npz(arrays | (change or {}))}
+    return rewritten(folder, contents, routing=replace(read_bundle(folder).manifest.routing, familiar=familiar))
+
+
+def test_a_bundle_is_read_with_its_statistics(folder):
+    assert read_bundle(folder).familiar is None
+    bundle = read_bundle(with_statistics(folder))
+    assert bundle.manifest.routing.familiar == 2.5
+    assert bundle.familiar.distances(np.array([[1, 1, 5, 5], [3, 1, 0, 0]])).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"whitening": np.eye(3, 2, dtype=np.float32)}, "whitening has 3 rows; expected 4"),
+        ({"whitening": np.eye(4, 3, dtype=np.float32)}, "expected 3 columns"),
+        ({"whitening": np.eye(4, 2)}, "whitening is float64"),
+        ({"whitening": np.full((4, 2), np.nan, np.float32)}, "whitening contains NaN"),
+        ({"centres": np.full((3, 2), np.inf, np.float32)}, "centres contains NaN or infinity"),
+        ({"centres": np.zeros((0, 2), np.float32)}, "expected float32 with two dimensions"),
+        ({"centres": np.array(1, np.float32)}, "expected float32 with two dimensions"),
+        ({"centres": np.zeros((5000, 2), np.float32)}, "5000 centres, more than 4096"),
+        ({"whitening": np.zeros((4, 300), "f4"), "centres": np.zeros((1, 300), "f4")}, "more than 256"),
+        ({"threshold": np.zeros(1)}, "the arrays are centres, threshold, whitening"),
+    ],
+)
+def test_statistics_that_do_not_match_the_manifest_are_refused(folder, change, text):
+    with pytest.raises(BundleError) as refused:
+        read_bundle(with_statistics(folder, change))
+    assert text in one_line(refused)
+    assert str(refused.value).startswith(str(folder / "familiar.npz"))
+
+
+def test_statistics_that_no_rule_uses_are_refused(folder):
+    with pytest.raises(BundleError, match=r"routing\.familiar and the file familiar\.npz need each other"):
+        read_bundle(with_statistics(folder, familiar=None))
+
+
+def test_a_flipped_bit_in_the_statistics_is_refused(folder):
+    with_statistics(folder)
+    whole = bytearray((folder / "familiar.npz").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (folder / "familiar.npz").write_bytes(whole)
+    with pytest.raises(BundleError, match=r"familiar\.npz: its sha256 differs"):
+        read_bundle(folder)
 
 
 def test_a_bundle_in_use_can_be_replaced(folder):
@@ -368,6 +426,7 @@ def test_the_document_names_every_key(folder):
     nested = {f"{key}.{inner}" for key in ("input", "latent", "routing", "precision") for inner in plain[key]}
     flat = set(plain) - {"input", "latent", "routing", "precision"}
     arrays = {field.name for field in fields(SelfTest)}
+    arrays |= {field.name for field in fields(Familiar) if field.init}
     device = {f"device.{field.name}" for field in fields(Device)}
     assert documented == flat | nested | arrays | device
 

@@ -11,6 +11,7 @@ from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.device.extraction import BATCH_ROWS, MAX_REQUESTS, MAX_ROWS, Extraction, Job
 from nmoe_edge.errors import ModelError
 from nmoe_edge.models import Models
+from nmoe_edge.protocol.familiar import Familiar
 
 NEVER_S = 3600.0
 PATIENCE_S = 20.0
@@ -19,6 +20,8 @@ PATIENCE_S = 20.0
 
 class Fake:
     """Models with an extractor that waits for `may_go`; they remember how many rows they were given."""
+
+    familiar = None
 
     def __init__(self, error=None):
         self.runs = []
@@ -98,6 +101,16 @@ def test_the_tiny_fleets_models_are_run_as_they_are(harness, tiny_fleet):
     harness.wait(job)
     assert job.latents == pytest.approx(np.ones((1, 4)), abs=1e-5)
     assert job.own == pytest.approx(np.array([[4.0, 4.25, 4.0]]), abs=1e-5)
+
+
+def test_distances_are_computed_with_the_own_answers_where_the_bundle_has_statistics(harness):
+    models = Fake()
+    models.familiar = Familiar(np.eye(3, dtype=np.float32), np.zeros((1, 3), np.float32))
+    for with_own in (True, False):
+        job = Job(models, np.full((2, 3), 2.0), time.monotonic() + NEVER_S, with_own)
+        assert harness.offered(job, time.monotonic())
+        harness.wait(job)
+        assert (None if job.distances is None else job.distances.tolist()) == ([12.0, 12.0] if with_own else None)
 
 
 def test_a_finished_job_is_returned_once(harness):

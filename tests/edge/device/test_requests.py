@@ -3,11 +3,15 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from edge.fleets import NO_HEDGES, bright, nodes, wait_until
+from edge.fleets import NO_HEDGES, bright, nodes, pin_bundle, wait_until
 
+from nmoe_edge.bundle.folder import read_bundle, write_bundle
+from nmoe_edge.bundle.statistics import write_statistics
 from nmoe_edge.device import requests
 from nmoe_edge.errors import CallError, ModelError
+from nmoe_edge.protocol.familiar import Familiar
 from nmoe_edge.protocol.messages import Infer, Refuse
 from nmoe_edge.protocol.tensor import Tensor
 
@@ -25,6 +29,23 @@ def test_inputs_with_larger_latents_than_a_message_holds_are_refused(fleet, monk
         assert len(attic.infer(bright(*[0] * 10)).rows) == 10
         with pytest.raises(CallError, match="latents or outputs of 11 rows are over 160 bytes; ask with fewer rows"):
             attic.infer(bright(*[0] * 11))
+
+
+def test_a_confident_row_is_answered_locally_only_if_its_latent_is_familiar(fleet):
+    """The own expert is always confident enough here. Its statistics know images that are bright at the top."""
+    bundle = read_bundle(fleet / "attic")
+    known = bundle.selftest.latents[:1]  # the image that is bright at the top
+    familiar = Familiar(np.eye(4, dtype=np.float32), np.array(known))
+    routing = replace(bundle.manifest.routing, local_first=0.0, familiar=0.5)
+    contents = {**bundle.contents, "familiar.npz": write_statistics(familiar)}
+    pin_bundle(fleet, write_bundle(fleet / "attic", replace(bundle.manifest, routing=routing), contents))
+    with nodes(fleet, rules=NO_HEDGES) as (attic, *_):
+        answers = attic.infer(bright(0, 1, 2))
+        assert [row.experts for row in answers.rows] == [(0,), (1,), (2,)]
+        assert attic.status()["rules"]["familiar"] == 0.5
+        assert attic.status()["counts"]["rows_local"] == 1
+    with nodes(fleet, "attic", rules=replace(NO_HEDGES, local_first=1.0)) as (attic,):
+        assert attic.infer(bright(0)).rows[0].experts == (0,)
 
 
 def test_an_ask_counts_only_when_it_was_sent(fleet, monkeypatch):

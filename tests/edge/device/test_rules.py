@@ -25,7 +25,7 @@ def test_what_a_user_leaves_open_is_as_the_bundle_says(manifest):
 
 def test_what_a_user_sets_holds(manifest):
     rules = Rules(top_k=3, local_first=0.0, adapt=False, latents="int8", deadline_s=2.0, prefer_near=0.5, hedge=False)
-    assert rules.resolve(manifest) == ResolvedRules(3, 0.0, False, "int8", 2.0, 0.5, False)
+    assert rules.resolve(manifest) == ResolvedRules(3, 0.0, None, False, "int8", 2.0, 0.5, False)
 
 
 @pytest.mark.parametrize("local_first", [None, 1.0])
@@ -35,9 +35,15 @@ def test_the_gate_alone_decides_has_one_representation(manifest, local_first):
 
 
 def test_nothing_is_left_open_once_rules_are_resolved(manifest):
-    assert [field.name for field in fields(ResolvedRules)] == [field.name for field in fields(Rules)]
+    names = [field.name for field in fields(ResolvedRules)]
+    assert [name for name in names if name != "familiar"] == [field.name for field in fields(Rules)]
     resolved = Rules().resolve(manifest)
-    assert all(getattr(resolved, field.name) is not None for field in fields(resolved))
+    assert [name for name in names if getattr(resolved, name) is None] == ["familiar"]  # None: not tested
+
+
+def test_the_bundle_alone_says_which_latents_are_familiar(manifest):
+    routing = replace(manifest.routing, familiar=2.5)
+    assert Rules().resolve(replace(manifest, routing=routing)).familiar == 2.5
 
 
 @pytest.mark.parametrize("top_k", [0, 4])

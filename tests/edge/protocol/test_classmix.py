@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nmoe_edge.protocol.classmix import MAX_ROWS, MIN_ROWS, ClassMix, class_mix
+from nmoe_edge.protocol.classmix import MAX_ROWS, MIN_ROWS, PRIOR_ROWS, ClassMix, class_mix, cross_adapted, shrunk_mix
 
 SKEWED = np.array([0.6, 0.25, 0.1, 0.04, 0.01])
 
@@ -62,7 +62,7 @@ def test_too_few_rows_leave_an_answer_unchanged():
         assert mix.reweight(row[None]) == pytest.approx(row[None], rel=1e-6)
     assert mix.mix is None
     mix.reweight(p[-1:])
-    assert mix.mix == pytest.approx(class_mix(p))
+    assert mix.mix == pytest.approx(shrunk_mix(p, class_mix(p)))
 
 
 def test_a_request_is_not_reweighted_by_what_is_learned_from_itself():
@@ -145,8 +145,82 @@ def test_saved_rows_that_are_not_probabilities_are_refused_and_change_nothing(ro
     assert np.array_equal(mix.mix, before)
 
 
-def test_training_and_the_device_estimate_the_same_mix():
-    torch = pytest.importorskip("torch")
-    evaluate = pytest.importorskip("nmoe_train.results.evaluation")
-    p, _ = answers(MAX_ROWS, seed=5)
-    assert class_mix(p) == pytest.approx(evaluate.class_mix(torch.from_numpy(p)).numpy(), abs=1e-4)
+def test_few_rows_hardly_move_the_mix():
+    p, _ = answers(1, seed=6)
+    uniform = np.full(5, 0.2)
+    assert np.abs(class_mix(p) - uniform).max() < 0.1
+    assert np.abs(class_mix(np.zeros((0, 5))) - uniform).max() == pytest.approx(0)
+
+
+def test_the_estimate_maximises_the_likelihood_of_the_rows_and_the_even_ones():
+    p, _ = answers(400, seed=7)
+    mix = class_mix(p, steps=500)
+
+    def likelihood(mix):
+        return np.log(p @ mix).sum() + PRIOR_ROWS / 5 * np.log(mix).sum()
+
+    for moved in np.random.default_rng(0).dirichlet(np.ones(5), 50):
+        assert likelihood(0.9 * mix + 0.1 * moved) < likelihood(mix)
+
+
+@pytest.mark.parametrize("rows", [10, 30, 300, 3000])
+def test_rows_of_an_even_mix_leave_answers_almost_as_they_are(rows):
+    even = np.full(5, 0.2)
+    worst = 0.0
+    for seed in range(5):
+        p, _ = answers(rows, even, seed=seed)
+        worst = max(worst, np.abs(shrunk_mix(p, class_mix(p)) - even).max())
+    assert worst < 0.08
+
+
+def test_a_clear_mix_is_trusted():
+    p, _ = answers(500, np.array([0.9, 0.1, 0, 0, 0]), noise=0.5)
+    mix = class_mix(p)
+    assert shrunk_mix(p, mix) == pytest.approx(mix, abs=0.02)
+
+
+def test_more_rows_of_the_same_mix_are_trusted_more():
+    p, _ = answers(2000, seed=12)
+    distances = [np.abs(shrunk_mix(p[:n], class_mix(p[:n])) - 0.2).max() for n in (20, 200, 2000)]
+    assert distances == sorted(distances)
+    assert shrunk_mix(p[:, :1], np.ones(1)).tolist() == [1.0]
+
+
+def test_adapted_answers_do_not_depend_on_the_order_of_rows():
+    p, _ = answers(501, seed=8)
+    random = np.random.default_rng(0)
+    for seed in range(3):
+        order = random.permutation(len(p))
+        noise = 1 + 1e-7 * random.normal(size=p.shape)  # another batch size rounds otherwise
+        shuffled = cross_adapted((p * noise)[order], seed)
+        assert np.array_equal(cross_adapted(p[order], seed), cross_adapted(p, seed)[order])
+        assert shuffled == pytest.approx(cross_adapted(p, seed)[order], abs=0.01)
+
+
+def test_rows_sorted_by_class_are_adapted_well():
+    p, truth = answers(2000, seed=9)
+    order = np.argsort(truth)
+    plain = (p.argmax(1) == truth).mean()
+    assert (cross_adapted(p[order], 0).argmax(1) == truth[order]).mean() > plain + 0.05
+
+
+def test_two_alternating_classes_are_adapted_well():
+    p, truth = answers(1000, np.array([0.5, 0.5, 0, 0, 0]), seed=10)
+    alternating = np.empty(1000, int)
+    order = np.argsort(truth, kind="stable")
+    alternating[0::2] = order[:500]
+    alternating[1::2] = order[500:][::-1]
+    plain = (p.argmax(1) == truth).mean()
+    assert (cross_adapted(p[alternating], 0).argmax(1) == truth[alternating]).mean() > plain
+
+
+def test_each_seed_draws_other_halves_and_the_same_seed_the_same():
+    p, _ = answers(300, seed=11)
+    assert np.array_equal(cross_adapted(p, 1), cross_adapted(p, 1))
+    assert not np.array_equal(cross_adapted(p, 1), cross_adapted(p, 2))
+
+
+def test_a_single_row_has_no_other_half_and_stays_as_it_is():
+    p, _ = answers(1)
+    assert np.array_equal(cross_adapted(p, 0), p)
+    assert cross_adapted(np.zeros((0, 5)), 0).shape == (0, 5)
