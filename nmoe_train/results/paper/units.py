@@ -32,6 +32,8 @@ GATES = {
     "fedgate": Gate("FedGate", {"method": "fedgate"}),
     "rangate": Gate("RanGate", {"method": "rangate"}),
     "rollgate": Gate("RollGate", {"method": "rollgate"}),
+    "means": Gate("StatGate (means)", {"method": "statgate", "statistics": "means"}),
+    "moments": Gate("StatGate (moments)", {"method": "statgate", "statistics": "moments"}),
 }
 """Gates in the order of work. FedGate is first: the other gates and the baselines use its run."""
 
