@@ -18,6 +18,8 @@ from torch import nn
 from nmoe_edge.bundle.manifest import InputSpec, sha256
 from nmoe_edge.common.imports import import_path
 from nmoe_edge.common.text import counted
+from nmoe_edge.protocol.answering import AnswerRules
+from nmoe_edge.protocol.familiar import Familiar
 from nmoe_export.errors import SourceError
 from nmoe_train.run import Inference, Run, RunRecord
 
@@ -53,12 +55,14 @@ class Source:
     outputs: int
     names: tuple[str, ...] | None
     """The name of each output."""
-    inference: Inference
+    inference: AnswerRules
     answers_carry_prior: bool
     extractor_source: str
     """A digest of the extractor as it was trained."""
     alike: bool
     """Whether all gates are built alike, and all experts, so that one exported graph serves every module of a kind."""
+    familiar: Sequence[Familiar] | None = None
+    """For each device the statistics of its latents; needed where `inference` tests whether a latent is familiar."""
 
     @property
     def calibration_rows(self) -> NDArray[np.int64]:
@@ -100,11 +104,15 @@ def of_run(run: Run) -> Source:
         latent_dim=record.latent_dim,
         outputs=record.outputs,
         names=record.labels,
-        inference=record.inference,
+        inference=_rules(record.inference),
         answers_carry_prior=record.answers_carry_prior,
         extractor_source=_run_extractor(record),
         alike=True,
     )
+
+
+def _rules(inference: Inference) -> AnswerRules:
+    return AnswerRules(inference.top_k, inference.combination, inference.local_first, adapt=inference.adapt)
 
 
 def key_of(run: Run) -> str:
@@ -185,7 +193,7 @@ def of_modules(
         latent_dim=latents.shape[1],
         outputs=width,
         names=tuple(names) if names is not None else None,
-        inference=Inference(top_k, "outputs"),
+        inference=AnswerRules(top_k, "outputs"),
         answers_carry_prior=True,
         extractor_source=_digest([extractor], [latents]),
         alike=False,

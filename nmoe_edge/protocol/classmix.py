@@ -117,7 +117,8 @@ def shrunk_mix(p: NDArray[Any], mix: NDArray[np.float64]) -> NDArray[np.float64]
     outputs = p.shape[1]
     gain = 2 * float(np.log(outputs * (np.asarray(p, np.float64) @ mix)).sum())
     trust = max(0.0, 1 - EVIDENCE * (outputs - 1) / gain) if gain > 0 else 0.0
-    return trust * mix + (1 - trust) / outputs
+    shrunk: NDArray[np.float64] = trust * mix + (1 - trust) / outputs
+    return shrunk
 
 
 def cross_adapted(p: NDArray[Any], seed: int) -> NDArray[np.float32]:
