@@ -224,8 +224,13 @@ class InferenceConfig:
     """Experts that a row is sent to: 1 to data.clients, the paper's k."""
     local_first: bool = True
     """Whether the device answers a row alone if its own expert is confident; held-out samples choose the threshold."""
+    novelty: bool = True
+    """Whether such a row's latent must also be familiar: near those that the client trained on."""
+    calibrate: bool = True
+    """Whether experts get a temperature and a bias per class, fitted on held-out samples of all clients."""
     adapt: bool = True
-    """Whether a device multiplies in its own class mix, estimated from its requests; needs experts.loss "adjusted"."""
+    """Whether a device may multiply in its own class mix, estimated from its requests. It does where no accuracy on
+    held-out samples falls. Needs experts.loss "adjusted" or inference.calibrate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +263,8 @@ class Config:
         clients = self.data.clients
         has_expert_head = self.extractor.method == "fedce" and self.extractor.head == "expert"
         asks_for_privacy = self.fedsc.epsilon is not None or self.fedsc.sigma is not None
-        if self.inference.adapt and self.experts.loss == "plain":
-            raise ValueError("inference.adapt needs experts.loss = 'adjusted'; for plain experts set it to false")
+        if self.inference.adapt and self.experts.loss == "plain" and not self.inference.calibrate:
+            raise ValueError("inference.adapt needs experts.loss = 'adjusted' or inference.calibrate; set it to false")
         if not 1 <= self.inference.top_k <= clients:
             raise ValueError(f"inference.top_k is {self.inference.top_k}; it must be in 1..{clients}, data.clients")
         if self.experts.start == "head" and not has_expert_head:

@@ -4,7 +4,8 @@ A checkpoint is written after every round, and all randomness comes from (seed, 
 is killed at any moment therefore resumes to the same numbers. A stage of a finished run can be trained again with other
 settings: earlier stages are taken from the run, later ones are trained again too.
 
-The stages themselves are in trainer.py; this module handles folders, checkpoints and the process.
+The stages themselves are in trainer.py and the evaluation is in assessment.py; this module handles folders, checkpoints
+and the process.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from nmoe_edge.common.folders import check_replaceable
 from nmoe_edge.common.schema import from_plain, to_plain
+from nmoe_train.assessment import Assessment, assess
 from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claim_folder, difference, partial_folder
 from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, assign_samples
@@ -29,7 +31,7 @@ from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.recipes import configure_from
 from nmoe_train.results.pages.run_page import page
-from nmoe_train.run import FILES, RUN_FILE, Run, RunRecord, read_run, write_run
+from nmoe_train.run import FILES, RUN_FILE, Run, read_run, write_run
 from nmoe_train.stages.gate import plain_gate
 from nmoe_train.trainer import STAGES, Progress, Trainer
 
@@ -89,8 +91,7 @@ def train(
             checkpoint = trainer.initial_checkpoint(checkpoint, again)
             checkpoint.write(checkpoint_path)
         checkpoint = trainer.train_stages(checkpoint, lambda c: c.write(checkpoint_path), progress)
-        record, metrics = _evaluate(trainer, checkpoint)
-        run = _write(out, trainer, checkpoint, record, metrics)
+        run = _write(out, trainer, checkpoint, *_assess(trainer, checkpoint))
         checkpoint_path.unlink()
         return run
 
@@ -108,8 +109,12 @@ def stopped_config(out: Path) -> Config:
 
 def config_of(run: Run) -> Config:
     """The configuration of a finished run."""
+    plain = dict(run.record.config)
+    if run.record.schema == 1 and run.record.answers_carry_prior:
+        # Runs of schema 1 have no such setting. Recipe "paper" stays what it was.
+        plain["inference"] = {"calibrate": False, **plain.get("inference", {})}
     try:
-        return from_plain(Config, run.record.config)
+        return from_plain(Config, plain)
     except ValueError as error:
         raise RunError(f"{run.folder}: another version of nmoe wrote its settings: {error}") from error
 
@@ -225,17 +230,18 @@ def _load_and_split(config: Config) -> tuple[Dataset, Clients]:
     return dataset, assign_samples(dataset, config.data, config.seed)
 
 
-def _evaluate(trainer: Trainer, checkpoint: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
-    """run.json and metrics.json of a finished training."""
+def _assess(trainer: Trainer, checkpoint: Checkpoint) -> tuple[Assessment, dict[str, Any]]:
+    """The assessment of a finished training, and metrics.json."""
     began = time.perf_counter()
-    record, metrics = trainer.evaluate(checkpoint)
+    assessment = assess(trainer, checkpoint)
     seconds = checkpoint.seconds | {"evaluate": time.perf_counter() - began}
-    metrics |= {"history": checkpoint.history, "seconds": seconds | {"all": sum(seconds.values())}}
-    return record, metrics
+    timed = {"history": checkpoint.history, "seconds": seconds | {"all": sum(seconds.values())}}
+    return assessment, assessment.metrics | timed
 
 
-def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, record: RunRecord, metrics: dict[str, Any]) -> Run:
+def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, assessment: Assessment, metrics: dict[str, Any]) -> Run:
     _refuse_finished(out)  # another process may have written one meanwhile
+    record = assessment.record
     gates = checkpoint.states["gate"] if record.personal_gates else checkpoint.states["gate"][:1]
     return write_run(
         out,
@@ -244,6 +250,9 @@ def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, record: RunRecor
         heads=trainer.heads(checkpoint),
         gates=[plain_gate(gate) for gate in gates],
         experts=checkpoint.states["experts"],
+        corrections=assessment.chosen.calibration,
+        head_correction=assessment.chosen.head,
+        familiar=assessment.familiar,
         calibration=_calibration(trainer.clients),
         metrics=metrics,
         report=page(out.name, to_plain(trainer.config), metrics, trainer.dataset.labels),

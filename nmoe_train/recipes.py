@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "extractor": {"head": "linear"},
         "experts": {"loss": "plain", "start": "fresh", "rate": 2e-3},
         "gate": {"loss": "outputs", "own": "nothing", "load_loss": 0.01},
-        "inference": {"local_first": False, "adapt": False},
+        "inference": {"local_first": False, "calibrate": False, "adapt": False},
     },
 }
 """What each recipe changes; "best" is the defaults."""

@@ -11,133 +11,60 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file, save
 from torch import nn
 
 from nmoe_edge.common.files import replace_file
 from nmoe_edge.common.folders import staged_folder
-from nmoe_edge.common.limits import MAX_EXPERTS
 from nmoe_edge.common.npz import read_npz, write_npz
 from nmoe_edge.common.schema import from_plain, parse_json, to_plain
+from nmoe_edge.protocol.familiar import Familiar
 from nmoe_train.errors import RunError
-from nmoe_train.nets import NetSpec, build
+from nmoe_train.nets import build
+from nmoe_train.record import (
+    SCHEMA,
+    SCHEMAS,
+    DataRecord,
+    FileRecord,
+    Inference,
+    Networks,
+    RunRecord,
+    unknown_schema,
+)
+from nmoe_train.stages.calibration import Calibration, calibrated_net, no_calibration
 from nmoe_train.stages.federation import State
 
-SCHEMA = 1
+__all__ = [
+    "DataRecord",
+    "FileRecord",
+    "Inference",
+    "Networks",
+    "Run",
+    "RunRecord",
+    "read_run",
+    "write_run",
+    "write_unlisted",
+]
+
 RUN_FILE = "run.json"
+CALIBRATION_FILE = "calibration.safetensors"
 OTHER_FILES = ("calibration.npz", "metrics.json")
 """Required files that are neither run.json nor weights. read_run parses the last one."""
 
 FILES = (
     r"run\.json|calibration\.npz|metrics\.json|baselines\.json|report\.html"
-    r"|((gates|experts|heads)/\d+|extractor|gate|head)\.safetensors"
+    r"|((gates|experts|heads|familiar)/\d+|extractor|gate|head|calibration)\.safetensors"
 )
 """Regular expression for the paths that a run's folder may contain; a folder with any other file is not replaced."""
-
-
-@dataclass(frozen=True, slots=True)
-class DataRecord:
-    """The training data."""
-
-    name: str
-    fingerprint: str
-    """sha256 of the samples and of their split among clients."""
-    samples: int
-    """Training samples of all clients together, without the held-out ones."""
-    dtype: Literal["uint8", "float32", "int64"]
-    shape: tuple[int, ...]
-    """Shape of one sample."""
-    layout: Literal["CHW", "HWC", "none"]
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or not self.shape or min(self.shape) < 1:
-            raise ValueError(f"data: {self.samples} samples of shape {list(self.shape)}; all must be at least 1")
-        if not self.name.isprintable():
-            raise ValueError("data.name contains characters that cannot be printed")
-
-
-@dataclass(frozen=True, slots=True)
-class Networks:
-    """The specification that each network is rebuilt from."""
-
-    extractor: NetSpec
-    gate: NetSpec
-    expert: NetSpec
-    head: NetSpec | None = None
-    """The head of stage 1's classifier; None when stage 1 trained no classifier (FedSC)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Inference:
-    """The rules by which a device answers a row."""
-
-    top_k: int
-    """Number of experts that the gate sends a row to."""
-    combination: Literal["outputs", "probabilities"]
-    """What is averaged over experts: their raw outputs, or the softmax of each."""
-    local_first: float | None = None
-    """Answer a row locally when the device's own expert has a confidence above this; None: the gate alone decides.
-    Training chooses the value on held-out samples."""
-    adapt: bool = False
-    """Whether a device estimates its class mix and multiplies its answers by it."""
-
-    def __post_init__(self) -> None:
-        if self.local_first is not None and not 0 <= self.local_first <= 1:
-            raise ValueError(f"local_first is {self.local_first}, not in 0..1")
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """One file of the run."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """The content of run.json; RUN.md documents every key."""
-
-    schema: int
-    config: Mapping[str, Any]
-    """Every setting of the training, defaults included."""
-    seed: int
-    data: DataRecord
-    networks: Networks
-    latent_dim: int
-    experts: int
-    outputs: int
-    personal_gates: bool
-    """Whether each device has its own gate, in gates/NN.safetensors."""
-    answers_carry_prior: bool
-    """Whether experts favour their own client's classes; False when they were trained with logit adjustment."""
-    inference: Inference
-    labels: tuple[str, ...] | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of Python and of the packages that affect the numbers; write_run fills this in."""
-    files: Mapping[str, FileRecord] = field(default_factory=dict)
-    """Size and sha256 of every other required file, by path in the folder; write_run fills this in."""
-
-    def __post_init__(self) -> None:
-        if self.schema != SCHEMA:
-            raise ValueError(f"schema {self.schema} is unknown; this version of nmoe reads schema {SCHEMA}")
-        if min(self.latent_dim, self.outputs) < 1 or not 1 <= self.experts <= MAX_EXPERTS:
-            raise ValueError(f"latent_dim and outputs must be at least 1, experts 1 to {MAX_EXPERTS}")
-        if self.inference.adapt and self.answers_carry_prior:
-            raise ValueError("inference.adapt needs answers_carry_prior to be false")
-        if not 1 <= self.inference.top_k <= self.experts:
-            raise ValueError(f"inference.top_k is {self.inference.top_k}, but there are {self.experts} experts")
-        if self.labels is not None and len(self.labels) != self.outputs:
-            raise ValueError(f"there are {len(self.labels)} labels for {self.outputs} outputs")
-        if self.labels is not None and not all(label.isprintable() for label in self.labels):
-            raise ValueError("a label contains characters that cannot be printed")
 
 
 @dataclass(frozen=True)
@@ -175,8 +102,38 @@ class Run:
         return self._load("gate", name)
 
     def expert(self, device: int) -> nn.Module:
-        """The expert of device number `device`: latents (n, d) -> outputs (n, K)."""
+        """The expert of device number `device` as it was trained: latents (n, d) -> outputs (n, K)."""
         return self._load("expert", f"experts/{device:02}.safetensors")
+
+    def calibrated_expert(self, device: int) -> nn.Module:
+        """The expert as devices run it, calibrated on held-out samples; the same as `expert` in a run of schema 1."""
+        net = self.expert(device)
+        found = self._calibrations()[0]
+        if found is None or found.changes_nothing:
+            return net
+        return calibrated_net(net, float(found.scale[device]), found.bias[device])
+
+    def calibrated_head(self, device: int) -> nn.Module | None:
+        """`head`, calibrated on held-out samples where that helped; None when stage 1 trained no classifier."""
+        net = self.head(device)
+        found = self._calibrations()[1]
+        if net is None or found is None or found.changes_nothing:
+            return net
+        return calibrated_net(net, float(found.scale[0]), found.bias[0])
+
+    def familiar(self, device: int) -> Familiar | None:
+        """What the client's latents look like, for the test of record.inference.familiar; None in a run without it."""
+        name = f"familiar/{device:02}.safetensors"
+        if name not in self.record.files:
+            return None
+        try:
+            arrays = load_arrays(self.folder / name)
+            found = Familiar(arrays["whitening"], arrays["centres"])
+            if found.whitening.shape[0] != self.record.latent_dim:
+                raise ValueError(f"whitening is for latents of {found.whitening.shape[0]} numbers")
+            return found
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise RunError(f"{self.folder / name}: {_reason(error)}") from error
 
     def head(self, device: int) -> nn.Module | None:
         """The head of stage 1's classifier: latents (n, d) -> logits (n, K).
@@ -209,6 +166,23 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: {_reason(error)}") from error
 
+    def _calibrations(self) -> tuple[Calibration | None, Calibration | None]:
+        """Those of the experts and of stage 1's head."""
+        if CALIBRATION_FILE not in self.record.files:
+            return None, None
+        path = self.folder / CALIBRATION_FILE
+        try:
+            arrays = load_arrays(path)
+            experts = Calibration(arrays["scale"], arrays["bias"])
+            head = Calibration(arrays["head_scale"], arrays["head_bias"]) if "head_scale" in arrays else None
+            if experts.bias.shape != (self.record.experts, self.record.outputs):
+                raise ValueError(f"it is for experts and classes {list(experts.bias.shape)}")
+            if head is not None and head.bias.shape != (1, self.record.outputs):
+                raise ValueError(f"it is for heads and classes {list(head.bias.shape)}")
+            return experts, head
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise RunError(f"{path}: {_reason(error)}") from error
+
     def _load(self, role: str, name: str) -> nn.Module:
         net = build(getattr(self.record.networks, role))
         try:
@@ -229,6 +203,9 @@ def write_run(
     calibration: Mapping[str, np.ndarray],
     metrics: Mapping[str, Any],
     heads: Sequence[State] = (),
+    corrections: Calibration | None = None,
+    head_correction: Calibration | None = None,
+    familiar: Sequence[Familiar] = (),
     report: str | None = None,
 ) -> Run:
     """Write a run to `folder` and return it.
@@ -242,6 +219,9 @@ def write_run(
     calibration: arrays as Run.calibration returns them
     metrics: must be JSON; NaN is refused
     heads: one state per device, a single shared state, or none
+    corrections: the calibration of the experts; None: they stay as they are
+    head_correction: the calibration of a shared head
+    familiar: what each client's latents look like, one per device or none
     report: HTML for report.html, if any
 
     Raises RunError when the states do not match `record`, when `folder` holds anything but a run, or when a file cannot
@@ -254,16 +234,21 @@ def write_run(
         raise RunError(
             f"{len(experts)} experts, {len(gates)} gates and {len(heads)} heads do not fit {record.experts} devices"
         )
+    arrays = _calibration_arrays(record, corrections, head_correction)
+    arrays |= {name: _familiar_arrays(one) for name, one in zip(_familiar(len(familiar)), familiar, strict=True)}
     try:
         with staged_folder(folder, RUN_FILE, FILES) as staging:
             for name, state in zip(names, states, strict=True):
                 (staging / name).parent.mkdir(exist_ok=True)
                 (staging / name).write_bytes(save({key: tensor.clone() for key, tensor in state.items()}))
+            for name, content in arrays.items():
+                (staging / name).parent.mkdir(exist_ok=True)
+                (staging / name).write_bytes(save_arrays(content))
             (staging / "calibration.npz").write_bytes(write_npz(calibration))
             (staging / "metrics.json").write_text(_json(metrics))
             if report is not None:
                 (staging / "report.html").write_text(report, encoding="utf-8")
-            files = {name: _file_record(staging / name) for name in [*names, *OTHER_FILES]}
+            files = {name: _file_record(staging / name) for name in [*names, *arrays, *OTHER_FILES]}
             complete = replace(record, versions=_versions(), files=files)
             (staging / RUN_FILE).write_text(_json(to_plain(complete)))
     except (OSError, ValueError, TypeError) as error:
@@ -317,21 +302,26 @@ def write_unlisted(run: Run, name: str, text: str) -> None:
 
 def _parse_record(plain: object) -> RunRecord:
     # The schema comes first: another schema has other keys, and "unknown key" would mislead.
-    if isinstance(plain, dict) and plain.get("schema", SCHEMA) != SCHEMA:
-        raise ValueError(f"schema {plain['schema']!r:.40} is unknown; this version of nmoe reads schema {SCHEMA}")
+    if isinstance(plain, dict) and plain.get("schema", SCHEMA) not in SCHEMAS:
+        raise ValueError(unknown_schema(plain["schema"]))
     return from_plain(RunRecord, plain)
 
 
 def _listed_files(record: RunRecord) -> list[str]:
     """Every file that run.json must list, metrics.json last. ValueError when it lists others."""
-    required = [*_state_files(record), *OTHER_FILES]
-    heads = record.files.keys() - set(required)
+    calibration = [CALIBRATION_FILE] if record.schema > 1 else []
+    required = [*_state_files(record), *calibration, *OTHER_FILES]
+    optional = record.files.keys() - set(required)
+    heads = {name for name in optional if name.startswith("head")}
     expected_heads: list[set[str]] = [set()]
     if record.networks.head is not None:
         expected_heads = [{_HEAD}, set(_heads(record.experts))]
-    if len(record.files) != len(required) + len(heads) or heads not in expected_heads:
+    familiar = set(_familiar(record.experts)) if record.schema > 1 else set()
+    expected_others = [familiar] if record.inference.familiar is not None else [set(), familiar]
+    complete = len(record.files) == len(required) + len(optional)
+    if not complete or heads not in expected_heads or optional - heads not in expected_others:
         raise ValueError(f"files are not those of a run with {record.experts} experts")
-    return [*sorted(heads), *required]
+    return [*sorted(optional), *required]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -345,6 +335,27 @@ _HEAD = "head.safetensors"
 
 def _heads(count: int) -> list[str]:
     return [f"heads/{i:02}.safetensors" for i in range(count)]
+
+
+def _familiar(count: int) -> list[str]:
+    return [f"familiar/{i:02}.safetensors" for i in range(count)]
+
+
+def _familiar_arrays(one: Familiar) -> dict[str, np.ndarray]:
+    return {"whitening": np.ascontiguousarray(one.whitening), "centres": np.ascontiguousarray(one.centres)}
+
+
+def _calibration_arrays(
+    record: RunRecord, experts: Calibration | None, head: Calibration | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """File -> its arrays. A run of schema 1 has none."""
+    if record.schema == 1:
+        return {}
+    experts = experts or no_calibration(record.experts, record.outputs)
+    arrays = {"scale": experts.scale, "bias": experts.bias}
+    if head is not None:
+        arrays |= {"head_scale": head.scale, "head_bias": head.bias}
+    return {CALIBRATION_FILE: arrays}
 
 
 def _head_files(count: int) -> list[str]:

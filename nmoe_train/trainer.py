@@ -1,7 +1,7 @@
-"""The clients and their networks, stage by stage: extractor -> experts -> gate -> evaluation.
+"""The clients and their networks, stage by stage: extractor -> experts -> gate.
 
 The trainer turns a Checkpoint into the next one. It reads and writes no folder: the caller passes a function that saves
-a checkpoint. pipeline.py is that caller.
+a checkpoint. pipeline.py is that caller; assessment.py evaluates what was trained.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from nmoe_edge.common.schema import to_plain
 from nmoe_train.checkpoint import Checkpoint, StageClock
 from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, Part
 from nmoe_train.data.datasets import Dataset
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.nets import NetSpec, build, probe
-from nmoe_train.results.evaluation import DeviceRows, apply_class_mix, choose_threshold, evaluate, measure
-from nmoe_train.run import DataRecord, Inference, Networks, Run, RunRecord
+from nmoe_train.run import Networks, Run
 from nmoe_train.stages.experts import train_experts
 from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, MatrixNoise, fedce_round, fedsc_round
 from nmoe_train.stages.federation import Round, State, generator, size_bytes
@@ -51,7 +49,7 @@ class FrozenOutputs:
 
 
 class Trainer:
-    """Trains and evaluates the networks of all clients.
+    """Trains the networks of all clients.
 
     The constructor builds every network and tries the extractor on two images. Raises ConfigError or NetError when the
     settings do not fit the data or the networks.
@@ -278,68 +276,6 @@ class Trainer:
             outputs = torch.cat([every_expert(stacked, rows) for rows in h.split(ENCODE_BATCH)])
         return FrozenOutputs(h, outputs, y)
 
-    def evaluate(self, c: Checkpoint) -> tuple[RunRecord, dict[str, Any]]:
-        """Choose the rules for inference, measure the fleet under them, and describe the run.
-
-        Returns run.json without its files, and metrics.json without `history` and `seconds`.
-        """
-        rules = self._inference_rules(c)
-        metrics: dict[str, Any] = {}
-        for name, parts in (("own", self.clients.own_test), ("iid", [self.clients.test])):
-            frozen = [self.frozen_outputs(c, part) for part in parts]
-            frozen *= self.count // len(frozen)  # the balanced test set is the same for every device
-            metrics[name] = evaluate(self.device_rows(c, frozen), rules)
-            if self.specs.head is not None:
-                metrics[name]["fedce"] = self._measure_classifier(c, frozen, rules)
-        metrics["split"] = self.clients.class_counts(self.classes)
-        metrics["bytes"] = {stage: _bytes_sent(c, stage) for stage in STAGES[:-1]}
-        epsilons = [entry["epsilon"] for entry in c.history if "epsilon" in entry]
-        if epsilons:
-            metrics["privacy"] = {
-                "epsilon": epsilons[-1],
-                "delta": self.config.fedsc.delta,
-                "sigma": max(self.matrix_noise.sigmas),
-                "releases": len(epsilons),
-            }
-        return self._record(c, rules), metrics
-
-    def _inference_rules(self, c: Checkpoint) -> Inference:
-        """The rules of the configuration, with the confidence threshold that is best on held-out samples."""
-        config = self.config
-        rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
-        if not config.inference.local_first:
-            return rules
-        held_out = [self.frozen_outputs(c, part) for part in self.clients.held_out]
-        pooled = FrozenOutputs(
-            torch.cat([part.latents for part in held_out]),
-            torch.cat([part.expert_outputs for part in held_out]),
-            torch.cat([part.y for part in held_out]),
-        )
-        own_rows = self.device_rows(c, held_out)
-        pooled_rows = self.device_rows(c, [pooled] * self.count)
-        return replace(rules, local_first=choose_threshold(own_rows, pooled_rows, rules))
-
-    def _measure_classifier(self, c: Checkpoint, frozen: Sequence[FrozenOutputs], rules: Inference) -> dict[str, Any]:
-        """Figures of stage 1's classifier with each device's head, given the same class mix as the fleet."""
-        heads = [select_part(state, "head.") for state in c.states["extractor"]]
-        self.classifier.head.cpu()
-        # A head that stayed with its client already carries the client's class mix.
-        rules = replace(rules, adapt=rules.adapt and self.config.extractor.heads == "shared")
-        with torch.no_grad():
-            p = [
-                functional_call(self.classifier.head, head, (part.latents,)).softmax(1)
-                for head, part in zip(heads, frozen, strict=True)
-            ]
-        return measure([apply_class_mix(q, rules) for q in p], [part.y for part in frozen])
-
-    def device_rows(self, c: Checkpoint, frozen: Sequence[FrozenOutputs]) -> list[DeviceRows]:
-        """Each device's part of the data, with the scores of its gate."""
-        with torch.no_grad():
-            return [
-                DeviceRows(functional_call(self.gate, gate, (part.latents,)), part.expert_outputs, part.y)
-                for gate, part in zip(c.states["gate"], frozen, strict=True)
-            ]
-
     def heads(self, c: Checkpoint) -> list[State]:
         """Stage 1's heads for the run: a single shared one, one per client, or none."""
         if self.specs.head is None:
@@ -349,34 +285,10 @@ class Trainer:
             states = states[:1]
         return [select_part(state, "head.") for state in states]
 
-    def _record(self, c: Checkpoint, rules: Inference) -> RunRecord:
-        config = self.config
-        samples = sum(len(y) for _, y in self.clients.train)
-        return RunRecord(
-            schema=1,
-            config=to_plain(config),
-            seed=config.seed,
-            data=DataRecord(self.dataset.name, c.fingerprint, samples, "uint8", self.dataset.shape, "CHW"),
-            networks=self.specs,
-            latent_dim=config.extractor.dim,
-            experts=self.count,
-            outputs=self.classes,
-            personal_gates=config.gate.method == "fedgate" and config.gate.own != "nothing",
-            answers_carry_prior=config.experts.loss == "plain",
-            inference=rules,
-            labels=self.dataset.labels,
-        )
-
 
 def _history_entry(finished: Round) -> dict[str, Any]:
     """A round as metrics.json lists it: without fields that are empty."""
     return {key: value for key, value in asdict(finished).items() if value not in (None, ())}
-
-
-def _bytes_sent(c: Checkpoint, stage: str) -> dict[str, int]:
-    """Bytes that all clients sent (`up`) and received (`down`) in a stage."""
-    entries = [entry for entry in c.history if entry["stage"] == stage]
-    return {"up": sum(entry["up"] for entry in entries), "down": sum(entry["down"] for entry in entries)}
 
 
 def encode(net: nn.Module, x: Tensor) -> Tensor:

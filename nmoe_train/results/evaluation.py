@@ -1,25 +1,30 @@
 """Figures of a trained fleet: on each device's own distribution, and on the balanced test set.
 
-Answering follows the rules of the run. The gate picks experts for a row, unless the device's own expert is confident
-enough to answer locally; the answers are combined; then the device's class mix is multiplied in. The class mix is
-estimated without labels, for each half of a device's rows from the other half. The confidence threshold is chosen under
-the same rules.
+Answering is nmoe_edge.protocol.answering, the code that devices run. The gate picks experts for a row, unless the
+device's own expert is confident and the latent is familiar; the answers are combined; then the device's class mix is
+multiplied in. The class mix is estimated without labels, for each half of a device's rows from the other half. No
+figure depends on the order of the rows. rules.py chooses the rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from nmoe_edge.protocol.answering import Answered, answer
+from nmoe_edge.protocol.classmix import cross_adapted
+from nmoe_edge.protocol.combine import softmax
 from nmoe_train.run import Inference
 
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-"""Confidences that choose_threshold tries, from most to fewest rows answered locally."""
+SEED = 0
+"""Of the draw that cuts a device's rows into halves for the class mix."""
+SHORT = ("accuracy", "macro_f1", "auc")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,81 +34,27 @@ class DeviceRows:
     scores: Tensor
     """(n, N) of this device's gate"""
     expert_outputs: Tensor
-    """(n, N, K) of every expert; two devices get the same numbers for the same row"""
+    """(n, N, K) of every expert, calibrated; two devices get the same numbers for the same row"""
     y: Tensor
     """True classes (n,)"""
+    distances: Tensor | None = None
+    """(n,) of the latents from what the own expert knows; None where no rule tests them"""
 
 
 def answers(rows: DeviceRows, device: int, rules: Inference) -> tuple[Tensor, Tensor]:
     """Class probabilities (n, K), and the share of each row that went to each expert (n, N); its rows sum to 1."""
-    n, experts = rows.scores.shape
-    classes = rows.expert_outputs.shape[2]
-    top = rows.scores.topk(rules.top_k, dim=1)
-    outputs = rows.expert_outputs.gather(1, top.indices[:, :, None].expand(-1, -1, classes))  # (n, k, K)
-    weights = top.values.softmax(1)[:, :, None]  # (n, k, 1)
-    if rules.combination == "probabilities":
-        p = (weights * outputs.softmax(2)).sum(1)
-    else:
-        p = (weights * outputs).sum(1).softmax(1)
-    routed = torch.zeros(n, experts).scatter_(1, top.indices, 1 / rules.top_k)
-    if rules.local_first is not None:
-        own = rows.expert_outputs[:, device].softmax(1)
-        confident = own.max(1).values > rules.local_first
-        p[confident] = own[confident]
-        routed[confident] = torch.eye(experts)[device]
-    return apply_class_mix(p, rules), routed
+    answered = _answered(rows, device, rules)
+    return apply_class_mix(torch.from_numpy(answered.p), rules), torch.from_numpy(answered.routed)
 
 
 def apply_class_mix(p: Tensor, rules: Inference) -> Tensor:
-    """Multiply in the device's class mix, where the rules adapt. (n, K) -> (n, K)
-
-    Even rows get the mix estimated from odd rows, and odd rows the one from even rows.
-    """
-    if not rules.adapt or len(p) < 2:
-        return p
-    result = torch.empty_like(p)
-    even = slice(0, None, 2)
-    odd = slice(1, None, 2)
-    for half, other in ((even, odd), (odd, even)):
-        weighted = p[half] * class_mix(p[other])
-        result[half] = weighted / weighted.sum(1, keepdim=True)
-    return result
+    """Multiply in the device's class mix, where the rules adapt. (n, K) -> (n, K)"""
+    return class_mixed(p) if rules.adapt else p
 
 
-def class_mix(p: Tensor, steps: int = 30) -> Tensor:
-    """The class mix that best explains these unlabelled probabilities, by EM. (n, K) without a prior -> (K,)
-
-    Each step adds half a row to every class, so that an absent class keeps a small share.
-    """
-    mix = torch.full((p.shape[1],), 1 / p.shape[1])
-    for _ in range(steps):
-        posterior = p * mix
-        mix = (posterior / posterior.sum(1, keepdim=True)).sum(0) + 0.5
-        mix = mix / mix.sum()
-    return mix
-
-
-def choose_threshold(own: Sequence[DeviceRows], pooled: Sequence[DeviceRows], rules: Inference) -> float | None:
-    """The confidence above which a row is answered locally; None: the gate alone decides.
-
-    Of THRESHOLDS and None, it is the one with the best mean accuracy over all devices, on their own rows and on the
-    pooled ones. Among equals, it is the one that answers most rows locally.
-
-    own: each device's held-out rows
-    pooled: for each device, the held-out rows of all devices
-    """
-
-    def mean_accuracy(threshold: float | None) -> float:
-        tried = replace(rules, local_first=threshold)
-        accuracies = []
-        for part in (own, pooled):
-            for device, rows in enumerate(part):
-                p, _ = answers(rows, device, tried)
-                accuracies.append(accuracy(p, rows.y))
-        return float(np.mean(accuracies))
-
-    candidates = (*THRESHOLDS, None)  # in the order of preference among equals
-    return max(candidates, key=mean_accuracy)
+def class_mixed(p: Tensor) -> Tensor:
+    """Probabilities times the device's class mix: each half of the rows gets the mix of the other half."""
+    return torch.from_numpy(cross_adapted(p.numpy(), SEED))
 
 
 def accuracy(p: Tensor, y: Tensor) -> float:
@@ -125,14 +76,16 @@ def auc(p: Tensor, y: Tensor) -> float | None:
 
     None when there is no such class.
     """
-    from sklearn.metrics import roc_auc_score
-
-    areas = []
-    for k in range(p.shape[1]):
-        positive = y == k
-        if 0 < int(positive.sum()) < len(y):
-            areas.append(roc_auc_score(positive.numpy(), p[:, k].numpy()))
+    areas = [_area(p[:, k].numpy(), (y == k).numpy()) for k in range(p.shape[1]) if 0 < int((y == k).sum()) < len(y)]
     return float(np.mean(areas)) if areas else None
+
+
+def _area(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
+    """The chance that a positive row scores higher than a negative one; equal scores count half."""
+    negative = np.sort(scores[~positive])
+    below = np.searchsorted(negative, scores[positive], "left")
+    not_above = np.searchsorted(negative, scores[positive], "right")
+    return float((below + not_above).mean() / 2 / len(negative))
 
 
 def measure(p: Sequence[Tensor], y: Sequence[Tensor]) -> dict[str, Any]:
@@ -158,22 +111,69 @@ def _figures(p: Tensor, y: Tensor) -> dict[str, float | None]:
     return {"accuracy": accuracy(p, y), "macro_f1": macro_f1(p.argmax(1), y, p.shape[1]), "auc": auc(p, y)}
 
 
-def evaluate(parts: Sequence[DeviceRows], rules: Inference) -> dict[str, Any]:
+def measure_both(p: Sequence[Tensor], y: Sequence[Tensor], adapt: bool) -> dict[str, Any]:
+    """`measure` with the class mix if `adapt`, and in short both with and without it.
+
+    p: each device's class probabilities (n, K), without a prior of its client
+    """
+    without = measure(p, y)
+    mixed = measure([class_mixed(q) for q in p], y)
+    return {
+        **(mixed if adapt else without),
+        "with_class_mix": {key: mixed[key] for key in SHORT},
+        "without_class_mix": {key: without[key] for key in SHORT},
+    }
+
+
+def evaluate(
+    parts: Sequence[DeviceRows], rules: Inference, prior: bool = False, seen: Tensor | None = None
+) -> dict[str, Any]:
     """Figures of the fleet and of each expert alone, and the routing between devices; RUN.md explains the keys.
 
     parts: each device's test rows
+    prior: whether answers carry their client's class mix; there is then no figure with the class mix
+    seen: (devices, K), whether the device's client has training samples of the class
     """
-    networked = [answers(rows, i, rules) for i, rows in enumerate(parts)]
-    # Experts alone get the class mix too: without it, the comparison would be unfair to adjusted experts.
-    alone = [apply_class_mix(rows.expert_outputs[:, i].softmax(1), rules) for i, rows in enumerate(parts)]
+    answered = [_answered(rows, i, rules) for i, rows in enumerate(parts)]
     truth = [rows.y for rows in parts]
-    routing = torch.stack([routed.mean(0) for _, routed in networked])  # (devices, N)
-    asked = [(routed[:, i] < 1).float().mean() for i, (_, routed) in enumerate(networked)]
-    return {
-        "networked": measure([p for p, _ in networked], truth),
-        "own_expert": measure(alone, truth),
+    networked = [torch.from_numpy(one.p) for one in answered]
+    alone = [torch.from_numpy(softmax(rows.expert_outputs[:, i].numpy())).float() for i, rows in enumerate(parts)]
+    routing = torch.stack([torch.from_numpy(one.routed).mean(0) for one in answered])  # (devices, N)
+    asked = [float((one.routed[:, i] < 1).mean()) for i, one in enumerate(answered)]
+    figures = {
+        "networked": measure(networked, truth) if prior else measure_both(networked, truth, rules.adapt),
+        "own_expert": measure(alone, truth) if prior else measure_both(alone, truth, rules.adapt),
         "kept_local": routing.diag().mean().item(),
         "asked": float(np.mean(asked)),
         "routing": routing.tolist(),
         "load": routing.mean(0).tolist(),
     }
+    unseen = _unseen(parts, answered, seen) if seen is not None and rules.local_first is not None else None
+    return figures | ({"unseen": unseen} if unseen else {})
+
+
+def _unseen(parts: Sequence[DeviceRows], answered: Sequence[Answered], seen: Tensor) -> dict[str, Any] | None:
+    """What the local exit does with rows of classes that the device's client has no sample of; None without such rows.
+
+    `kept`: the share of them that is answered locally; `right`: how many of those are right, None if none is kept
+    """
+    local = []
+    right = []
+    for i, (rows, one) in enumerate(zip(parts, answered, strict=True)):
+        unknown = ~seen[i][rows.y].numpy()
+        local.append(one.local[unknown])
+        right.append(one.p.argmax(axis=1)[unknown] == rows.y.numpy()[unknown])
+    kept = np.concatenate(local)
+    if not len(kept):
+        return None
+    return {
+        "rows": len(kept),
+        "kept": float(kept.mean()),
+        "right": float(np.concatenate(right)[kept].mean()) if kept.any() else None,
+    }
+
+
+def _answered(rows: DeviceRows, device: int, rules: Inference) -> Answered:
+    """The device's answers before the class mix."""
+    distances = None if rows.distances is None else rows.distances.numpy()
+    return answer(rows.scores.numpy(), rows.expert_outputs.numpy(), device, rules.answer_rules(), distances)
