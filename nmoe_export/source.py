@@ -21,7 +21,7 @@ from nmoe_edge.common.text import counted
 from nmoe_edge.protocol.answering import AnswerRules
 from nmoe_edge.protocol.familiar import Familiar
 from nmoe_export.errors import SourceError
-from nmoe_train.run import Inference, Run, RunRecord
+from nmoe_train.run import Run, RunRecord
 
 _PROBES = 32
 """Samples that modules are tried with."""
@@ -95,7 +95,7 @@ def of_run(run: Run) -> Source:
         key=key_of(run),
         extractor=run.extractor(),
         gates=[run.gate(device) for device in gate_owners],
-        experts=[run.expert(device) for device in range(record.experts)],
+        experts=[run.calibrated_expert(device) for device in range(record.experts)],
         inputs=inputs,
         samples="held_out",
         labels=arrays.get("labels"),
@@ -104,15 +104,26 @@ def of_run(run: Run) -> Source:
         latent_dim=record.latent_dim,
         outputs=record.outputs,
         names=record.labels,
-        inference=_rules(record.inference),
+        inference=record.inference.answer_rules(),
         answers_carry_prior=record.answers_carry_prior,
         extractor_source=_run_extractor(record),
         alike=True,
+        familiar=_familiar(run),
     )
 
 
-def _rules(inference: Inference) -> AnswerRules:
-    return AnswerRules(inference.top_k, inference.combination, inference.local_first, adapt=inference.adapt)
+def _familiar(run: Run) -> list[Familiar] | None:
+    """For each device what is familiar to it; None where the run does not test that."""
+    if run.record.inference.familiar is None:
+        return None
+    statistics = [run.familiar(device) for device in range(run.record.experts)]
+    known = [familiar for familiar in statistics if familiar is not None]
+    if len(known) < len(statistics):
+        raise SourceError(
+            f"{run.folder}: inference.familiar is set, but the run has no statistics of familiar latents;"
+            " repeat its training"
+        )
+    return known
 
 
 def key_of(run: Run) -> str:

@@ -2,7 +2,7 @@
 
     training, export   nmoe_edge.protocol.answering.answer, for all rows at once
     export             nmoe_export.simulation.Simulation, which also gives the manifest its accuracy
-    device             nmoe_edge.protocol: local_rows, route, Exchange and combine, called as device/requests.py calls them
+    device             nmoe_edge.protocol: local_rows, route, Exchange and combine, as requests.py calls them
 
 Scores and outputs are random, without ties.
 """
