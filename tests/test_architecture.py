@@ -145,7 +145,7 @@ SISTERS = {
         *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest", "statistics")),
         *(f"nmoe_edge.protocol.{module}" for module in (*ANSWERING, "routing", "tensor")),
         *("nmoe_edge.errors", "nmoe_edge.models"),
-        *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.evaluation", "nmoe_train.results.pages.*"),
+        *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.pages.*"),
     ),
 }
 # Package from outside -> the only modules of nmoe_edge that may import it.
