@@ -226,7 +226,7 @@ def _mixture_loss(trainer: Trainer, mixture: _Mixture, h: Tensor, y: Tensor, g: 
 
 def _measure_mixture(trainer: Trainer, extractor: nn.Module, mixture: _Mixture) -> dict[str, Any]:
     config = trainer.config
-    rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
+    rules = Inference(config.inference.top_k, config.gate.combination, None, config.inference.adapt)
     figures: dict[str, Any] = {}
     for name, parts in (("own", trainer.clients.own_test), ("iid", [trainer.clients.test])):
         probabilities = []
