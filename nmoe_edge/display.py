@@ -141,7 +141,7 @@ def _class_mix(mix: ClassMixReport) -> str:
     """The state of a device's learned class mix."""
     if not mix["adapt"]:
         return "off"
-    return f"{mix['rows']} rows seen, {'in use' if mix['mix'] else 'used from 200 rows on'}"
+    return f"{mix['rows']} rows seen, {'in use' if mix['mix'] else 'used from 100 rows on'}"
 
 
 def _ms(value: float | None) -> str:

@@ -50,7 +50,7 @@ class ClassMixReport(TypedDict):
     rows: int
     """Answered rows that it is estimated from."""
     mix: list[float] | None
-    """The share of every class; their sum is 1. None until 200 rows were seen."""
+    """The share of every class; their sum is 1. None until 100 rows were seen."""
 
 
 class PeerReport(TypedDict):

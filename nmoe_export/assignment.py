@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nmoe_edge.protocol.routing import ranking
 from nmoe_export.calibrate import Recipe
 from nmoe_export.candidate import Candidate
 from nmoe_export.samples import Samples
@@ -143,7 +144,7 @@ def sent_to(
     """
     sent = np.zeros((len(gates), len(latents), len(source.experts)), bool)
     for number, gate in enumerate(gates):
-        ranked = np.argsort(-gate_scores(source, gate, latents), 1, kind="stable")
+        ranked = ranking(gate_scores(source, gate, latents))
         np.put_along_axis(sent[number], ranked[:, : source.inference.top_k], True, 1)
     if clients is None or len(gates) == 1:
         return np.any(sent, axis=0)  # type: ignore[no-any-return]  # numpy's stub says Any

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nmoe_edge.bundle.manifest import SCHEMA, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, trunk_digest
+from nmoe_edge.bundle.manifest import SCHEMA, STATISTICS, LatentSpec, Manifest, PrecisionSpec, RoutingSpec, trunk_digest
 from nmoe_edge.bundle.selftest import SelfTest
-from nmoe_edge.protocol.combine import combine, expert_weights
+from nmoe_edge.bundle.statistics import write_statistics
 from nmoe_edge.protocol.routing import route
 from nmoe_export.errors import SourceError
 from nmoe_export.graphs import IR_VERSION, OPSET
 from nmoe_export.search import Chosen
-from nmoe_export.simulation import Simulation, expert_session
+from nmoe_export.simulation import expert_session
 from nmoe_export.source import Source
-from nmoe_train.run import Inference
 
 SELFTEST_ROWS = 8
 TOLERANCES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 2e-2}
@@ -43,6 +42,8 @@ def device_bundle(
     }
     if source.names is not None:
         contents["labels.txt"] = ("\n".join(source.names) + "\n").encode()
+    if chosen.rules.familiar is not None and source.familiar is not None:
+        contents[STATISTICS] = write_statistics(source.familiar[device])
     try:
         return _manifest(source, chosen, target, latent, device), contents
     except ValueError as error:
@@ -54,7 +55,7 @@ def _manifest(source: Source, chosen: Chosen, target: str, latent: str, device: 
     rules = chosen.rules
     accuracy: dict[str, float] = {}
     if source.labels is not None:
-        accuracy[source.samples] = manifest_accuracy(chosen.simulation, rules, device, source.labels)
+        accuracy[source.samples] = chosen.simulation.accuracy(device, rules)
     experts = len(source.experts)
     return Manifest(
         schema=SCHEMA,
@@ -65,7 +66,7 @@ def _manifest(source: Source, chosen: Chosen, target: str, latent: str, device: 
         answers_carry_prior=source.answers_carry_prior,
         input=source.input,
         latent=LatentSpec(source.latent_dim, latent),  # type: ignore[arg-type]  # one of the options
-        routing=RoutingSpec(rules.top_k, rules.combination, rules.local_first, rules.adapt),
+        routing=RoutingSpec(**asdict(rules)),
         precision=PrecisionSpec(**chosen.precision),  # type: ignore[arg-type]  # its keys are KINDS
         target=target,  # type: ignore[arg-type]  # one of the targets, or any
         opset=OPSET,
@@ -111,19 +112,3 @@ def _clear_rows(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
         rounds.append(seen[favourite])
         seen[favourite] += 1
     return clear[np.argsort(rounds, kind="stable")[:SELFTEST_ROWS]]
-
-
-def manifest_accuracy(simulation: Simulation, rules: Inference, device: int, labels: NDArray[Any]) -> float:
-    """The share of the measured samples that the device's gate and the experts it chooses get right.
-
-    It leaves out local-first answers and the class mix, which depend on the device's own data.
-    """
-    measured = simulation.source.measured_rows
-    scores = simulation.scores_of(device)[measured]
-    outputs = simulation.outputs[measured]
-    right = 0
-    for row, experts in enumerate(route(scores, device, range(scores.shape[1]), rules.top_k).chosen):
-        answers = {expert: outputs[row, expert] for expert in experts}
-        answer = combine(answers, expert_weights(scores[row], experts), rules.combination)
-        right += int(answer.argmax() == labels[measured[row]])
-    return right / len(measured)

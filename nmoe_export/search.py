@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nmoe_edge.common.progress import Count, Progress
+from nmoe_edge.protocol.answering import AnswerRules
 from nmoe_export.assignment import Assignment, Candidates
 from nmoe_export.calibrate import Recipe
 from nmoe_export.candidate import FLOAT16_MAX, Candidate
@@ -25,7 +26,6 @@ from nmoe_export.source import Source
 from nmoe_export.speed import FASTER, compare_speed
 from nmoe_export.targets import Target
 from nmoe_export.trial import Trial
-from nmoe_train.run import Inference
 
 SNR_SAMPLES = 64
 """Samples that measure how noisy each node is in int8."""
@@ -43,7 +43,7 @@ class Chosen:
     """Holds the graphs and what they computed for the source's samples."""
     precision: dict[str, str]
     """The precision of each kind of graph, as the manifest has it."""
-    rules: Inference
+    rules: AnswerRules
     report: dict[str, Any] = field(default_factory=dict)
     """The search's part of report.json."""
 

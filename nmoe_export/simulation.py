@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nmoe_edge.models import Graph
+from nmoe_edge.protocol.answering import AnswerRules, answer_adapted
 from nmoe_edge.protocol.tensor import Tensor
+from nmoe_edge.protocol.thresholds import LabelledRows, accuracy, choose_local_first
 from nmoe_export.source import Source
-from nmoe_train.results.evaluation import DeviceRows, accuracy, answers, choose_threshold
-from nmoe_train.run import Inference
 
 KINDS = ("extractor", "gate", "expert")
 BATCH = 256
@@ -56,13 +55,15 @@ class Simulation:
         """The scores of a device's gate, (n, experts)."""
         return self.scores[device % len(self.scores)]
 
-    def rows(self, device: int, chosen: NDArray[np.int64]) -> DeviceRows:
+    def rows(self, device: int, chosen: NDArray[np.int64]) -> LabelledRows:
         """The samples numbered `chosen` as a device sees them. Without labels, all labels are 0."""
         labels = self.source.labels
         if labels is None:
             labels = np.zeros(len(self.latents), np.int64)
-        arrays = (self.scores_of(device), self.outputs, labels)
-        return DeviceRows(*(torch.from_numpy(np.array(array[chosen])) for array in arrays))
+        distances = None
+        if self.source.familiar is not None:
+            distances = self.source.familiar[device].distances(self.latents[chosen])
+        return LabelledRows(device, self.scores_of(device)[chosen], self.outputs[chosen], labels[chosen], distances)
 
     def load(self) -> list[float]:
         """The share of the measured samples for which the gates prefer each expert, averaged over gates."""
@@ -71,7 +72,7 @@ class Simulation:
         shares = [np.bincount(scores[measured].argmax(1), minlength=experts) / len(measured) for scores in self.scores]
         return [float(share) for share in np.mean(shares, axis=0)]
 
-    def threshold(self) -> Inference:
+    def threshold(self) -> AnswerRules:
         """The source's rules, with `local_first` chosen again for these graphs where it is in use.
 
         The calibration half of the samples chooses it. The source's threshold stays when a client has no sample there.
@@ -83,23 +84,26 @@ class Simulation:
         chosen = self.source.calibration_rows
         devices = range(len(self.graphs.experts))
         own = [self.rows(device, chosen[clients[chosen] == device]) for device in devices]
-        if not all(len(rows.y) for rows in own):
+        if not all(len(rows.labels) for rows in own):
             return rules
         everything = [self.rows(device, chosen) for device in devices]
-        return replace(rules, local_first=choose_threshold(own, everything, rules))
+        return replace(rules, local_first=choose_local_first(own, everything, rules))
 
-    def answered_classes(self, rules: Inference) -> NDArray[np.int64]:
+    def answered_classes(self, rules: AnswerRules) -> NDArray[np.int64]:
         """The class that each device answers for each measured sample, (devices, n)."""
-        measured = self.source.measured_rows
-        devices = range(len(self.graphs.experts))
-        return np.stack(
-            [answers(self.rows(device, measured), device, rules)[0].argmax(1).numpy() for device in devices]
-        )
+        answered = []
+        for device in range(len(self.graphs.experts)):
+            rows = self.rows(device, self.source.measured_rows)
+            answered.append(answer_adapted(rows.scores, rows.outputs, device, rules, rows.distances).p.argmax(axis=1))
+        return np.stack(answered)
 
-    def accuracies(self, rules: Inference) -> list[float]:
-        """Each device's share of right answers to the measured samples. The source must have labels."""
-        parts = [self.rows(device, self.source.measured_rows) for device in range(len(self.graphs.experts))]
-        return [accuracy(answers(rows, device, rules)[0], rows.y) for device, rows in enumerate(parts)]
+    def accuracy(self, device: int, rules: AnswerRules) -> float:
+        """A device's share of right answers to the measured samples. The source must have labels."""
+        return accuracy(self.rows(device, self.source.measured_rows), rules)
+
+    def accuracies(self, rules: AnswerRules) -> list[float]:
+        """`accuracy` of every device."""
+        return [self.accuracy(device, rules) for device in range(len(self.graphs.experts))]
 
 
 def latents_of(source: Source, extractor: bytes, inputs: NDArray[Any] | None = None) -> NDArray[np.float32]:

@@ -18,8 +18,10 @@ from torch import nn
 from nmoe_edge.bundle.manifest import InputSpec, sha256
 from nmoe_edge.common.imports import import_path
 from nmoe_edge.common.text import counted
+from nmoe_edge.protocol.answering import AnswerRules
+from nmoe_edge.protocol.familiar import Familiar
 from nmoe_export.errors import SourceError
-from nmoe_train.run import Inference, Run, RunRecord
+from nmoe_train.run import Run, RunRecord
 
 _PROBES = 32
 """Samples that modules are tried with."""
@@ -53,12 +55,14 @@ class Source:
     outputs: int
     names: tuple[str, ...] | None
     """The name of each output."""
-    inference: Inference
+    inference: AnswerRules
     answers_carry_prior: bool
     extractor_source: str
     """A digest of the extractor as it was trained."""
     alike: bool
     """Whether all gates are built alike, and all experts, so that one exported graph serves every module of a kind."""
+    familiar: Sequence[Familiar] | None = None
+    """For each device the statistics of its latents; needed where `inference` tests whether a latent is familiar."""
 
     @property
     def calibration_rows(self) -> NDArray[np.int64]:
@@ -91,7 +95,7 @@ def of_run(run: Run) -> Source:
         key=key_of(run),
         extractor=run.extractor(),
         gates=[run.gate(device) for device in gate_owners],
-        experts=[run.expert(device) for device in range(record.experts)],
+        experts=[run.calibrated_expert(device) for device in range(record.experts)],
         inputs=inputs,
         samples="held_out",
         labels=arrays.get("labels"),
@@ -100,11 +104,26 @@ def of_run(run: Run) -> Source:
         latent_dim=record.latent_dim,
         outputs=record.outputs,
         names=record.labels,
-        inference=record.inference,
+        inference=record.inference.answer_rules(),
         answers_carry_prior=record.answers_carry_prior,
         extractor_source=_run_extractor(record),
         alike=True,
+        familiar=_familiar(run),
     )
+
+
+def _familiar(run: Run) -> list[Familiar] | None:
+    """For each device what is familiar to it; None where the run does not test that."""
+    if run.record.inference.familiar is None:
+        return None
+    statistics = [run.familiar(device) for device in range(run.record.experts)]
+    known = [familiar for familiar in statistics if familiar is not None]
+    if len(known) < len(statistics):
+        raise SourceError(
+            f"{run.folder}: inference.familiar is set, but the run has no statistics of familiar latents;"
+            " repeat its training"
+        )
+    return known
 
 
 def key_of(run: Run) -> str:
@@ -185,7 +204,7 @@ def of_modules(
         latent_dim=latents.shape[1],
         outputs=width,
         names=tuple(names) if names is not None else None,
-        inference=Inference(top_k, "outputs"),
+        inference=AnswerRules(top_k, "outputs"),
         answers_carry_prior=True,
         extractor_source=_digest([extractor], [latents]),
         alike=False,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nmoe_edge.protocol.answering import AnswerRules
 from nmoe_export.assignment import Assignment
 from nmoe_export.simulation import Simulation, gate_agreement
-from nmoe_train.run import Inference
 
 
 class Trial:
@@ -53,7 +53,7 @@ class Trial:
 
 
 def percent_right(
-    simulation: Simulation, rules: Inference, reference: Simulation, float_rules: Inference
+    simulation: Simulation, rules: AnswerRules, reference: Simulation, float_rules: AnswerRules
 ) -> NDArray[np.float64]:
     """Each device's percentage of right answers, (devices,). Without labels, the float fleet's answers are right."""
     if simulation.source.labels is not None:

@@ -47,7 +47,7 @@ def assess(trainer: Trainer, c: Checkpoint) -> Assessment:
     chosen = _choose(trainer, c, familiar, prior)
     prior = prior and chosen.calibration.changes_nothing
     metrics: dict[str, Any] = {}
-    for name, parts in (("own", trainer.clients.own_test), ("iid", [trainer.clients.test])):
+    for name, parts in trainer.clients.tests().items():
         frozen = [trainer.frozen_outputs(c, part) for part in parts]
         frozen *= trainer.count // len(frozen)  # the balanced test set is the same for every device
         rows = _device_rows(trainer, c, frozen, familiar, chosen)

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,11 +22,12 @@ from safetensors.torch import save
 
 from nmoe_edge.common.files import replace_file
 from nmoe_train.errors import RunError
+from nmoe_train.meter import Usage
 from nmoe_train.stages.federation import State
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOCK_FILE = "lock"
-_FACTS = ("command", "config", "stage", "round", "history", "fingerprint", "seconds")
+_FACTS = ("command", "config", "stage", "round", "history", "fingerprint", "usage")
 """Fields stored as JSON in the file's metadata; `states` are its tensors."""
 
 
@@ -88,8 +88,8 @@ class Checkpoint:
     """One entry per finished round."""
     fingerprint: str = ""
     """sha256 of the training data and its split."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Training time by stage, added up over interruptions."""
+    usage: Usage = field(default_factory=dict)
+    """Seconds, memory and energy by stage, over all interruptions."""
     command: str = "run"
     """The `nmoe-train` command that began this training; only the same command can resume it."""
 
@@ -101,7 +101,7 @@ class Checkpoint:
             all_shared = all(state is states[0] for state in states)
             shared[stage] = len(states) if all_shared else 0
             for i, state in enumerate(states[:1] if all_shared else states):
-                tensors |= {f"{stage}/{i}/{key}": value.cpu().clone() for key, value in state.items()}
+                tensors |= {f"{stage}/{i}/{key}": _copied(value) for key, value in state.items()}
         facts = {name: getattr(self, name) for name in _FACTS} | {"shared": shared}
         try:
             replace_file(path, save(tensors, {"facts": json.dumps(facts), "digest": _digest(tensors, facts)}))
@@ -120,6 +120,8 @@ class Checkpoint:
                 if file.metadata()["digest"] != _digest(tensors, facts):
                     raise ValueError("its sha256 does not match its content")
             shared = facts.pop("shared")
+            if "seconds" in facts:  # nmoe 0.2 stored nothing else of a stage's usage
+                facts["usage"] = {stage: {"seconds": seconds} for stage, seconds in facts.pop("seconds").items()}
             if sorted(facts) != sorted(_FACTS):
                 raise ValueError("another version of nmoe wrote it")
         except FileNotFoundError:
@@ -133,18 +135,9 @@ class Checkpoint:
         return cls(**facts, states=states)
 
 
-class StageClock:
-    """Seconds of one stage, added to those that the checkpoint holds from before an interruption."""
-
-    def __init__(self, c: Checkpoint, stage: str) -> None:
-        self._earlier = c.seconds
-        self._stage = stage
-        self._began = time.perf_counter()
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of every stage so far."""
-        total = self._earlier.get(self._stage, 0.0) + time.perf_counter() - self._began
-        return {**self._earlier, self._stage: total}
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU in the usual memory format, as safetensors requires."""
+    return value.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _states(tensors: Mapping[str, torch.Tensor], stage: str, shared_by: int) -> Sequence[State]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from nmoe_edge.common.command import EXIT_STATUS, SETTINGS, run_program
 from nmoe_edge.common.text import counted
 from nmoe_train import options
 from nmoe_train.errors import ConfigError, RunError, TrainError
+from nmoe_train.results.pages.formats import BASELINES
+from nmoe_train.results.paper.commands import figure as paper_figure
+from nmoe_train.results.paper.commands import table as paper_table
 from nmoe_train.terminal import Progress, json_line, summary
 from nmoe_train.terminal import table as accuracy_table
 
 if TYPE_CHECKING:
     from nmoe_train.config import Config
-    from nmoe_train.results.paper import Unit
     from nmoe_train.run import Run
 
 
@@ -209,22 +211,38 @@ def _free_folder(parent: Path, name: str) -> Path:
     raise AssertionError("unreachable: itertools.count does not end")
 
 
-@cli.command(short_help="Train baselines to compare RUN with.", epilog="Example: nmoe-train baselines runs/digits-1")
+@cli.command(
+    short_help="Train baselines to compare RUN with.",
+    epilog="""\b
+Examples: nmoe-train baselines runs/digits-1
+          nmoe-train baselines runs/digits-1 --only fedavg_tuned --only ditto""",
+)
 @options.RUN
+@click.option(
+    "--only",
+    "methods",
+    type=click.Choice(BASELINES),
+    multiple=True,
+    help="Train this baseline. May be repeated.  [default: all]",
+)
 @options.JSON
-def baselines(folder: Path, as_json: bool) -> None:
-    """Train baselines to compare RUN with, on the same data and split.
+def baselines(folder: Path, methods: tuple[str, ...], as_json: bool) -> None:
+    """Train baselines to compare RUN with, on the same data, split and network.
 
     Baselines are a separate classifier for each client, one classifier averaged over all clients (FedAvg), and a
-    mixture of experts trained on all data in one place. RUN is the folder of a finished run; the figures go to its
-    baselines.json and report.html. If the command stops, run it again to finish.
+    mixture of experts trained on all data in one place. The others give every client a model of its own: FedAvg with
+    the client's class mix or after fine-tuning, FedRep, Ditto, and a linear classifier from class means (LDA). Held-out
+    samples choose their settings.
+
+    RUN is the folder of a finished run; the figures go to its baselines.json and report.html. If the command stops, run
+    it again to finish.
     """
     from nmoe_train.results.baselines import baselines
     from nmoe_train.run import read_run
 
     run = read_run(_with_name(folder))
     try:
-        found = baselines(run, json_line if as_json else Progress())
+        found = baselines(run, json_line if as_json else Progress(), methods or BASELINES)
     except KeyboardInterrupt:
         raise RunError(f"stopped; finish it with: nmoe-train baselines {folder}") from None
     if as_json:
@@ -234,73 +252,8 @@ def baselines(folder: Path, as_json: bool) -> None:
     click.echo(f"report: {folder}/report.html")
 
 
-@cli.command(
-    short_help="Print the paper's table 1 or 2 with figures trained here.",
-    epilog="""\b
-Examples: nmoe-train table 1
-          nmoe-train table 2 --seeds 3
-          nmoe-train table 1 --data cifar10 --backbone resnet18 --set extractor.dim=512 --device cuda --minutes 10""",
-)
-@click.argument("number", type=click.IntRange(1, 2))
-@click.option(
-    "--seeds",
-    type=click.IntRange(1, 100),
-    default=1,
-    show_default=True,
-    help="Trainings per cell; the cell shows their mean.",
-)
-@options.PAPER
-def table(number: int, seeds: int, minutes: float | None, **given: Any) -> None:
-    """Print the paper's table 1 or 2 with figures trained here: every extractor with every gate, and the baselines, on
-    four splits.
-
-    Table 1 is measured on each client's own distribution, table 2 on the balanced test set. A cell shows accuracy,
-    macro F1 and AUC in percent. On digits this takes minutes. Both tables use the same trainings, which are kept in
-    --out: finished ones are not repeated, and the same command resumes a stopped one.
-    """
-    from nmoe_train.results.paper import PARTITIONS, table, units
-
-    done, unfinished = _do_units(units(PARTITIONS, seeds), minutes, given)
-    click.echo(table(number, done, seeds))
-    if unfinished:
-        click.echo(unfinished)
-
-
-@cli.command(short_help="Draw the paper's figure 3 or 4 as an HTML page.", epilog="Example: nmoe-train figure 3")
-@click.argument("number", type=click.IntRange(3, 4))
-@options.PAPER
-def figure(number: int, minutes: float | None, **given: Any) -> None:
-    """Draw the paper's figure 3 or 4 as an HTML page: which device asks which expert (3), or learning curves (4).
-
-    The page is written to --out. It shows the split noniid:0.5, and uses the same trainings as the tables.
-    """
-    from nmoe_train.results.paper import FIGURE_PARTITION, draw, units
-
-    wanted = [unit for unit in units([FIGURE_PARTITION], 1) if unit.kind in ("fedgate", "baselines")]
-    done, unfinished = _do_units(wanted, minutes, given)
-    click.echo(unfinished or f"wrote {draw(_paper_folder(given), number, done)}")
-
-
-def _paper_folder(given: Mapping[str, Any]) -> Path:
-    data = given["data"] or "digits"
-    return given["out"] or Path("paper") / Path(data.rpartition(":")[2]).stem
-
-
-def _do_units(wanted: list[Unit], minutes: float | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Work for this many minutes; the units that are done, and a line on how many of the wanted ones are not."""
-    from nmoe_train.results.paper import FILE, work
-
-    flags = options.settings_of({key: given[key] for key in ("data", "backbone", "device")}, given["settings"])
-    out = _paper_folder(given)
-    again = "run the same command again to continue"
-    try:
-        done = work(out, given["recipe"], flags, wanted, Progress(), minutes, lambda line: click.echo(line, err=True))
-    except KeyboardInterrupt:
-        raise RunError(f"stopped; finished parts are saved in {out / FILE}; {again}") from None
-    count = sum(unit.name in done for unit in wanted)
-    if count == len(wanted):
-        return done, ""
-    return done, f"{count} of {len(wanted)} parts are done and saved in {out / FILE}; {again}"
+cli.add_command(paper_table)
+cli.add_command(paper_figure)
 
 
 @cli.command(
@@ -356,6 +309,10 @@ def inspect(folder: Path, as_json: bool) -> None:
     click.echo("verified   every file matches run.json, and every network loads its weights")
 
 
+_PACKAGES = ("torch", "torchvision", "safetensors", "sklearn", "PIL", "matplotlib")
+"""Packages that commands import when they need them; the extra `train` installs them."""
+
+
 def main() -> None:
     """The entry point."""
-    run_program(cli, "nmoe-train", TrainError, "train", ("torch", "torchvision", "safetensors", "sklearn", "PIL"))
+    run_program(cli, "nmoe-train", TrainError, "train", _PACKAGES)

@@ -37,7 +37,7 @@ class DataConfig:
     """The data set, and how it is distributed among the clients."""
 
     name: str = "digits"
-    """One of "digits", "cifar10", "fashion-mnist", "npz:FILE" or "folder:DIR"; RUN.md describes files and folders."""
+    """"digits", a torchvision set such as "cifar10" or "mnist", "npz:FILE" or "folder:DIR"; RUN.md lists all."""
     clients: int = 10
     """Number of clients, and so of experts (m = n in the paper): 1 to 1024."""
     partition: str = "noniid:0.2"
@@ -119,7 +119,9 @@ class FedSCConfig:
     radius: float = 4.0
     """μ: projections longer than √μ are cut to that length."""
     alpha: float = 0.2
-    """α, weight of a client's own correlations, in the last round; it falls linearly from 1. In the paper it is q_i."""
+    """α, weight of a client's own correlations, in the last round; it falls linearly from 1. See `own_weight`."""
+    own_weight: Literal["falling", "share"] = "falling"
+    """"falling": α falls from 1 to `alpha`; "share": α is q_i, the client's share of all samples (paper, eq. 4)."""
     views: Literal["shift", "light", "crop", "strong"] = "strong"
     """Random changes that make two views of an image, as in extractor.views; "strong" is FedSC's own."""
     projector: int = 128
@@ -149,7 +151,7 @@ class ExpertsConfig:
     start: Literal["head", "fresh"] = "head"
     """Initial weights: FedCE's head, or fresh ones."""
     epochs: int = 30
-    """Passes over the samples of the largest client; smaller clients repeat theirs."""
+    """Passes over the samples of the largest client; smaller clients repeat theirs. 0 keeps FedCE's head as it is."""
     batch: int = 20
     """Samples per gradient step."""
     rate: float = 2e-4
@@ -157,7 +159,9 @@ class ExpertsConfig:
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
-        _check(self, {"epochs": _COUNT, "batch": _COUNT, "rate": _POSITIVE, "weight_decay": (0, 1e9)})
+        _check(self, {"epochs": (0, 10**6), "batch": _COUNT, "rate": _POSITIVE, "weight_decay": (0, 1e9)})
+        if not self.epochs and self.start == "fresh":
+            raise ValueError("epochs = 0 would leave fresh experts untrained; set start = 'head'")
         if not self.widths:
             raise ValueError("widths is empty; an expert needs at least one hidden layer, for example [64]")
         _check_widths(self.widths)
@@ -196,8 +200,6 @@ class GateConfig:
     """FedGate: standard deviation of the noise added to the scores in training, the paper's ε."""
     train_top_k: int | None = None
     """FedGate: experts that a row is mixed from in training, 2 or more, as in the paper. Not set: all of them."""
-    sharpen: float = 1.0
-    """FedGate: what the scores are multiplied by in training at the end; it rises from 1. More makes a clearer choice."""
     load_loss: float = 0.0
     """FedGate: weight of the load balance loss L_load, which spreads rows over the experts."""
     share: float = 0.7
@@ -217,7 +219,7 @@ class GateConfig:
     Both with a covariance."""
     shrink: float = 0.5
     """StatGate: how far each client's covariance is moved towards that of all, 0 to 1; at 1 the gate is linear."""
-    ridge: float = 0.01
+    ridge: float = 0.03
     """StatGate: share of the mean variance that is added to every variance."""
     covariance: Literal["auto", "full", "diagonal"] = "auto"
     """StatGate: "diagonal" publishes variances alone; "auto" does so for latents of more than 1024 numbers."""
@@ -236,7 +238,7 @@ class GateConfig:
         _check(self, {"rounds": _COUNT, "local_steps": _COUNT, "batch": _COUNT, "laps": _COUNT, "rate": _POSITIVE})
         _check(self, {"noise": (0, 1e9), "load_loss": (0, 1e9), "share": _SHARE, "drop": (0, 0.999)})
         _check(self, {"roll_own": (0, 1), "shrink": (0, 1), "ridge": (1e-6, 1e3), "rank": _COUNT})
-        _check(self, {"train_top_k": (2, 10**6), "sharpen": (1, 1e6)})
+        _check(self, {"train_top_k": (2, 10**6)})
         _check(self, {"temperature": (1e-3, 1e6), "epsilon": (1e-3, 1e5), "delta": (1e-300, 0.5), "radius": _POSITIVE})
         _check_widths(self.widths)
         if self.widths and self.own == "weights":

@@ -99,8 +99,8 @@ TRAINING = combine(
     click.option("--recipe", type=click.Choice(("best", "paper")), help=f"Named settings: {_RECIPES}  [default: best]"),
     click.option(
         "--data",
-        help="digits (comes with scikit-learn), cifar10 or fashion-mnist (downloaded), npz:FILE or folder:DIR (your"
-        " own).  [default: digits]",
+        help="digits (comes with scikit-learn); a data set of torchvision (downloaded), such as cifar10, cifar100 or"
+        " mnist; npz:FILE (your own, or MedMNIST's) or folder:DIR.  [default: digits]",
     ),
     click.option("--clients", type=int, help="Number of clients; each becomes a device.  [default: 10]"),
     click.option(
@@ -119,7 +119,21 @@ TRAINING = combine(
 
 
 PAPER = combine(
-    click.option("--data", help="digits, cifar10, fashion-mnist, npz:FILE or folder:DIR.  [default: digits]"),
+    click.option(
+        "--partitions",
+        metavar="P,P,…",
+        help="Splits, separated by commas, such as noniid:0.2,dirichlet:0.3,classes:2.  [default: the paper's]",
+    ),
+    click.option(
+        "--seeds",
+        type=click.IntRange(1, 100),
+        default=1,
+        show_default=True,
+        help="Trainings per number; what is shown is their mean.",
+    ),
+    click.option(
+        "--data", help="digits, a data set of torchvision such as cifar10, npz:FILE or folder:DIR.  [default: digits]"
+    ),
     click.option(
         "--recipe",
         type=click.Choice(("best", "paper")),
@@ -133,6 +147,7 @@ PAPER = combine(
     click.option(
         "--minutes", type=float, help="Stop after this time; the same command continues.  [default: no limit]"
     ),
+    click.option("--no-train", is_flag=True, help="Train nothing: show what the folder holds."),
     click.option("--out", type=PATH, help="The folder for the runs and paper.json.  [default: paper/DATA]"),
 )
 

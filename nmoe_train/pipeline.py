@@ -11,7 +11,6 @@ and the process.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,8 +29,10 @@ from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, Part, assign_samples
 from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.errors import ConfigError, RunError
+from nmoe_train.meter import StageMeter
 from nmoe_train.recipes import configure_from
 from nmoe_train.results.pages.run_page import page
+from nmoe_train.results.resources import client_seconds, resources_of
 from nmoe_train.run import FILES, RUN_FILE, Run, read_run, write_run
 from nmoe_train.stages.gate import plain_gate
 from nmoe_train.stages.statgate import gate_of
@@ -256,11 +257,16 @@ def _load_and_split(config: Config) -> tuple[Dataset, Clients]:
 
 def _assess(trainer: Trainer, checkpoint: Checkpoint) -> tuple[Assessment, dict[str, Any]]:
     """The assessment of a finished training, and metrics.json."""
-    began = time.perf_counter()
+    meter = StageMeter(checkpoint.usage, "evaluate")
     assessment = assess(trainer, checkpoint)
-    seconds = checkpoint.seconds | {"evaluate": time.perf_counter() - began}
+    usage = meter.usage()
+    seconds = {stage: measured["seconds"] for stage, measured in usage.items()}
+    sizes = [len(y) for _, y in trainer.clients.train]
+    resources = resources_of(trainer.config, trainer.specs, trainer.dataset.shape, sizes, checkpoint.history)
+    estimated = client_seconds(resources["stages"], usage)
     timed = {"history": checkpoint.history, "seconds": seconds | {"all": sum(seconds.values())}}
-    return assessment, assessment.metrics | timed
+    measured = {"resources": {**resources, "measured": usage, "client_seconds": estimated}}
+    return assessment, assessment.metrics | timed | measured
 
 
 def _write(out: Path, trainer: Trainer, checkpoint: Checkpoint, assessment: Assessment, metrics: dict[str, Any]) -> Run:

@@ -51,7 +51,19 @@ DATA: dict[str, dict[str, Any]] = {
     },
 }
 """Defaults for larger data sets."""
-DATA["fashion-mnist"] = DATA["cifar10"]
+DATA |= dict.fromkeys(("fashion-mnist", "cifar100", "stl10"), DATA["cifar10"])
+# A mirrored digit or letter is another one.
+_SHIFTED = DATA["cifar10"] | {"extractor": DATA["cifar10"]["extractor"] | {"views": "shift"}}
+DATA |= dict.fromkeys(("mnist", "kmnist", "emnist", "qmnist", "usps", "svhn"), _SHIFTED)
+RECIPE_DATA: dict[tuple[str, str], dict[str, Any]] = {
+    ("paper", name): {
+        "extractor": {"dim": 512},
+        "fedsc": {"projector": 1024},
+        "experts": {"widths": [256, 128, 64]},
+    }
+    for name in ("cifar10", "cifar100")
+}
+"""What a recipe changes for some data sets: the paper's latents of 512 numbers and its projector of 512-1024-512."""
 SECTIONS = ("data", "extractor", "fedsc", "experts", "gate", "inference")
 
 
@@ -68,7 +80,8 @@ def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str
         name = _chosen(given, plain, "data", "name")
         method = _chosen(given, plain, "extractor", "method")
         of_method = [METHODS.get((method, data), {}) for data in ("", name)]
-        for changes in (DATA.get(name, {}), RECIPES[recipe], *of_method, given):
+        of_data = (DATA.get(name, {}), RECIPES[recipe], RECIPE_DATA.get((recipe, name), {}))
+        for changes in (*of_data, *of_method, given):
             plain = _merge(plain, changes)
         return from_plain(Config, plain)
     except OSError as error:

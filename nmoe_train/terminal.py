@@ -34,7 +34,8 @@ class Progress:
             self._began = now
         last = state.round == state.rounds
         line = f"{state.stage:<9} {state.round:>4}/{state.rounds}"
-        line += f"  loss {state.loss:.3f}" if state.loss is not None else "  no client took part"
+        nothing = "no client took part" if state.lost else "nothing to train"
+        line += f"  loss {state.loss:.3f}" if state.loss is not None else f"  {nothing}"
         if state.accuracy is not None:
             line += f"  accuracy {state.accuracy:.1%}"
         if state.epsilon is not None:

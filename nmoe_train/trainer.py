@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from nmoe_train.checkpoint import Checkpoint, StageClock
+from nmoe_train.checkpoint import Checkpoint
 from nmoe_train.config import Config
 from nmoe_train.data.clients import Clients, Part
 from nmoe_train.data.datasets import Dataset
 from nmoe_train.errors import ConfigError, RunError
+from nmoe_train.meter import StageMeter, usage_of
 from nmoe_train.nets import NetSpec, build, probe
 from nmoe_train.run import Networks, Run
 from nmoe_train.stages.experts import train_experts
@@ -125,7 +126,7 @@ class Trainer:
     def initial_checkpoint(self, empty: Checkpoint, again: tuple[Run, str] | None) -> Checkpoint:
         """`empty` with the states that a training starts from.
 
-        A new training starts from the fresh extractor. With `again` = (run, stage), weights, history and seconds of the
+        A new training starts from the fresh extractor. With `again` = (run, stage), weights, history and usage of the
         stages before `stage` come from the run. Raises RunError when the run's data has changed.
         """
         checkpoint = replace(empty, fingerprint=self.clients.fingerprint)
@@ -140,13 +141,13 @@ class Trainer:
             )
         kept = STAGES[: STAGES.index(stage)]
         history = run.metrics.get("history", [])
-        seconds = run.metrics.get("seconds", {})
+        usage = usage_of(run.metrics)
         return replace(
             checkpoint,
             stage=stage,
             states=self._kept_states(run, kept) or fresh,
             history=[entry for entry in history if entry.get("stage") in kept],
-            seconds={name: value for name, value in seconds.items() if name in kept},
+            usage={name: value for name, value in usage.items() if name in kept},
         )
 
     def _kept_states(self, run: Run, kept: Sequence[str]) -> dict[str, Sequence[State]]:
@@ -186,17 +187,17 @@ class Trainer:
         train_stage = {"extractor": self._train_extractor, "experts": self._train_experts, "gate": self._train_gate}
         first = STAGES.index(checkpoint.stage)
         for name, following in zip(STAGES[first:-1], STAGES[first + 1 :], strict=True):
-            clock = StageClock(checkpoint, name)
+            meter = StageMeter(checkpoint.usage, name)
 
             def finish_round(
-                c: Checkpoint, states: Sequence[State], finished: Round, clock: StageClock = clock
+                c: Checkpoint, states: Sequence[State], finished: Round, meter: StageMeter = meter
             ) -> Checkpoint:
                 c = replace(
                     c,
                     round=finished.round,
                     states={**c.states, finished.stage: states},
                     history=[*c.history, _history_entry(finished)],
-                    seconds=clock.seconds(),
+                    usage=meter.usage(),
                 )
                 save(c)
                 progress(finished)
@@ -205,7 +206,7 @@ class Trainer:
             if name != "extractor":
                 self._freeze_extractor(checkpoint)
             checkpoint = train_stage[name](checkpoint, finish_round, progress)
-            checkpoint = replace(checkpoint, stage=following, round=0, seconds=clock.seconds())
+            checkpoint = replace(checkpoint, stage=following, round=0, usage=meter.usage())
         self._freeze_extractor(checkpoint)
         return checkpoint
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,34 @@ except RuntimeError as error:
 
 from torchvision import datasets, models
 
-__all__ = ["datasets", "load_or_download", "models"]
+__all__ = ["SETS", "datasets", "load_or_download", "models"]
 
-_SETS = {
-    "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
+Load = Callable[..., Any]
+"""(folder, train: bool, download: bool = False) -> torchvision's data set"""
+
+
+def _by_split(kind: Callable[..., Any]) -> Load:
+    """A class that takes split="train" or "test" in place of train=True or False."""
+    return lambda root, train, download=False: kind(root, split="train" if train else "test", download=download)
+
+
+SETS: dict[str, tuple[Load, str]] = {
+    "mnist": (datasets.MNIST, "MNIST/raw/*.gz"),
     "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*.gz"),
+    "kmnist": (datasets.KMNIST, "KMNIST/raw/*.gz"),
+    "emnist": (partial(datasets.EMNIST, split="balanced"), "EMNIST/raw/gzip.zip"),
+    "qmnist": (datasets.QMNIST, "QMNIST/raw/*.gz"),
+    "usps": (datasets.USPS, "usps*.bz2"),
+    "svhn": (_by_split(datasets.SVHN), "*_32x32.mat"),
+    "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
+    "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz"),
+    "stl10": (_by_split(datasets.STL10), "stl10_binary.tar.gz"),
 }
-"""Each data set's class, and the pattern of its downloaded archives inside the data folder."""
+"""How each data set is loaded, and the pattern of its downloaded archives inside the data folder.
+
+These are torchvision's sets with a training and a test part and images of one size. Of EMNIST it is "balanced": 47
+classes, where similar capitals and small letters count as one.
+"""
 
 
 def load_or_download(name: str, root: Path) -> tuple[Any, Any]:
@@ -41,15 +64,15 @@ def load_or_download(name: str, root: Path) -> tuple[Any, Any]:
 
     Raises torchvision's own errors: OSError, RuntimeError or HTTPException.
     """
-    kind, archives = _SETS[name]
+    load, archives = SETS[name]
     try:
-        return kind(root, train=True), kind(root, train=False)
-    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError):  # missing, or unpacked only in part
-        _fetch(kind, archives, root)
-    return kind(root, train=True), kind(root, train=False)
+        return load(root, train=True), load(root, train=False)
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, FileNotFoundError, EOFError):
+        _fetch(load, archives, root)  # missing, or unpacked only in part
+    return load(root, train=True), load(root, train=False)
 
 
-def _fetch(kind: Any, archives: str, root: Path) -> None:
+def _fetch(load: Load, archives: str, root: Path) -> None:
     """Download and unpack in a temporary folder, then move complete files to `root`. A failure leaves nothing."""
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as folder, redirect_stdout(sys.stderr):
@@ -57,7 +80,8 @@ def _fetch(kind: Any, archives: str, root: Path) -> None:
             copy = Path(folder) / archive.relative_to(root)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(archive, copy)
-        kind(folder, download=True)
+        for train in (True, False):  # some sets have a file for each
+            load(folder, train=train, download=True)
         for file in [path for path in Path(folder).rglob("*") if path.is_file()]:
             target = root / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)

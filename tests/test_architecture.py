@@ -118,12 +118,16 @@ ORDER = {
         " assignment trial search bundles existing report export __init__ cli"
     ),
     "nmoe_train": (
-        "errors vision nets config recipes settings data data.partition data.views data.datasets data.clients"
+        "errors meter vision nets config recipes settings data data.partition data.views data.datasets data.clients"
         " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
         " stages.gate stages.statistics stages.statgate checkpoint run results results.evaluation results.pages"
-        " results.pages.svg results.pages.plane results.pages.grid results.pages.charts results.pages.formats"
-        " results.pages.render results.pages.run_page trainer pipeline results.baselines results.paper terminal"
-        " options __init__ cli"
+        " results.pages.svg results.pages.plane"
+        " results.pages.grid results.pages.charts results.pages.formats results.pages.render"
+        " results.pages.resource_tables results.pages.run_page"
+        " results.resources trainer pipeline results.centralised results.rivals results.lda results.baselines"
+        " results.paper results.paper.published results.paper.units results.paper.folder results.paper.measured"
+        " results.paper.work results.paper.cells results.paper.tables results.paper.figures results.paper.plots"
+        " terminal options results.paper.commands __init__ cli"
     ),
 }
 # Modules of nmoe_edge.protocol that say how a device answers: training and export measure with them.
@@ -141,7 +145,7 @@ SISTERS = {
         *(f"nmoe_edge.bundle.{module}" for module in ("fleet", "folder", "manifest", "selftest", "statistics")),
         *(f"nmoe_edge.protocol.{module}" for module in (*ANSWERING, "routing", "tensor")),
         *("nmoe_edge.errors", "nmoe_edge.models"),
-        *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.evaluation", "nmoe_train.results.pages.*"),
+        *("nmoe_train.errors", "nmoe_train.run", "nmoe_train.results.pages.*"),
     ),
 }
 # Package from outside -> the only modules of nmoe_edge that may import it.

@@ -44,6 +44,9 @@ from nmoe_train.errors import TrainError
 OURS = r"run(-baselines)?(\.partial)?|\.(run|fleet)\..*\.staged|fleet(-keys)?|logs|state|report.html|measurements.json"
 """The names that a demo leaves in its folder, as a regular expression."""
 
+BASELINES = ("local", "fedavg_tuned", "lda_prior", "centralised")
+"""The quick ones, and those that come with them."""
+
 Settings = dict[str, Any]
 Steps = dict[str, float]
 """Command -> seconds."""
@@ -159,7 +162,7 @@ def prepare(processes: Processes, steps: Steps, out: Path, settings: Settings) -
     options += [f"--set={setting}" for setting in settings["set"]]
     for command in (
         ("nmoe-train", "run", *options, "--out", run),
-        ("nmoe-train", "baselines", run),
+        ("nmoe-train", "baselines", run, *(f"--only={name}" for name in BASELINES)),
         ("nmoe-export", run, "--int8", "--out", fleet),
         ("nmoe-edge", "keygen", fleet),
     ):

@@ -6,19 +6,24 @@ partition.py decides which samples a client gets; this module cuts the held-out 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nmoe_train.config import DataConfig
 from nmoe_train.data.datasets import Dataset
-from nmoe_train.data.partition import counts_for_size, draw_samples
+from nmoe_train.data.partition import Indices, counts_for_size, draw_samples
 from nmoe_train.errors import DataError
 
 PAPER_SIZES = {"cifar10": (2500, 1000)}
 """Upper limits of training and test samples per client if data.train_size and data.test_size are not set."""
+
+IID_ROWS = "iid_rows"
+"""The name of `Clients.iid_test` in metrics.json and baselines.json."""
 
 Part = tuple[Tensor, Tensor]
 """Images or latents (n, …) and labels (n,)."""
@@ -37,8 +42,16 @@ class Clients:
     """Each client's test samples, distributed like its training samples or as data.test_partition says"""
     test: Part
     """The whole test set of the data set"""
+    iid_test: list[Part]
+    """Each client's balanced test samples, as many as in own_test if there are enough: the paper's table II.
+    Empty if the test set lacks a class"""
     fingerprint: str
     """SHA-256 of the data set and of every client's training and held-out samples"""
+
+    def tests(self) -> dict[str, list[Part]]:
+        """The test sets by their names in metrics.json: one part per client, or a single part for all clients."""
+        parts = {"own": self.own_test, "iid": [self.test], IID_ROWS: self.iid_test}
+        return {name: part for name, part in parts.items() if part}
 
     def class_counts(self, classes: int) -> dict[str, list[list[int]]]:
         """Sample counts as lists [client][class], for "train", "held_out" and "test"."""
@@ -57,17 +70,12 @@ def assign_samples(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
     DataError: there are too few samples for this partition, or for held-out samples.
     """
     classes = len(dataset.labels)
-    max_train, max_test = PAPER_SIZES.get(config.name, (None, None))
-
-    def parts(
-        x: np.ndarray, y: np.ndarray, partition: str, wanted: int | None, maximum: int | None, shuffle_seed: int
-    ) -> list[Part]:
-        counts = counts_for_size(y, partition, config.clients, classes, wanted, maximum, seed)
-        return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in draw_samples(y, counts, shuffle_seed)]
-
-    test_partition = config.test_partition or config.partition
-    available = parts(dataset.x_train, dataset.y_train, config.partition, config.train_size, max_train, seed)
-    own_test = parts(dataset.x_test, dataset.y_test, test_partition, config.test_size, max_test, seed + 1)
+    maximum, _ = PAPER_SIZES.get(config.name, (None, None))
+    y = dataset.y_train
+    counts = counts_for_size(y, config.partition, config.clients, classes, config.train_size, maximum, seed)
+    available = _samples(dataset.x_train, y, draw_samples(y, counts, seed))
+    own_test = _test_samples(dataset, config, config.test_partition or config.partition, seed)
+    iid_test = _iid_samples(dataset, config.clients, len(own_test[0][1]), seed)
     train, held_out = [], []
     for x, y in available:
         n = max(1, round(len(y) * config.held_out))
@@ -79,7 +87,33 @@ def assign_samples(dataset: Dataset, config: DataConfig, seed: int) -> Clients:
         held_out.append((x[:n], y[:n]))
         train.append((x[n:], y[n:]))
     test = (torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test))
-    return Clients(train, held_out, own_test, test, _fingerprint(dataset, [*train, *held_out]))
+    return Clients(train, held_out, own_test, test, iid_test, _fingerprint(dataset, [*train, *held_out]))
+
+
+def _test_samples(dataset: Dataset, config: DataConfig, partition: str, seed: int) -> list[Part]:
+    """Each client's own test samples under a partition."""
+    _, maximum = PAPER_SIZES.get(config.name, (None, None))
+    y = dataset.y_test
+    classes = len(dataset.labels)
+    counts = counts_for_size(y, partition, config.clients, classes, config.test_size, maximum, seed, "test")
+    return _samples(dataset.x_test, y, draw_samples(y, counts, seed + 1))
+
+
+def _iid_samples(dataset: Dataset, clients: int, most: int, seed: int) -> list[Part]:
+    """The same number of balanced test samples for each client, at most `most`; none where that is impossible."""
+    y = dataset.y_test
+    classes = len(dataset.labels)
+    if not np.bincount(y, minlength=classes).all():
+        return []
+    try:
+        counts = counts_for_size(y, "iid", clients, classes, None, most, seed, "test")
+    except DataError:
+        return []
+    return _samples(dataset.x_test, y, draw_samples(y, counts, seed + 1))
+
+
+def _samples(x: NDArray[np.uint8], y: NDArray[np.int64], clients: Sequence[Indices]) -> list[Part]:
+    return [(torch.from_numpy(x[i]), torch.from_numpy(y[i])) for i in clients]
 
 
 def _fingerprint(dataset: Dataset, parts: list[Part]) -> str:

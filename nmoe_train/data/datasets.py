@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,23 @@ from numpy.typing import NDArray
 
 from nmoe_train.errors import DataError
 
-NAMES = ("digits", "cifar10", "fashion-mnist", "npz:FILE", "folder:DIR")
+TORCHVISION = (
+    *("mnist", "fashion-mnist", "kmnist", "emnist", "qmnist", "usps"),
+    *("svhn", "cifar10", "cifar100", "stl10"),
+)
+"""Data sets that vision.py loads and downloads"""
+NAMES = ("digits", *TORCHVISION, "npz:FILE", "folder:DIR")
 ROOT = Path("data")
 """Folder of torchvision's data sets, relative to the current folder; downloads go there too"""
 MAX_CLASSES = 4096
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_MEDMNIST = {
+    "x_train": ("train_images", "val_images"),
+    "y_train": ("train_labels", "val_labels"),
+    "x_test": ("test_images",),
+    "y_test": ("test_labels",),
+}
+"""Names of the same arrays in a file of MedMNIST; its validation samples join the training samples"""
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP"}
 _LAYOUT = "a data set is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png"
 """Ends every error message about a folder of images"""
@@ -110,7 +123,13 @@ class Dataset:
         values = np.arange(256) / 255
         shares = histogram / histogram.sum(1, keepdims=True)  # (C, 256)
         mean = shares @ values
-        deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1)).clip(1e-3)
+        deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
+        if (deviation < 1e-9).all():
+            raise DataError(
+                f"{self.name}: all training images are the same single colour, so there is nothing to learn from;"
+                " check how the images were made"
+            )
+        deviation = deviation.clip(1e-3)
         return mean.round(4).tolist(), deviation.round(4).tolist()
 
 
@@ -118,7 +137,7 @@ def load(name: str) -> Dataset:
     """Load a data set by name: one of NAMES. DataError if it is unknown, missing or damaged."""
     if name == "digits":
         return _digits()
-    if name in ("cifar10", "fashion-mnist"):
+    if name in TORCHVISION:
         return _torchvision(name)
     kind, _, location = name.partition(":")
     if location and kind in ("npz", "folder"):
@@ -175,9 +194,11 @@ def _digits() -> Dataset:
 def _npz(path: Path) -> Dataset:
     """A file with x_train, y_train, x_test, y_test and optionally classes, the names of the classes.
 
-    Images are (n, H, W), (n, H, W, C) or (n, C, H, W).
+    Images are (n, H, W), (n, H, W, C) or (n, C, H, W). Or a file of MedMNIST, as it is.
     """
     arrays = _npz_arrays(path)
+    if "train_images" in arrays and "x_train" not in arrays:
+        arrays = _from_medmnist(path, arrays)
     for key in _ARRAYS:
         if key not in arrays:
             raise DataError(f"{path}: {key} is missing; the file needs {', '.join(_ARRAYS)}")
@@ -207,12 +228,36 @@ def _npz_arrays(path: Path) -> dict[str, NDArray[Any]]:
             archive = np.load(file, allow_pickle=False) if zipfile.is_zipfile(path) else None
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("not a complete archive of named arrays; write it with numpy.savez")
-            arrays = {key: np.asarray(archive[key]) for key in (*_ARRAYS, "classes") if key in archive.files}
+            known = {*_ARRAYS, "classes", *chain(*_MEDMNIST.values())} & set(archive.files)
+            arrays = {key: np.asarray(archive[key]) for key in known}
         if "classes" in arrays:
             arrays["classes"].tolist()  # fails here, not later, if an element is damaged
     except _DAMAGED as error:
         raise DataError(f"{path}: cannot be read as an .npz: {_reason(error)}") from error
     return arrays
+
+
+def _from_medmnist(path: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """MedMNIST's arrays under our names. Its validation samples join the training samples, because every client holds
+    out samples of its own.
+    """
+    missing = [name for names in _MEDMNIST.values() for name in names if name not in arrays]
+    if missing:
+        raise DataError(
+            f"{path}: {missing[0]} is missing; a file of MedMNIST has train, val and test images and labels"
+        )
+    try:
+        ours = {name: np.concatenate([arrays[part] for part in parts]) for name, parts in _MEDMNIST.items()}
+    except ValueError as error:
+        raise DataError(f"{path}: its arrays do not fit together: {error}") from error
+    for key in ("y_train", "y_test"):
+        y = ours[key]
+        if y.ndim == 2 and y.shape[1] > 1:
+            raise DataError(
+                f"{path}: every image has {y.shape[1]} labels; only data with one label per image is supported"
+            )
+        ours[key] = y[:, 0] if y.ndim == 2 else y
+    return ours
 
 
 def _class_names(path: Path, classes: NDArray[Any] | None, max_label: int) -> tuple[str, ...]:
@@ -322,9 +367,13 @@ def _torchvision(name: str) -> Dataset:
         ) from error
     x_train, y_train = _arrays(train)
     x_test, y_test = _arrays(test)
-    return Dataset(name, x_train, y_train, x_test, y_test, tuple(train.classes))
+    names = getattr(train, "classes", None) or range(int(y_train.max()) + 1)
+    return Dataset(name, x_train, y_train, x_test, y_test, tuple(map(str, names)))
 
 
 def _arrays(part: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (n, C, H, W) and labels (n,) of a torchvision data set."""
-    return _channels_first(np.asarray(part.data)), np.asarray(part.targets, np.int64)
+    y = np.asarray(part.targets if hasattr(part, "targets") else part.labels, np.int64)
+    if y.ndim == 2:  # QMNIST describes a sample in eight numbers; the first is its class
+        y = y[:, 0]
+    return np.ascontiguousarray(_channels_first(np.asarray(part.data))), y

@@ -51,9 +51,17 @@ def draw_samples(y: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> 
 
 
 def largest_size(
-    y: NDArray[np.int64], partition: str, clients: int, classes: int, seed: int, max_size: int | None = None
+    y: NDArray[np.int64],
+    partition: str,
+    clients: int,
+    classes: int,
+    seed: int,
+    max_size: int | None = None,
+    part: str = "training",
 ) -> int:
     """The largest number of samples per client, at most `max_size`, for which the labels `y` suffice.
+
+    part: what the samples are, for the error message
 
     DataError: not even 2 samples per client are possible.
     """
@@ -72,8 +80,9 @@ def largest_size(
     if low < 2:
         scarcest = (_apportion(shares, 2).sum(0) - available).argmax()
         raise DataError(
-            f"{partition} among {clients} clients leaves {low} of {len(y)} samples per client; at least 2 are needed "
-            f"(class {scarcest} has {available[scarcest]}). Lower data.clients, or choose a less skewed data.partition"
+            f"{partition} among {clients} clients leaves {low} of {len(y)} {part} samples per client; at least 2 are"
+            f" needed (class {scarcest} has {available[scarcest]}). Lower data.clients, or choose a less skewed"
+            " data.partition"
         )
     return low
 
@@ -86,22 +95,26 @@ def counts_for_size(
     wanted: int | None,
     usual: int | None,
     seed: int,
+    part: str = "training",
 ) -> NDArray[np.int64]:
-    """class_counts() for `wanted` samples per client; if that is None, for the largest possible size up to `usual`."""
-    size = largest_size(y, partition, clients, classes, seed, usual) if wanted is None else wanted
+    """class_counts() for `wanted` samples per client; if that is None, for the largest possible size up to `usual`.
+
+    part: what the samples are, "training" or "test", for error messages
+    """
+    size = largest_size(y, partition, clients, classes, seed, usual, part) if wanted is None else wanted
     counts = class_counts(partition, clients, classes, size, seed)
-    _check_supply(y, counts)
+    _check_supply(y, counts, part)
     return counts
 
 
-def _check_supply(y: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+def _check_supply(y: NDArray[np.int64], counts: NDArray[np.int64], part: str = "training") -> None:
     available = np.bincount(y, minlength=counts.shape[1])
     needed = counts.sum(0)
     if (needed > available).any():
         label = (needed - available).argmax()
         raise DataError(
-            f"the partition needs {needed[label]} samples of class {label}, but there are {available[label]}; "
-            "lower data.train_size, data.test_size or data.clients"
+            f"the partition needs {needed[label]} {part} samples of class {label}, but there are {available[label]}; "
+            f"lower data.{part.removesuffix('ing')}_size or data.clients"
         )
 
 
@@ -155,13 +168,21 @@ def _dominated(share: float, clients: int, classes: int) -> Shares:
 
 
 def _noniid(tau: float, clients: int, classes: int, _draw: np.random.Generator) -> Shares:
-    if tau < 0:
-        raise DataError(f"noniid:{tau:.3g}: τ must not be negative")
+    _check_tau("noniid", tau)
     return _dominated(1 / (1 + tau), clients, classes)
 
 
 def _noniid_text(tau: float, clients: int, classes: int, _draw: np.random.Generator) -> Shares:
+    _check_tau("noniid-text", tau)
     return _dominated(1 - tau, clients, classes)
+
+
+def _check_tau(kind: str, tau: float) -> None:
+    if not 0 <= tau <= 1:
+        raise DataError(
+            f"{kind}:{tau:.3g}: τ must be in 0..1; the paper's share of the own class, 1-τ, has no meaning outside."
+            " For milder skew take iid or dirichlet:A with a large A"
+        )
 
 
 def _dirichlet(alpha: float, clients: int, classes: int, draw: np.random.Generator) -> Shares:

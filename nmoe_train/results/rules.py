@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nmoe_edge.protocol.answering import AnswerRules, answer
 from nmoe_edge.protocol.classmix import cross_adapted
 from nmoe_edge.protocol.combine import softmax
-from nmoe_edge.protocol.thresholds import THRESHOLDS
+from nmoe_edge.protocol.thresholds import THRESHOLDS, TOLERANCE
 from nmoe_train.config import InferenceConfig
 from nmoe_train.run import Inference
 from nmoe_train.stages.calibration import (
@@ -37,8 +37,6 @@ from nmoe_train.stages.calibration import (
     row_weights,
 )
 
-TOLERANCE = 0.003
-"""An accuracy that falls by less has not fallen: it is the noise of a few hundred rows."""
 ALMOST = 0.002
 """Two accuracies that differ by less are equally good."""
 FAMILIAR_SHARES = (0.8, 0.9, 0.95, 0.98, 1.0)

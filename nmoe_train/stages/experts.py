@@ -41,7 +41,11 @@ def train_experts(
     starts: each client's initial weights
     data: each client's latents (n, d) and labels (n,)
     progress: called after every epoch but the last
+
+    Without epochs the initial weights are the experts, and the record has no loss.
     """
+    if not config.epochs:
+        return [dict(start) for start in starts], Round("experts", 1, 1, loss=None)
     clients = len(data)
     theta = {key: value.requires_grad_() for key, value in stack_states(starts).items()}
     log_prior = torch.stack([class_prior(y, classes).log() for _, y in data])  # (clients, K)

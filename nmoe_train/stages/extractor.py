@@ -23,8 +23,8 @@ Where this deviates from the paper:
 
 - FedCE averages the head as well unless extractor.heads = "local". The paper's equation (2) keeps a head per client;
   its text also trains the entire classifier by FedAvg, and a shared head is what experts start from.
-- FedSC's loss is twice equation (4), and α is not qᵢ: it falls from 1 in the first round to fedsc.alpha in the last.
-  While α is 1 the other clients' matrices, and the noise on them, count for nothing.
+- FedSC's loss is twice equation (4). α is qᵢ only with fedsc.own_weight = "share"; by default it falls from 1 in the
+  first round to fedsc.alpha in the last. While α is 1 the other clients' matrices, and their noise, count for nothing.
 - FedSC uses a projector and cuts z to length √μ. The cut bounds what one sample adds to a released matrix, as
   differential privacy requires. Only the matrices are protected; the averaged weights are not.
 """
@@ -61,6 +61,8 @@ Data = Sequence[tuple[Tensor, Tensor]]
 """Each client's images (n, C, H, W) uint8 and labels (n,)."""
 BatchLoss = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor | None]]
 """(network, indices of the batch) -> (mean loss, number of rows classified correctly; None without labels)."""
+AdjustGradients = Callable[[Sequence[Tensor]], None]
+"""Gets the trained weights of a client before every step, and may change their gradients in place."""
 ENCODE_BATCH = 512
 
 
@@ -86,6 +88,7 @@ def local_sgd(
     rate: float,
     config: ExtractorConfig,
     g: torch.Generator,
+    adjust_gradients: AdjustGradients = lambda _: None,
 ) -> Update:
     """One client's local epochs of SGD, starting from `state`; at most extractor.step_limit batches."""
     _train_mode(net)
@@ -105,6 +108,7 @@ def local_sgd(
                 value, correct = loss(lambda x: functional_call(net, theta, (x,)), batch.to(device))
             optimiser.zero_grad()
             value.backward()
+            adjust_gradients(trained)
             nn.utils.clip_grad_norm_(trained, config.clip)
             optimiser.step()
             loss_sum = loss_sum + value.detach() * len(batch)
@@ -131,6 +135,7 @@ def fedce_update(
     rate: float,
     config: ExtractorConfig,
     g: torch.Generator,
+    adjust_gradients: AdjustGradients = lambda _: None,
 ) -> Update:
     """FedCE on one client: epochs of cross-entropy on its own labelled images."""
     view = VIEWS.get(config.views, lambda images, _g: images)
@@ -142,7 +147,7 @@ def fedce_update(
         correct = (logits.detach().argmax(1) == y[batch]).sum()
         return cross_entropy(logits, y[batch]), correct
 
-    return local_sgd(net, state, client, len(x), loss, rate, config, g)
+    return local_sgd(net, state, client, len(x), loss, rate, config, g, adjust_gradients)
 
 
 def fedce_round(
@@ -211,7 +216,6 @@ def fedsc_round(
 ) -> tuple[list[State], Round]:
     """One round of FedSC: clients publish the correlation matrices of the shared network, then train on their own."""
     rate = config.rate * cosine(round_, config.rounds, config.warm_rounds)
-    alpha = 1 - (1 - fedsc.alpha) * round_ / max(1, config.rounds - 1)
     active, dropped = active_clients(len(data), config.share, config.drop, seed, "extractor", round_)
     sizes = [len(x) for x, _ in data]
     noise = MatrixNoise(sizes, config, fedsc)
@@ -223,6 +227,7 @@ def fedsc_round(
     updates = []
     for i, mean in zip(active, others, strict=True):
         g = generator(seed, "extractor", round_, i)
+        alpha = _own_weight(sizes[i] / sum(sizes), round_, config.rounds, fedsc)
         updates.append(fedsc_update(net, states[i], i, data[i][0], mean, alpha, rate, config, fedsc, g))
     require_finite("extractor", round_, updates)
     matrix_bytes = size_bytes({"R": others[0]}) if others else 0
@@ -237,6 +242,13 @@ def fedsc_round(
     )
     after = [average(updates)] * len(data) if updates else list(states)
     return after, summary
+
+
+def _own_weight(share: float, round_: int, rounds: int, fedsc: FedSCConfig) -> float:
+    """α of a client with this share of all samples."""
+    if fedsc.own_weight == "share":
+        return share
+    return 1 - (1 - fedsc.alpha) * round_ / max(1, rounds - 1)
 
 
 def matrix(net: nn.Module, state: State, x: Tensor, fedsc: FedSCConfig, g: torch.Generator) -> Tensor:

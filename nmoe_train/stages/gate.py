@@ -14,8 +14,6 @@ As in the paper, FedGate normalises gradients and trains 70 % of the clients in 
   experts, and top-k applies at inference only.
 - The paper mixes the experts' outputs, equation (1): gate.loss = "outputs". Our default mixes their probabilities, as
   the formula above does. A third loss, "expected", does not mix at all (losses.mixture_loss has all three).
-- gate.sharpen multiplies the scores by a factor that rises from round to round, so that the mixture that is trained
-  comes closer to the few experts that answer.
 - A client may keep a part of the gate to itself (partial synchronisation): scores are shared(h) + own(h), and only the
   shared part is sent and averaged. The own part lets a device prefer, for example, its own expert.
 - RollGate makes a fixed number of laps instead of training until it converges.
@@ -152,11 +150,10 @@ def _stacked_updates(
     samples = [data[i] for i in active]
     generators = [generator(seed, "gate", round_, i) for i in active]
     total = torch.zeros(len(active))
-    sharpness = _sharpness(round_, config)
     for _ in range(config.local_steps):
         batches = [_draw_batch(s, g, config, net.experts) for s, g in zip(samples, generators, strict=True)]
         theta = {key: value.detach().requires_grad_() for key, value in theta.items()}
-        losses = _losses(net, theta, _stack(batches), sharpness, config)  # (clients,)
+        losses = _losses(net, theta, _stack(batches), config)  # (clients,)
         # Summed over clients, so each gets the gradient of its own loss.
         gradients = torch.autograd.grad(losses.sum(), list(theta.values()))
         theta = _step(theta, gradients, rate, config)
@@ -205,16 +202,10 @@ def _stack(batches: Sequence[_Batch]) -> _Batch:
     )
 
 
-def _sharpness(round_: int, config: GateConfig) -> float:
-    """What scores are multiplied by in a round: rises from 1 to gate.sharpen, each round by the same factor."""
-    progress = round_ / max(1, config.rounds - 1)
-    return float(config.sharpen**progress)
-
-
-def _losses(net: Gate, theta: State, batch: _Batch, sharpness: float, config: GateConfig) -> Tensor:
+def _losses(net: Gate, theta: State, batch: _Batch, config: GateConfig) -> Tensor:
     """Each client's mean loss over the rows of its batch, from stacked weights and a stacked batch. -> (clients,)"""
     forward = vmap(lambda state, h: functional_call(net, state, (h,)))
-    scores = sharpness * forward(theta, batch.latents) + batch.noise  # (clients, B, N)
+    scores = forward(theta, batch.latents) + batch.noise  # (clients, B, N)
     if config.train_top_k is not None and config.train_top_k < scores.shape[2]:
         least_kept = scores.topk(config.train_top_k, 2).values[:, :, -1:]
         scores = scores.masked_fill(scores < least_kept, -torch.inf)

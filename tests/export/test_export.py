@@ -19,7 +19,9 @@ from torch import nn
 
 from nmoe_edge.bundle.fleet import read_fleet_folder
 from nmoe_edge.models import Models, run_selftest
+from nmoe_edge.protocol.answering import answer_adapted
 from nmoe_edge.protocol.exchange import Exchange
+from nmoe_edge.protocol.familiar import Familiar
 from nmoe_edge.protocol.routing import route
 from nmoe_export import simulation
 from nmoe_export.cli import main
@@ -30,6 +32,7 @@ from nmoe_export.source import of_run
 from nmoe_train.pipeline import train
 from nmoe_train.recipes import configure
 from nmoe_train.run import Inference, read_run, write_run
+from nmoe_train.stages.calibration import Calibration
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_the_fleet_answers_as_the_networks_of_the_run_do(fleet, golden):
 def test_the_manifest_has_the_inference_rules_of_the_run(golden, tmp_path):
     """All settings differ from their defaults; the accuracy is what torch measures."""
     run = read_run(golden / "run")
-    chosen = Inference(top_k=2, combination="outputs", local_first=0.25, adapt=False)
+    chosen = Inference(top_k=2, combination="outputs", local_first=0.4, adapt=False)
     other = write_run(
         tmp_path / "run",
         replace(run.record, inference=chosen, answers_carry_prior=True),
@@ -95,15 +98,64 @@ def test_the_manifest_has_the_inference_rules_of_the_run(golden, tmp_path):
             assert (routing.top_k, routing.combination, routing.local_first, routing.adapt) == (
                 2,
                 "outputs",
-                0.25,
+                0.4,
                 False,
             )
             assert bundle.manifest.answers_carry_prior
             best = run.gate(i)(latents).topk(2)
             theirs = outputs.gather(1, best.indices[:, :, None].expand(-1, -1, 3))
             mixed = (best.values.softmax(1)[:, :, None] * theirs).sum(1)
-            right = (mixed.argmax(1).numpy() == run.calibration()["labels"])[[0, 2, 4, 6, 8, 10]].mean()
+            alone = outputs[:, i].softmax(1)
+            answered = torch.where((alone.max(1).values > 0.4)[:, None], alone, mixed)
+            right = (answered.argmax(1).numpy() == run.calibration()["labels"])[[0, 2, 4, 6, 8, 10]].mean()
             assert bundle.manifest.accuracy == {"held_out": pytest.approx(right)}
+
+
+def test_calibration_and_statistics_of_a_run_become_part_of_its_bundles(golden, tmp_path):
+    run = read_run(golden / "run")
+    draw = np.random.default_rng(0)
+    calibration = Calibration(np.array([0.5, 1, 2], np.float32), draw.normal(size=(3, 3)).astype(np.float32))
+    whitening = draw.normal(size=(8, 2)).astype(np.float32)
+    familiar = [Familiar(whitening, draw.normal(size=(2, 2)).astype(np.float32)) for _ in range(3)]
+    inference = replace(run.record.inference, local_first=0.4, adapt=True, familiar=2.0)
+    other = write_run(
+        tmp_path / "run",
+        replace(run.record, schema=2, inference=inference),
+        extractor=run.extractor().state_dict(),
+        gates=[run.gate(i).state_dict() for i in range(3)],
+        experts=[run.expert(i).state_dict() for i in range(3)],
+        calibration=run.calibration(),
+        metrics={},
+        corrections=calibration,
+        familiar=familiar,
+    )
+    export_fleet(other, tmp_path / "fleet")
+    _, bundles = read_fleet_folder(tmp_path / "fleet")
+    models = [Models(bundle) for bundle in bundles.values()]
+    inputs, labels = run.calibration()["inputs"], run.calibration()["labels"]
+    with torch.no_grad():
+        latents = run.extractor()(torch.from_numpy(inputs.copy()))
+        raw = np.stack([run.expert(i)(latents).numpy() for i in range(3)], 1)
+        scores = [run.gate(i)(latents).numpy() for i in range(3)]
+    outputs = np.stack([model.expert(latents.numpy()) for model in models], 1)
+    assert np.allclose(outputs, calibration.apply(raw), atol=1e-4)
+    measured = of_run(other).measured_rows
+    for i, bundle in enumerate(bundles.values()):
+        assert bundle.manifest.routing.familiar == 2.0
+        assert np.array_equal(bundle.familiar.centres, familiar[i].centres)
+        distances = familiar[i].distances(latents.numpy()[measured])
+        found = answer_adapted(scores[i][measured], outputs[measured], i, inference.answer_rules(), distances)
+        right = (found.p.argmax(1) == labels[measured]).mean()
+        assert bundle.manifest.accuracy == {"held_out": pytest.approx(right)}
+
+
+def test_a_run_that_tests_familiar_latents_without_their_statistics_is_refused(golden):
+    run = read_run(golden / "run")
+    untrained = replace(
+        run, record=replace(run.record, schema=2, inference=replace(run.record.inference, familiar=1.0))
+    )
+    with pytest.raises(SourceError, match="the run has no statistics of familiar latents; repeat its training"):
+        of_run(untrained)
 
 
 def test_the_selftest_has_clear_routes_only_and_the_clearest_route_to_every_expert(fleet, golden):

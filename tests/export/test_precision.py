@@ -15,6 +15,7 @@ from torch import nn
 from nmoe_edge.bundle.fleet import read_fleet_folder
 from nmoe_edge.bundle.folder import read_bundle
 from nmoe_edge.models import Models, run_selftest
+from nmoe_edge.protocol.answering import AnswerRules
 from nmoe_export import search, speed, trial
 from nmoe_export.assignment import Candidates
 from nmoe_export.calibrate import Recipe
@@ -23,7 +24,6 @@ from nmoe_export.errors import DropError, GraphError
 from nmoe_export.export import Options, export_fleet
 from nmoe_export.source import of_modules
 from nmoe_export.targets import target_of
-from nmoe_train.run import Inference
 
 
 def test_a_jetson_gets_signed_symmetric_activations_and_small_graphs_in_float16(source, tmp_path):
@@ -98,7 +98,7 @@ def test_the_local_first_threshold_is_chosen_again_for_int8(source, tmp_path, mo
     with_clients = replace(
         source,
         clients=np.arange(len(source.inputs)) % 3,
-        inference=Inference(1, "probabilities", 0.5, False),
+        inference=AnswerRules(1, "probabilities", 0.5),
         key="with clients",
     )
     monkeypatch.setattr(trial.Simulation, "threshold", lambda self: replace(self.source.inference, local_first=0.95))
@@ -107,20 +107,17 @@ def test_the_local_first_threshold_is_chosen_again_for_int8(source, tmp_path, mo
     monkeypatch.undo()
     monkeypatch.setattr(speed, "latencies", lambda *_: {"float": 2.0, "written": 1.0})
     seen = []
-    monkeypatch.setattr(
-        "nmoe_export.simulation.choose_threshold", lambda own, everything, rules: seen.append((own, everything)) or 0.7
-    )
+    chooser = "nmoe_export.simulation.choose_local_first"
+    monkeypatch.setattr(chooser, lambda own, everything, rules: seen.append((own, everything)) or 0.7)
     done = export_fleet(with_clients, tmp_path / "other", INT8)
     assert done.report["local_first"] == {"float": 0.5, "written": 0.7}
     own, everything = seen[0]
-    assert all(
-        np.array_equal(rows.y.numpy(), with_clients.labels[with_clients.calibration_rows]) for rows in everything
-    )
+    assert all(np.array_equal(rows.labels, with_clients.labels[with_clients.calibration_rows]) for rows in everything)
     for device, rows in enumerate(own):
         calibrating = with_clients.calibration_rows
         own_rows = calibrating[with_clients.clients[calibrating] == device]
         assert len(own_rows) == 13
-        assert np.array_equal(rows.y.numpy(), with_clients.labels[own_rows])
+        assert np.array_equal(rows.labels, with_clients.labels[own_rows])
 
 
 def test_weights_have_a_scale_for_each_channel(source, tmp_path):

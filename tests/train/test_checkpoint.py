@@ -18,6 +18,12 @@ def test_a_checkpoint_is_read_back_complete_and_shares_what_clients_share(tmp_pa
     assert [state["b"][0].item() for state in read.states["gate"]] == [0, 1, 2]
 
 
+def test_weights_in_another_memory_format_are_saved(tmp_path):
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    Checkpoint({}, states={"local": [{"w": weight}, {"w": weight + 1}]}).write(tmp_path / "c.safetensors")
+    assert torch.equal(Checkpoint.read(tmp_path / "c.safetensors").states["local"][0]["w"], weight)
+
+
 def test_the_first_difference_is_reported_with_its_setting():
     assert difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
     assert difference({"a": {"b": 1}, "c": 1}, {"a": {"b": 2}, "c": 1}) == "a.b was 1 and is 2"
@@ -40,6 +46,16 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(RunError, match="another version"):
         Checkpoint.read(tmp_path / "c.safetensors")
+
+
+def test_a_checkpoint_of_version_0_2_can_be_resumed(tmp_path, monkeypatch):
+    old = ("command", "config", "stage", "round", "history", "fingerprint", "seconds")
+    monkeypatch.setattr("nmoe_train.checkpoint._FACTS", old)
+    monkeypatch.setattr(Checkpoint, "seconds", {"extractor": 2.5}, raising=False)
+    Checkpoint({"seed": 1}, "gate", 4, {"gate": [{"b": torch.ones(4)}]}).write(tmp_path / "c.safetensors")
+    monkeypatch.undo()
+    read = Checkpoint.read(tmp_path / "c.safetensors")
+    assert (read.stage, read.usage) == ("gate", {"extractor": {"seconds": 2.5}})
 
 
 def test_only_one_process_at_a_time_claims_a_folder(tmp_path):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from nmoe_train.cli import main
+from nmoe_train.results.pages.formats import BASELINES
 from nmoe_train.run import read_run
 
 QUICK = ("--rounds", "2", "--clients", "3", "--set", "gate.rounds=3", "--set", "experts.epochs=2")
@@ -196,17 +197,21 @@ def test_printed_settings_are_a_file_for_config(nmoe_train, tmp_path):
 
 def test_baselines_are_measured_once_and_shown_with_the_run(nmoe_train, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
+    first = nmoe_train("baselines", folder, "--only", "local")
+    assert set(json.loads((folder / "baselines.json").read_text())) == {"local"}
+    assert "Local classifier" in first.output
     shown = nmoe_train("baselines", folder)
     assert shown.exit_code == 0, shown.error
-    for name in ("Networked", "Local classifier", "FedAvg classifier", "Centralised mixture"):
+    for name in ("Networked", "Local classifier", "FedAvg classifier", "FedRep", "Ditto", "Centralised mixture"):
         assert name in shown.output
+    assert "local" not in shown.error
     found = json.loads((folder / "baselines.json").read_text())
-    assert set(found) == {"local", "fedavg", "centralised"}
-    assert found["fedavg"]["own"] == read_run(folder).metrics["own"]["fedce"]
+    assert set(found) == set(BASELINES)
     written = (folder / "baselines.json").read_bytes()
     again = nmoe_train("baselines", folder)
     assert "extractor" not in again.error
     assert (folder / "baselines.json").read_bytes() == written
+    assert "fedavg2" in nmoe_train("baselines", folder, "--only", "fedavg2").error
     (folder / "baselines.json").write_text("[")
     assert "remove it to measure again" in nmoe_train("baselines", folder).error
 

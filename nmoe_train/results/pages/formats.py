@@ -11,9 +11,17 @@ METHOD_NAMES = {
     "fedce": "FedCE classifier",
     "local": "Local classifier",
     "fedavg": "FedAvg classifier",
+    "fedavg_prior": "FedAvg + class mix",
+    "fedavg_tuned": "FedAvg + fine-tuning",
+    "fedrep": "FedRep",
+    "ditto": "Ditto",
+    "lda": "Federated LDA",
+    "lda_prior": "LDA + class mix",
     "centralised": "Centralised mixture",
 }
 """Method of metrics.json or baselines.json -> its name in tables and on pages."""
+BASELINES = tuple(METHOD_NAMES)[3:]
+"""Methods of baselines.json."""
 
 
 def count(number: float | None) -> str:
@@ -53,6 +61,19 @@ def size(number: float | None) -> str:
     power = min(int(math.log10(max(number, 1)) / 3), 4)
     digits = 0 if power == 0 else 1
     return f"{number / 1000**power:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def operations(number: float | None) -> str:
+    """1234567 -> 1.2 M"""
+    if number is None:
+        return MISSING
+    power = min(int(math.log10(max(number, 1)) / 3), 5)
+    return f"{number:.0f}" if power == 0 else f"{number / 1000**power:.1f} {('k', 'M', 'G', 'T', 'P')[power - 1]}"
+
+
+def energy(joules: float | None) -> str:
+    """12.34 -> 12.3 J"""
+    return MISSING if joules is None else f"{joules:,.1f} J"
 
 
 def seconds(number: float | None, digits: int = 2) -> str:

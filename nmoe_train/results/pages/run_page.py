@@ -15,6 +15,7 @@ from typing import Any
 from nmoe_train.results.pages.charts import Figure, bars, curves, dots, figure, finite_number, heat_map
 from nmoe_train.results.pages.formats import METHOD_NAMES, MISSING, percentage
 from nmoe_train.results.pages.render import TEMPLATES, render
+from nmoe_train.results.pages.resource_tables import CLIENT_COLUMNS, STAGE_COLUMNS, resource_tables
 
 TEMPLATE = TEMPLATES / "run.html"
 SETS = {"own": "own distribution", "iid": "balanced"}
@@ -25,6 +26,12 @@ EXPLANATIONS = {
     "fedce": "stage 1’s classifier",
     "local": "trained by each client alone",
     "fedavg": "one shared classifier, averaged over all clients",
+    "fedavg_prior": "answers times the client’s class mix; on balanced rows, a mix estimated from unlabelled rows",
+    "fedavg_tuned": "trained further by each client alone",
+    "fedrep": "lower layers averaged, upper layers per client",
+    "ditto": "a classifier per client, pulled towards the average",
+    "lda": "class means and one covariance of the extractor’s latents, sent once",
+    "lda_prior": "the same, with a class mix as for FedAvg",
     "centralised": "trained on all samples in one place",
 }
 """What each method of METHOD_NAMES is."""
@@ -85,6 +92,8 @@ def page(
         dropouts=_dropouts(history),
         split=_split(metrics.get("split") or {}, labels),
         cost=_cost(metrics.get("bytes") or {}, metrics.get("seconds") or {}),
+        resources=resource_tables(metrics.get("resources") or {}),
+        resource_columns=(STAGE_COLUMNS, CLIENT_COLUMNS),
         privacy=_privacy(metrics.get("privacy") or {}),
         settings=settings,
     )

@@ -363,7 +363,7 @@ def adapting(folder):
     return folder
 
 
-def test_a_device_learns_its_class_mix_uses_it_after_200_rows_and_saves_it(fleet, tmp_path):
+def test_a_device_learns_its_class_mix_uses_it_after_enough_rows_and_saves_it(fleet, tmp_path):
     adapting(fleet)
     unsure = bright(0)
     unsure[0, 0, 2:4] = 195

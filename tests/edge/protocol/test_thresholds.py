@@ -32,6 +32,13 @@ def test_most_rows_stay_local_where_the_own_expert_is_better():
     assert choose_local_first(part, part, RULES) == THRESHOLDS[0]
 
 
+def test_a_threshold_that_lowers_the_accuracy_on_pooled_rows_is_not_taken():
+    own, pooled = [rows(1.0, 0.5, 0.999)], [rows(0.6, 0.7, 0.999)]
+    total = accuracy(own[0], AnswerRules(1, "outputs", 0.5)) + accuracy(pooled[0], AnswerRules(1, "outputs", 0.5))
+    assert total > accuracy(own[0], RULES) + accuracy(pooled[0], RULES)
+    assert choose_local_first(own, pooled, RULES) is None
+
+
 def test_of_equals_the_threshold_that_keeps_most_rows_local_is_taken():
     part = [rows(1.0, 1.0, 0.75)]
     assert choose_local_first(part, part, RULES) == THRESHOLDS[0]

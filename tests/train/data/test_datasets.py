@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ def test_the_digits_can_be_shared_by_ten_clients():
     assert digits.fingerprint() == load("digits").fingerprint()
 
 
-@pytest.mark.parametrize("name", ["mnist", "", "npz:", "folder:", "npz", ":x", "digits:1", "mni\nst"])
+@pytest.mark.parametrize("name", ["mnists", "", "npz:", "folder:", "npz", ":x", "digits:1", "mni\nst", "Mnist"])
 def test_an_unknown_name_is_refused_with_a_list_of_the_data_sets(name):
     with refused("expected one of digits, .*npz:FILE, folder:DIR"):
         load(name)
@@ -67,6 +68,44 @@ def test_a_tilde_in_the_path_of_an_npz_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     npz(tmp_path / "mine.npz")
     assert load("npz:~/mine.npz").name == "mine"
+
+
+def medmnist(path, **changes):
+    """A file like MedMNIST's, with labels of shape (n, 1)."""
+    arrays = {}
+    for part, count in (("train", 6), ("val", 2), ("test", 3)):
+        arrays[f"{part}_images"] = np.full((count, 28, 28, 3), count, np.uint8)
+        arrays[f"{part}_labels"] = (np.arange(count) % 3)[:, None].astype(np.uint8)
+    arrays |= changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return f"npz:{path}"
+
+
+def test_a_file_of_medmnist_is_loaded_as_it_is_and_its_validation_samples_are_training_samples(tmp_path):
+    dataset = load(medmnist(tmp_path / "pathmnist.npz"))
+    assert (dataset.name, dataset.shape, len(dataset.x_test)) == ("pathmnist", (3, 28, 28), 3)
+    assert dataset.x_train[:, 0, 0, 0].tolist() == [6] * 6 + [2] * 2
+    assert dataset.y_train.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    grey = {f"{part}_images": np.zeros((n, 28, 28), np.uint8) for part, n in (("train", 6), ("val", 2), ("test", 3))}
+    assert load(medmnist(tmp_path / "grey.npz", **grey)).shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"val_labels": None}, "val_labels is missing; a file of MedMNIST has train, val and test"),
+        ({"test_images": None}, "test_images is missing"),
+        ({"val_images": np.zeros((2, 9, 9, 3), np.uint8)}, "its arrays do not fit together"),
+        ({"train_labels": np.zeros((6, 14), np.uint8), "val_labels": np.zeros((2, 14), np.uint8)}, "has 14 labels"),
+        ({"test_labels": np.zeros((3, 1))}, "labels must be integers, but y_test is float64"),
+        ({"test_labels": np.zeros((2, 1), np.uint8)}, r"test labels have shape \(2,\)"),
+        ({"test_labels": np.array(1)}, "do not fit together"),
+        ({"train_images": np.array([object()] * 6)}, "cannot be read"),
+    ],
+)
+def test_a_file_of_medmnist_that_does_not_fit_is_refused_in_one_line(tmp_path, change, text):
+    with refused(text):
+        load(medmnist(tmp_path / "mine.npz", **change))
 
 
 FOUR = ["a", "b", "c", "d"]
@@ -164,3 +203,13 @@ def test_an_npz_with_a_damaged_array_is_loaded_or_raises_dataerror(tmp_path, key
         load(f"npz:{tmp_path}/mine.npz")
 
     assert_survives_damage(whole.getvalue(), tmp_path / "array", read, 200)
+
+
+def test_images_of_one_single_colour_are_refused_but_one_constant_channel_is_not():
+    digits = load("digits")
+    grey = replace(digits, x_train=np.full_like(digits.x_train, 7))
+    with refused("all training images are the same single colour, so there is nothing to learn from"):
+        grey.statistics()
+    red = np.concatenate([digits.x_train, np.zeros_like(digits.x_train)], 1)
+    _, deviation = replace(digits, x_train=red, x_test=np.repeat(digits.x_test, 2, 1)).statistics()
+    assert deviation[1] == 0.001

@@ -9,8 +9,8 @@ from nmoe_train.errors import DataError
 from nmoe_train.results.evaluation import accuracy, auc, macro_f1
 
 LABELS = np.repeat(np.arange(10), 200)
-SKEWED = ("noniid:0", "noniid:1e-320", "noniid:1e300", "noniid-text:0", "dirichlet:1e-3", "dirichlet:1e-6", "classes:1")
-EVEN = ("noniid:1e15", "dirichlet:1e6")
+SKEWED = ("noniid:0", "noniid:1e-320", "noniid-text:0", "dirichlet:1e-3", "dirichlet:1e-6", "classes:1")
+EVEN = ("noniid-text:0.9", "dirichlet:1e6")
 
 
 @pytest.mark.parametrize(("clients", "classes"), [(1, 2), (1, 10), (2, 2), (2, 100), (7, 10), (13, 3), (1024, 10)])
@@ -127,9 +127,14 @@ def constant_predictor(partition, size):
         ("noniid:x", "'noniid:x' does not end in a finite number"),
         ("noniid:0.5:0.5", "does not end in a finite number"),
         ("noniid:1\n2", "does not end in a finite number"),
-        ("noniid:-1", "τ must not be negative"),
+        ("noniid:-1", "τ must be in 0..1"),
+        (
+            "noniid:1.01",
+            "noniid:1.01: τ must be in 0..1; the paper's share of the own class, 1-τ, has no meaning outside",
+        ),
+        ("noniid-text:2", "τ must be in 0..1"),
         ("noniid-text:1", "over 0 and at most 1"),
-        ("noniid-text:-0.1", "over 0 and at most 1"),
+        ("noniid-text:-0.1", "τ must be in 0..1"),
         ("dirichlet:0", "must lie in 1e-6..1e6"),
         ("dirichlet:-1", "must lie in 1e-6..1e6"),
         ("dirichlet:1e-400", "must lie in 1e-6..1e6"),
@@ -153,16 +158,16 @@ def test_an_impossible_partition_is_refused_in_one_line(partition, text):
 
 
 def test_too_few_samples_of_a_class_are_reported_with_their_number():
-    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200; .*data.train_size"):
+    with pytest.raises(DataError, match=r"needs 400 training samples of class 0, but there are 200; .*data.train_size"):
         draw_samples(LABELS, class_counts("iid", 10, 10, 400, seed=0), seed=0)
-    with pytest.raises(DataError, match=r"needs 400 samples of class 0, but there are 200; .*data.clients"):
+    with pytest.raises(DataError, match=r"needs 400 training samples of class 0, but there are 200; .*data.clients"):
         counts_for_size(LABELS, "iid", 10, 10, wanted=400, usual=None, seed=0)
 
 
 @pytest.mark.parametrize(
     ("labels", "clients", "partition", "text"),
     [
-        (LABELS[::40], 100, "iid", "iid among 100 clients leaves 0 of 50 samples per client"),
+        (LABELS[::40], 100, "iid", "iid among 100 clients leaves 0 of 50 training samples per client"),
         (LABELS[::40], 50, "iid", "leaves 1 of 50"),
         (LABELS[:-200], 10, "iid", r"class 9 has 0\). Lower data.clients"),
         (np.repeat([0, 1], [100, 1]), 20, "dirichlet:1e-3", "dirichlet:1e-3 among 20 clients leaves 0 of 101"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
+from nmoe_train.errors import ConfigError
 from nmoe_train.nets import build
-from nmoe_train.pipeline import train, trainer_of
+from nmoe_train.pipeline import config_of, train, trainer_of
 from nmoe_train.recipes import configure
-from nmoe_train.results.baselines import baselines
+from nmoe_train.results.baselines import METHODS, RIVALS, baselines
+from nmoe_train.results.pages.formats import BASELINES
 from nmoe_train.run import read_run
 from nmoe_train.stages.extractor import fedce_update
 from nmoe_train.stages.federation import cosine, generator
@@ -59,11 +63,89 @@ def test_a_centralised_mixture_knows_every_class(made):
     assert found["centralised"]["own"]["kept_local"] == pytest.approx(routing.diag().mean().item())
 
 
-def test_fedavg_is_the_runs_own_classifier_or_is_trained_for_it(made, tmp_path):
+def test_fedavg_is_the_runs_own_classifier_without_a_class_mix(made):
     run, found = made
-    assert found["fedavg"]["iid"] == run.metrics["iid"]["fedce"]
-    flags = {**FLAGS, "extractor": {"method": "fedsc", "rounds": 1, "local_epochs": 1}}
-    fedsc = train(configure(flags=flags), tmp_path / "run")
-    found = baselines(fedsc)
-    assert found["fedavg"]["iid"]["accuracy"] > 0.7
-    assert "fedce" not in read_run(tmp_path / "run").metrics["iid"]
+    clients = assign_samples(load("digits"), config_of(run).data, 0)
+    with torch.no_grad():
+        right = (run.head(0)(run.extractor()(clients.test[0])).argmax(1) == clients.test[1]).double().mean().item()
+    assert found["fedavg"]["iid"]["accuracy"] == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize("extractor", [{"method": "fedsc"}, {"loss": "adjusted"}])
+def test_fedavg_is_trained_when_the_run_has_no_plain_classifier(tmp_path, extractor):
+    flags = {**FLAGS, "extractor": {**extractor, "rounds": 1, "local_epochs": 1}}
+    run = train(configure(flags=flags), tmp_path / "run")
+    seen = set()
+    found = baselines(run, lambda finished: seen.add(finished.stage), ["fedavg"])
+    assert seen == {"fedavg"}
+    assert set(found) == {"fedavg", "fedavg_prior"}
+    if extractor == {"method": "fedsc"}:
+        assert found["fedavg"]["iid"]["accuracy"] > 0.7
+        assert "fedce" not in read_run(tmp_path / "run").metrics["iid"]
+
+
+def test_the_class_mix_of_own_rows_is_that_of_the_training_labels(made):
+    run, found = made
+    clients = assign_samples(load("digits"), config_of(run).data, 0)
+    mixes = [torch.bincount(y, minlength=10) + 0.5 for _, y in clients.train]
+    mixes = [mix / mix.sum() for mix in mixes]
+    pooled = torch.bincount(torch.cat([y for _, y in clients.train]), minlength=10) + 0.5
+    accuracies = []
+    for mix, (x, y) in zip(mixes, clients.own_test, strict=True):
+        with torch.no_grad():
+            p = run.head(0)(run.extractor()(x)).softmax(1)
+        accuracies.append(((p * mix / pooled).argmax(1) == y).double().mean().item())
+    assert found["fedavg_prior"]["own"]["devices"] == pytest.approx(accuracies, abs=1e-6)
+
+
+def test_every_method_has_figures_and_those_with_settings_say_what_was_chosen(made):
+    _, found = made
+    assert tuple(found) == (
+        "local",
+        "fedavg",
+        "fedavg_prior",
+        "fedavg_tuned",
+        "fedrep",
+        "ditto",
+        "lda",
+        "lda_prior",
+        "centralised",
+    )
+    assert set(found) == set(METHODS) | set(RIVALS) == set(BASELINES)
+    for figures in found.values():
+        assert 0 < figures["own"]["macro_f1"] <= 1
+        assert 0.5 < figures["iid"]["auc"] <= 1
+    ditto = found["ditto"]["chosen"]
+    assert ditto["held_out"][str(ditto["lambda"])] == max(ditto["held_out"].values())
+    tuned = found["fedavg_tuned"]["chosen"]
+    assert tuned["held_out"][str(tuned["epochs"])] == max(tuned["held_out"].values())
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["fedavg_tuned", "fedrep", "ditto"])
+def test_baselines_that_stop_after_any_round_resume_to_the_same_figures(tmp_path, method):
+    flags = {**FLAGS, "extractor": {"rounds": 2, "local_epochs": 1, "loss": "adjusted"}}
+    run = train(configure(flags=flags), tmp_path / "run")
+    again = shutil.copytree(run.folder, tmp_path / "again")
+    whole = baselines(run, methods=[method])
+
+    def stop(_):
+        raise Stop
+
+    for _ in range(100):
+        try:
+            parts = baselines(read_run(again), stop, [method])
+            break
+        except Stop:
+            continue
+    assert parts == whole
+    assert not (tmp_path / "again-baselines.partial").exists()
+
+
+def test_an_unknown_baseline_is_refused_by_name(made):
+    run, _ = made
+    with pytest.raises(ConfigError, match="unknown baseline 'fedbabu'; expected one of local, fedavg"):
+        baselines(run, methods=["local", "fedbabu"])

@@ -97,3 +97,12 @@ def test_experts_train_with_adamw_and_a_cosine_schedule():
         optimiser.step()
         schedule.step()
     assert torch.allclose(state["weight"], net.weight, atol=1e-6)
+
+
+def test_without_epochs_the_initial_weights_are_the_experts():
+    net = nn.Linear(2, 2)
+    starts = [{"weight": torch.full((2, 2), float(i)), "bias": torch.zeros(2)} for i in range(2)]
+    data = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))] * 2
+    states, record = train_experts(net, starts, data, 2, 0, ExpertsConfig(epochs=0), pytest.fail)
+    assert [state["weight"].mean().item() for state in states] == [0, 1]
+    assert (record.loss, record.round, record.rounds) == (None, 1, 1)

@@ -228,7 +228,8 @@ def test_a_released_matrix_is_symmetric_and_has_noise_of_the_given_sigma():
     assert r.triu(1)[torch.ones(200, 200).triu(1) > 0].std().item() == pytest.approx(0.5 / math.sqrt(2), rel=0.02)
 
 
-def test_two_rounds_of_fedsc_match_a_naive_computation():
+@pytest.mark.parametrize("own_weight", ["falling", "share"])
+def test_two_rounds_of_fedsc_match_a_naive_computation(own_weight):
     """Clients of unequal size, noise, two rounds: the matrices, the updates, the average and the bytes sent."""
     config = ExtractorConfig(
         method="fedsc",
@@ -241,7 +242,7 @@ def test_two_rounds_of_fedsc_match_a_naive_computation():
         clip=0.5,
         warm_rounds=1,
     )
-    fedsc = FedSCConfig(radius=0.02, views="crop", matrix_views=2, sigma=0.01, alpha=0.4)
+    fedsc = FedSCConfig(radius=0.02, views="crop", matrix_views=2, sigma=0.01, alpha=0.4, own_weight=own_weight)
     sizes = [30, 20, 10]
     net, data = projected(), images(*sizes)
     state, expected = [begin(net)] * 3, begin(net)
@@ -252,9 +253,9 @@ def test_two_rounds_of_fedsc_match_a_naive_computation():
             r = matrix(net, expected, x, fedsc, generator(7, "matrix", round_, i))
             noise = 0.01 * torch.randn(4, 4, generator=generator(7, "noise", round_, i))
             released.append(r + (noise + noise.T) / 2)
-        alpha = 1 - 0.6 * round_ / 4
         after, losses = [], []
         for i, (x, _) in enumerate(data):
+            alpha = {"falling": 1 - 0.6 * round_ / 4, "share": sizes[i] / 60}[own_weight]
             others = sum(sizes[j] * released[j] for j in range(3) if j != i) / (60 - sizes[i])
             theta = {key: value.clone().requires_grad_() for key, value in expected.items()}
             g = generator(7, "extractor", round_, i)

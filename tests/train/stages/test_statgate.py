@@ -112,7 +112,7 @@ def test_a_gate_is_exported_as_a_graph_of_basic_operators_that_computes_the_same
     model = onnx.load(io.BytesIO(graph))
     assert (model.ir_version, [(o.domain, o.version) for o in model.opset_import]) == (8, [("", 18)])
     h = torch.cat([latents(i)[0] for i in range(3)])
-    found = Graph(graph, "gate").run(h.numpy())
+    found = Graph("gate", graph, (DIM,), (3,))(h.numpy())
     assert np.allclose(found, scores(gate, h).numpy(), rtol=1e-4, atol=1e-4)
 
 

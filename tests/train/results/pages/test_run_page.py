@@ -323,3 +323,42 @@ def test_a_round_in_which_all_clients_dropped_out_has_no_loss():
     (svg,) = pictures(text).values()
     assert hovers(svg) == ["gate: 1.5 at 2"]
     assert "Clients dropped out once, in 1 of 2 rounds" in text
+
+
+RESOURCES = {
+    "networks": {"gate": {"forward": 5, "backward": 5}},
+    "stages": {
+        "extractor": {
+            "multiply_adds": 3_000_000,
+            "up": 300,
+            "down": 30,
+            "clients": {"multiply_adds": [1_000_000, 2_000_000], "up": [100, 200], "down": [10, 20]},
+        },
+        "gate": {
+            "multiply_adds": 5,
+            "up": 3,
+            "down": 0,
+            "clients": {"multiply_adds": [2, 3], "up": [1, 2], "down": [0, 0]},
+        },
+    },
+    "fedavg": {"up": 4_000_000, "down": 5_000_000},
+    "measured": {
+        "extractor": {"seconds": 9.0, "peak_memory_bytes": 250_000_000, "energy_j": 12.34},
+        "evaluate": {"seconds": 1.0, "peak_memory_bytes": 100_000_000},
+    },
+    "client_seconds": {"extractor": [3.0, 6.0], "gate": [1.0, 0.5]},
+}
+
+
+def test_resources_are_listed_by_stage_and_by_client_beside_those_of_fedavg():
+    text = page("a run", CONFIG, metrics_of() | {"resources": RESOURCES}, LABELS)
+    stages, clients = Parsed(text).tables[2:4]
+    assert stages == [
+        ["stage", "multiply-adds", "peak memory", "energy of the CPU"],
+        ["extractor", "3.0 M", "250.0 MB", "12.3 J"],
+        ["gate", "5", "–", "–"],
+        ["evaluate", "–", "100.0 MB", "–"],
+    ]
+    assert clients[1:] == [["0", "1.0 M", "4.0 s", "101 B", "10 B"], ["1", "2.0 M", "6.5 s", "202 B", "20 B"]]
+    assert "would send 4.0 MB from clients and 5.0 MB to them" in " ".join(text.split())
+    assert "multiply-adds" not in page("a run", CONFIG, metrics_of(), LABELS)
