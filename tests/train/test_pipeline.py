@@ -16,12 +16,11 @@ import torch
 from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
-from nmoe_train.pipeline import config_of, extended_gate, retrain_config, stopped_config, train
+from nmoe_train.pipeline import retrain_config, stopped_config, train
 from nmoe_train.recipes import configure
 from nmoe_train.results.evaluation import class_mix
 from nmoe_train.run import read_run
 from nmoe_train.stages.privacy import noise_for
-from nmoe_train.trainer import encode
 
 SHORT = {"extractor": {"rounds": 2}, "gate": {"rounds": 3, "laps": 1}, "experts": {"epochs": 2}, "data": {"clients": 3}}
 
@@ -503,26 +502,3 @@ def test_a_training_restores_the_random_state_and_threads_of_its_process(tmp_pat
     train(configure(flags={**SHORT, "threads": 2}), tmp_path / "run")
     assert torch.equal(torch.rand(2), expected)
     assert torch.get_num_threads() == 1
-
-
-def test_a_device_joins_a_finished_run_by_its_statistics_alone(tmp_path):
-    """Ten clients know two digits each; the eleventh has its own copy of the first one's rows, turned upside down."""
-    flags = {"gate": {"method": "statgate"}, "data": {"partition": "classes:2"}, "extractor": {"rounds": 4}}
-    run = train(configure(flags={**flags, "experts": {"epochs": 2}}), tmp_path / "run")
-    before = weights(tmp_path / "run")
-    config = config_of(run)
-    clients = assign_samples(load("digits"), config.data, config.seed)
-    x, y = clients.train[0]
-    gate, published = extended_gate(run, [(255 - x, y)])
-    assert len(published) == 11
-    assert all(torch.equal(a.means, b.means) for a, b in zip(published, run.statistics(), strict=False))
-    assert weights(tmp_path / "run") == before
-    with torch.no_grad():
-        new = gate(encode(run.extractor(), 255 - clients.held_out[0][0])).argmax(1)
-        h = encode(run.extractor(), torch.cat([x for x, _ in clients.held_out]))
-        same = gate(h).argmax(1) == run.gate(0)(h).argmax(1)
-    assert (new == 10).double().mean() > 0.9
-    assert same.double().mean() > 0.9
-    other = train(retrain_config(run, "gate", {"gate": {"method": "rangate"}}), tmp_path / "other", again=(run, "gate"))
-    with pytest.raises(RunError, match="only a gate of statistics"):
-        extended_gate(other, [])
