@@ -57,7 +57,7 @@ def assess(trainer: Trainer, c: Checkpoint) -> Assessment:
     metrics["calibration"] = _calibration_facts(trainer, chosen)
     metrics["split"] = trainer.clients.class_counts(trainer.classes)
     metrics["bytes"] = {stage: _bytes_sent(c, stage) for stage in STAGES[:-1]}
-    epsilons = [entry["epsilon"] for entry in c.history if "epsilon" in entry]
+    epsilons = [entry["epsilon"] for entry in c.history if "epsilon" in entry and entry["stage"] == "extractor"]
     if epsilons:
         metrics["privacy"] = {
             "epsilon": epsilons[-1],
@@ -71,7 +71,7 @@ def assess(trainer: Trainer, c: Checkpoint) -> Assessment:
 def _choose(trainer: Trainer, c: Checkpoint, familiar: Sequence[Familiar], prior: bool) -> Chosen:
     """The rules of the configuration, with what held-out rows decide."""
     config = trainer.config
-    rules = Inference(config.inference.top_k, config.gate.loss)
+    rules = Inference(config.inference.top_k, config.gate.combination)
     parts = [trainer.frozen_outputs(c, part) for part in trainer.clients.held_out]
     latents = torch.cat([part.latents for part in parts])
     has_shared_head = trainer.specs.head is not None and config.extractor.heads == "shared"

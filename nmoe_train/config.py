@@ -183,8 +183,9 @@ class GateConfig:
     """Widths of hidden layers; none makes the paper's linear gate."""
     own: Literal["nothing", "bias", "weights"] = "bias"
     """FedGate: the part of the gate that a device adds to the shared scores and never sends; other gates have none."""
-    loss: Literal["outputs", "probabilities"] = "probabilities"
-    """What is combined, in training and on devices: the experts' outputs (the paper) or their probabilities."""
+    loss: Literal["outputs", "probabilities", "expected"] = "probabilities"
+    """What is combined, in training and on devices: the experts' outputs (the paper) or their probabilities.
+    "expected": FedGate learns to draw an expert of small loss; devices combine probabilities."""
     rounds: int = 100
     """FedGate: federated rounds."""
     local_steps: int = 1
@@ -197,6 +198,8 @@ class GateConfig:
     """Gradient normalisation. "unit": every gradient is scaled to length 1; "clipped": only longer ones."""
     noise: float = 0.1
     """FedGate: standard deviation of the noise added to the scores in training, the paper's ε."""
+    train_top_k: int | None = None
+    """FedGate: experts that a row is mixed from in training, 2 or more, as in the paper. Not set: all of them."""
     load_loss: float = 0.0
     """FedGate: weight of the load balance loss L_load, which spreads rows over the experts."""
     share: float = 0.7
@@ -214,10 +217,9 @@ class GateConfig:
     statistics: Literal["means", "moments"] = "moments"
     """StatGate: what a client publishes. "means": share and mean of each class; "moments": one mean, without labels.
     Both with a covariance."""
-    shrink: float | None = None
-    """StatGate: how far a client's covariance is moved towards that of all, 0 to 1. Not set: 1 for means, which then
-    share one covariance, and 0.5 for moments."""
-    ridge: float = 0.01
+    shrink: float = 0.5
+    """StatGate: how far each client's covariance is moved towards that of all, 0 to 1; at 1 the gate is linear."""
+    ridge: float = 0.03
     """StatGate: share of the mean variance that is added to every variance."""
     covariance: Literal["auto", "full", "diagonal"] = "auto"
     """StatGate: "diagonal" publishes variances alone; "auto" does so for latents of more than 1024 numbers."""
@@ -236,6 +238,7 @@ class GateConfig:
         _check(self, {"rounds": _COUNT, "local_steps": _COUNT, "batch": _COUNT, "laps": _COUNT, "rate": _POSITIVE})
         _check(self, {"noise": (0, 1e9), "load_loss": (0, 1e9), "share": _SHARE, "drop": (0, 0.999)})
         _check(self, {"roll_own": (0, 1), "shrink": (0, 1), "ridge": (1e-6, 1e3), "rank": _COUNT})
+        _check(self, {"train_top_k": (2, 10**6)})
         _check(self, {"temperature": (1e-3, 1e6), "epsilon": (1e-3, 1e5), "delta": (1e-300, 0.5), "radius": _POSITIVE})
         _check_widths(self.widths)
         if self.widths and self.own == "weights":
@@ -244,10 +247,9 @@ class GateConfig:
             raise ValueError(f"shares are {list(self.shares)}; each must be over 0, and they must sum to 1")
 
     @property
-    def shrink_used(self) -> float:
-        """StatGate: `shrink`, or its default for the statistics."""
-        usual = 1.0 if self.statistics == "means" else 0.5
-        return usual if self.shrink is None else self.shrink
+    def combination(self) -> Literal["outputs", "probabilities"]:
+        """What devices combine."""
+        return "outputs" if self.loss == "outputs" else "probabilities"
 
     def is_diagonal(self, dim: int) -> bool:
         """StatGate: whether clients publish variances instead of covariances."""
@@ -256,7 +258,7 @@ class GateConfig:
     def statgate_shape(self, dim: int, classes: int) -> dict[str, Any]:
         """StatGate: arguments of the network that depend on the settings."""
         diagonal = self.is_diagonal(dim)
-        same_covariance = self.shrink_used == 1
+        same_covariance = self.shrink == 1
         return {
             "groups": classes if self.statistics == "means" else 1,
             "rank": 0 if diagonal or same_covariance else min(self.rank, dim),

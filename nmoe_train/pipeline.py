@@ -11,7 +11,7 @@ and the process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from nmoe_edge.common.folders import check_replaceable
 from nmoe_edge.common.schema import from_plain, to_plain
 from nmoe_train.assessment import Assessment, assess
 from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint, claim_folder, difference, partial_folder
 from nmoe_train.config import Config
-from nmoe_train.data.clients import Clients, assign_samples
+from nmoe_train.data.clients import Clients, Part, assign_samples
 from nmoe_train.data.datasets import Dataset, load
 from nmoe_train.errors import ConfigError, RunError
 from nmoe_train.meter import StageMeter
@@ -34,8 +35,9 @@ from nmoe_train.results.pages.run_page import page
 from nmoe_train.results.resources import client_seconds, resources_of
 from nmoe_train.run import FILES, RUN_FILE, Run, read_run, write_run
 from nmoe_train.stages.gate import plain_gate
-from nmoe_train.stages.statistics import from_state
-from nmoe_train.trainer import STAGES, STATISTICS, Progress, Trainer
+from nmoe_train.stages.statgate import gate_of
+from nmoe_train.stages.statistics import Statistics, client_statistics, from_state
+from nmoe_train.trainer import STAGES, STATISTICS, Progress, Trainer, encode
 
 STAGE_OF_SECTION = {"extractor": "extractor", "fedsc": "extractor", "experts": "experts", "gate": "gate"}
 """The stage that a section of the configuration belongs to. Other sections belong to no single stage."""
@@ -153,6 +155,27 @@ def trainer_of(run: Run) -> tuple[Trainer, Checkpoint]:
     dataset, clients = _load_and_split(config)
     trainer = Trainer(config, dataset, clients, _device(config))
     return trainer, trainer.initial_checkpoint(Checkpoint(to_plain(config)), (run, "evaluate"))
+
+
+def extended_gate(run: Run, newcomers: Sequence[Part]) -> tuple[nn.Module, list[Statistics]]:
+    """The gate of a StatGate run for its devices and for new ones, and the statistics of all of them.
+
+    The new devices publish theirs; every device then assembles the gate again. Experts and statistics of the run's own
+    devices stay as they are.
+
+    newcomers: of each new device, images or other inputs (n, …) and labels (n,), which statistics "moments" ignore
+
+    Raises RunError when the run has another gate.
+    """
+    published = run.statistics()
+    if not published:
+        raise RunError(f"{run.folder}: a device can join only a gate of statistics; train it with --gate statgate")
+    config = config_of(run)
+    for x, y in newcomers:
+        h = encode(run.extractor(), x)
+        published.append(client_statistics(h, y, run.record.outputs, config.gate, config.seed, len(published)))
+    temperature = 1 / float(run.gate(0).state_dict()["sharpness"])
+    return gate_of(published, config.gate, temperature), published
 
 
 @contextmanager

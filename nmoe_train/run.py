@@ -40,7 +40,7 @@ from nmoe_train.record import (
     RunRecord,
     unknown_schema,
 )
-from nmoe_train.stages.calibration import Calibration, calibrated_net, no_calibration
+from nmoe_train.stages.calibration import Calibration, calibrated_net, calibration_arrays, no_calibration
 from nmoe_train.stages.federation import State
 from nmoe_train.stages.statistics import Statistics, as_arrays, from_arrays
 
@@ -251,7 +251,9 @@ def write_run(
         raise RunError(
             f"{len(experts)} experts, {len(gates)} gates and {len(heads)} heads do not fit {record.experts} devices"
         )
-    arrays = _calibration_arrays(record, corrections, head_correction)
+    experts_as_trained = no_calibration(record.experts, record.outputs)
+    calibrations = calibration_arrays(corrections or experts_as_trained, head_correction)
+    arrays = {CALIBRATION_FILE: calibrations} if record.schema > 1 else {}
     arrays |= {name: _familiar_arrays(one) for name, one in zip(_familiar(len(familiar)), familiar, strict=True)}
     arrays |= {STATISTICS_FILE: as_arrays(statistics)} if statistics else {}
     try:
@@ -363,19 +365,6 @@ def _familiar(count: int) -> list[str]:
 
 def _familiar_arrays(one: Familiar) -> dict[str, np.ndarray]:
     return {"whitening": np.ascontiguousarray(one.whitening), "centres": np.ascontiguousarray(one.centres)}
-
-
-def _calibration_arrays(
-    record: RunRecord, experts: Calibration | None, head: Calibration | None
-) -> dict[str, dict[str, np.ndarray]]:
-    """File -> its arrays. A run of schema 1 has none."""
-    if record.schema == 1:
-        return {}
-    experts = experts or no_calibration(record.experts, record.outputs)
-    arrays = {"scale": experts.scale, "bias": experts.bias}
-    if head is not None:
-        arrays |= {"head_scale": head.scale, "head_bias": head.bias}
-    return {CALIBRATION_FILE: arrays}
 
 
 def _head_files(count: int) -> list[str]:

@@ -288,7 +288,7 @@ class Trainer:
             client_statistics(h, y, self.classes, config.gate, config.seed, i) for i, (h, y) in enumerate(parts)
         ]
         held_out = [encode(self.classifier.extractor, x) for x, _ in self.clients.held_out]
-        state, finished = statgate_round(self.specs.gate, published, held_out, config.gate)
+        state, finished = statgate_round(published, held_out, config.gate)
         c = replace(c, states={**c.states, STATISTICS: [to_state(one) for one in published]})
         return finish_round(c, [composed_gate(state, {})] * self.count, finished)
 

@@ -80,7 +80,7 @@ def _mixture_loss(trainer: Trainer, mixture: Mixture, h: Tensor, y: Tensor, g: t
     noise = config.noise * torch.randn(len(y), trainer.count, generator=g)
     log_g = (mixture.gate(h) + noise).log_softmax(1)  # (B, N)
     outputs = mixture.every_expert(mixture.experts, h)  # (B, N, K)
-    if config.loss == "probabilities":
+    if config.loss != "outputs":
         outputs = true_class_log_p(outputs, y)  # (B, N)
     loss = mixture_loss(log_g, outputs, y, config.loss).mean()
     return loss + LOAD_LOSS * load_loss(log_g.exp(), torch.ones(len(y)))
@@ -88,7 +88,7 @@ def _mixture_loss(trainer: Trainer, mixture: Mixture, h: Tensor, y: Tensor, g: t
 
 def measure_mixture(trainer: Trainer, extractor: nn.Module, mixture: Mixture) -> dict[str, Any]:
     config = trainer.config
-    rules = Inference(config.inference.top_k, config.gate.loss, None, config.inference.adapt)
+    rules = Inference(config.inference.top_k, config.gate.combination, None, config.inference.adapt)
     figures: dict[str, Any] = {}
     for name, parts in trainer.clients.tests().items():
         probabilities = []

@@ -71,6 +71,12 @@ def no_calibration(experts: int, classes: int) -> Calibration:
     return Calibration(np.ones(experts, np.float32), np.zeros((experts, classes), np.float32))
 
 
+def calibration_arrays(experts: Calibration, head: Calibration | None) -> dict[str, NDArray[np.float32]]:
+    """As a run stores them."""
+    arrays = {"scale": experts.scale, "bias": experts.bias}
+    return arrays if head is None else arrays | {"head_scale": head.scale, "head_bias": head.bias}
+
+
 def row_weights(shares: NDArray[Any], every_row: float) -> NDArray[np.float64]:
     """How much each held-out row counts for each expert, (n, N), from the share that each expert gets of it."""
     weights: NDArray[np.float64] = every_row + (1 - every_row) * shares.shape[1] * shares.astype(np.float64)

@@ -9,10 +9,11 @@
 
 As in the paper, FedGate normalises gradients and trains 70 % of the clients in a round. Where this deviates from it:
 
-- The paper's gate is softmax(top-k(G(h) + ε)). Training uses the softmax over all experts, because the softmax over one
-  kept score is 1 and has no gradient; top-k applies at inference only.
+- The paper's gate is softmax(top-k(G(h) + ε)): gate.train_top_k keeps that many scores in training too, at least two,
+  because the softmax over one kept score is 1 and has no gradient. By default training uses the softmax over all
+  experts, and top-k applies at inference only.
 - The paper mixes the experts' outputs, equation (1): gate.loss = "outputs". Our default mixes their probabilities, as
-  the formula above does (losses.mixture_loss has both).
+  the formula above does. A third loss, "expected", does not mix at all (losses.mixture_loss has all three).
 - A client may keep a part of the gate to itself (partial synchronisation): scores are shared(h) + own(h), and only the
   shared part is sent and averaged. The own part lets a device prefer, for example, its own expert.
 - RollGate makes a fixed number of laps instead of training until it converges.
@@ -64,9 +65,8 @@ class GateSamples:
 
 def gate_samples(latents: Tensor, outputs: Tensor, y: Tensor, kind: str) -> GateSamples:
     """What the loss `kind` needs of every expert's outputs (n, N, K)."""
-    if kind == "probabilities":
-        return GateSamples(latents, true_class_log_p(outputs, y), y)
-    return GateSamples(latents, outputs, y)
+    answers = outputs if kind == "outputs" else true_class_log_p(outputs, y)
+    return GateSamples(latents, answers, y)
 
 
 class Gate(nn.Module):
@@ -205,7 +205,11 @@ def _stack(batches: Sequence[_Batch]) -> _Batch:
 def _losses(net: Gate, theta: State, batch: _Batch, config: GateConfig) -> Tensor:
     """Each client's mean loss over the rows of its batch, from stacked weights and a stacked batch. -> (clients,)"""
     forward = vmap(lambda state, h: functional_call(net, state, (h,)))
-    log_g = (forward(theta, batch.latents) + batch.noise).log_softmax(2)  # (clients, B, N)
+    scores = forward(theta, batch.latents) + batch.noise  # (clients, B, N)
+    if config.train_top_k is not None and config.train_top_k < scores.shape[2]:
+        least_kept = scores.topk(config.train_top_k, 2).values[:, :, -1:]
+        scores = scores.masked_fill(scores < least_kept, -torch.inf)
+    log_g = scores.log_softmax(2)
     row_losses = mixture_loss(log_g, batch.expert_answers, batch.y, config.loss)  # (clients, B)
     losses = (row_losses * batch.present).sum(1) / batch.present.sum(1)
     if config.load_loss:

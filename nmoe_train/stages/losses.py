@@ -65,11 +65,15 @@ def true_class_log_p(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def mixture_loss(log_g: Tensor, answers: Tensor, y: Tensor, kind: str) -> Tensor:
-    """-log p(y | h) of the mixture, one loss for each row. log_g: log of the gate's weights (…, N), y: (…) -> (…)
+    """The loss of the mixture, one for each row. log_g: log of the gate's weights (…, N), y: (…) -> (…)
 
-    kind "outputs":        p = softmax(Σⱼ gⱼ Hⱼ(h)), the paper's equation (1). answers: Hⱼ(h) for every class (…, N, K)
-    kind "probabilities":  p = Σⱼ gⱼ softmax(Hⱼ(h)). answers: each expert's log-probability of the true class (…, N)
+    kind "outputs":        -log softmax(Σⱼ gⱼ Hⱼ(h))(y), the paper's equation (1). answers: Hⱼ(h), every class (…, N, K)
+    kind "probabilities":  -log Σⱼ gⱼ pⱼ(y), pⱼ = softmax(Hⱼ(h)). answers: each expert's log pⱼ(y) (…, N)
+    kind "expected":       -Σⱼ gⱼ log pⱼ(y), the mean loss of an expert drawn from g. answers: as above
     """
+    if kind == "expected":
+        # A weight of 0 is exp(-inf), and its expert counts for nothing, however bad it is.
+        return -(log_g.exp() * answers).sum(-1)
     if kind == "probabilities":
         return -(log_g + answers).logsumexp(-1)
     mixed = (log_g.exp()[..., None] * answers).sum(-2)  # (…, K)

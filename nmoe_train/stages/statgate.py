@@ -5,8 +5,10 @@
 πᵢₖ, μᵢₖ and Cᵢ are client i's group shares, means and covariance within groups (statistics.py), qᵢ its share of all
 rows, and s is gate.shrink. Nothing is trained, no expert leaves its device, and one exchange is enough:
 
-    means      groups are classes, s = 1: one covariance for all, so the scores are linear before the logarithm
-    moments    one group, s = 0.5: quadratic scores, and no labels
+    means      groups are the client's classes
+    moments    all rows are one group, and no label is used
+
+With s = 1 all share one covariance: the scores are linear before the logarithm, and the gate is small.
 
 A constant and log N(h; c, Σ)'s quadratic part are the same for all experts and are left out. In directions scaled by Σ,
 Sᵢ differs from 1 along its eigenvectors; the `rank` eigenvectors that matter most are kept, the others count as 1.
@@ -23,14 +25,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nmoe_train.config import GateConfig
 from nmoe_train.errors import RunError
 from nmoe_train.nets import NetSpec, build
-from nmoe_train.stages.federation import Round, State, size_bytes
+from nmoe_train.stages.federation import Round, size_bytes
 from nmoe_train.stages.statistics import Statistics, epsilon_of_release, to_state
+from nmoe_train.stages.weights import copy_state
 
 TEMPERATURES = tuple(2 ** (step / 2) for step in range(-4, 17))
 """Those that are tried: 0.25 to 256."""
@@ -38,8 +41,14 @@ ABSENT = -1e4
 """Instead of log 0, for a group that a client does not have: far below any other score, and finite."""
 
 
+def network(published: Sequence[Statistics], config: GateConfig) -> NetSpec:
+    """The network that `assemble` makes the weights of."""
+    groups, dim = published[0].means.shape
+    return NetSpec("statgate", {"dim": dim, "outputs": len(published), **config.statgate_shape(dim, groups)})
+
+
 def assemble(published: Sequence[Statistics], config: GateConfig, temperature: float = 1.0) -> dict[str, Tensor]:
-    """The weights of the gate, for the network of `network`.
+    """The weights of the gate.
 
     RunError when clients' statistics differ in shape, or when no latent varies.
     """
@@ -74,7 +83,7 @@ def _expert(client: Statistics, pooled: Tensor, ridge: Tensor, center: Tensor, c
     values, vectors = torch.linalg.eigh(pooled)
     scaled = vectors / values.sqrt()  # (d, d): h @ scaled has covariance 1 under Σ
     means = (client.means.double() - center) @ scaled  # (G, d)
-    shrink = config.shrink_used
+    shrink = config.shrink
     rank = 0 if shrink == 1 else min(config.rank, len(pooled))
     inverse = torch.zeros(rank).double()  # of Sᵢ, less 1
     kept = torch.zeros(len(pooled), rank).double()
@@ -100,7 +109,7 @@ def _diagonal_expert(
     client: Statistics, pooled: Tensor, ridge: Tensor, center: Tensor, config: GateConfig
 ) -> dict[str, Tensor]:
     """One expert's part of the gate, from variances: the quadratic part is a weight for each squared number."""
-    shrink = config.shrink_used
+    shrink = config.shrink
     variances = (1 - shrink) * (client.spread.double() + ridge) + shrink * pooled
     _require_invertible(variances)
     means = client.means.double() - center
@@ -125,13 +134,11 @@ def _require_invertible(values: Tensor) -> None:
         )
 
 
-def score(spec: NetSpec, state: State, latents: Tensor) -> Tensor:
-    """(n, d) -> (n, N)"""
-    net = build(spec)
-    net.load_state_dict(dict(state))
-    with torch.no_grad():
-        scores: Tensor = net(latents)
-    return scores
+def gate_of(published: Sequence[Statistics], config: GateConfig, temperature: float = 1.0) -> nn.Module:
+    """The gate as a network: latents (n, d) -> scores (n, N)."""
+    net = build(network(published, config))
+    net.load_state_dict(assemble(published, config, temperature))
+    return net
 
 
 def fit_temperature(scores: Tensor, clients: Tensor) -> float:
@@ -141,20 +148,18 @@ def fit_temperature(scores: Tensor, clients: Tensor) -> float:
 
 
 def statgate_round(
-    spec: NetSpec,
-    published: Sequence[Statistics],
-    held_out: Sequence[Tensor],
-    config: GateConfig,
+    published: Sequence[Statistics], held_out: Sequence[Tensor], config: GateConfig
 ) -> tuple[dict[str, Tensor], Round]:
     """The one round of StatGate: the gate's weights, and what was exchanged.
 
     held_out: latents of each client, which choose the temperature
     """
-    state = assemble(published, config)
-    scores = torch.cat([score(spec, state, h) for h in held_out])
+    gate = gate_of(published, config)
+    with torch.no_grad():
+        scores: Tensor = gate(torch.cat(list(held_out)))
     clients = torch.repeat_interleave(torch.arange(len(held_out)), torch.tensor([len(h) for h in held_out]))
     temperature = fit_temperature(scores, clients) if config.temperature is None else config.temperature
-    state["sharpness"] = torch.tensor(1 / temperature)
+    state = copy_state(gate) | {"sharpness": torch.tensor(1 / temperature)}
     # Every client sends its statistics, then its loss at each temperature; it gets the others' statistics.
     sizes = [size_bytes(to_state(one)) for one in published]
     fitted = 4 * len(TEMPERATURES) * len(published) if config.temperature is None else 0

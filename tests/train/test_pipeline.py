@@ -48,7 +48,7 @@ def repeatable(metrics):
     return {**metrics, "seconds": None, "resources": resources}
 
 
-@pytest.mark.parametrize("method", ["rangate", "rollgate", "fedgate"])
+@pytest.mark.parametrize("method", ["rangate", "rollgate", "fedgate", "statgate"])
 def test_a_training_writes_a_run_and_nothing_else(tmp_path, method):
     seen = []
     done = train(
@@ -372,6 +372,9 @@ def test_settings_of_stages_that_are_kept_cannot_be_changed(tmp_path):
         {"gate": {"method": "rollgate", "laps": 1, "order": "shuffled"}},
         {"gate": {"widths": [8], "rounds": 2}},
         {"gate": {"own": "weights", "rounds": 2}},
+        {"gate": {"train_top_k": 2, "loss": "expected", "rounds": 2}},
+        {"gate": {"method": "statgate"}},
+        {"gate": {"method": "statgate", "statistics": "means", "epsilon": 8.0}},
         {"gate": {"own": "nothing", "rounds": 2}},
         {"gate": {"method": "rangate", "shares": [0.5, 0.3, 0.2]}},
         {"extractor": {"drop": 0.5, "rounds": 3, "share": 0.7, "step_limit": 3}, "gate": {"drop": 0.5, "rounds": 3}},

@@ -211,9 +211,9 @@ def test_rollgate_visits_every_client_once_per_lap():
 
 
 def test_gate_net_builds_the_configured_gate():
-    assert Config().gate_net() == NetSpec("linear", {"dim": 64, "outputs": 10})
-    assert Config(gate=GateConfig(widths=(16,))).gate_net().factory == "mlp"
-    assert Config(gate=GateConfig(method="rangate")).gate_net().arguments["shares"] == [0.1] * 10
+    assert Config().gate_net(10) == NetSpec("linear", {"dim": 64, "outputs": 10})
+    assert Config(gate=GateConfig(widths=(16,))).gate_net(10).factory == "mlp"
+    assert Config(gate=GateConfig(method="rangate")).gate_net(10).arguments["shares"] == [0.1] * 10
 
 
 def test_the_rate_of_rollgate_falls_along_a_cosine():
