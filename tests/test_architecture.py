@@ -120,9 +120,10 @@ ORDER = {
     "nmoe_train": (
         "errors vision nets config recipes settings data data.partition data.views data.datasets data.clients"
         " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
-        " stages.gate checkpoint run results results.evaluation results.pages results.pages.svg results.pages.plane"
+        " stages.gate stages.calibration stages.familiarity checkpoint record run results results.evaluation"
+        " results.rules results.pages results.pages.svg results.pages.plane"
         " results.pages.grid results.pages.charts results.pages.formats results.pages.render results.pages.run_page"
-        " trainer pipeline results.baselines results.paper terminal options __init__ cli"
+        " trainer assessment pipeline results.baselines results.paper terminal options __init__ cli"
     ),
 }
 # Modules of nmoe_edge.protocol that say how a device answers: training and export measure with them.
