@@ -20,7 +20,9 @@ from nmoe_train.checkpoint import Checkpoint
 from nmoe_train.record import SCHEMA, DataRecord, Inference, RunRecord
 from nmoe_train.results.evaluation import DeviceRows, evaluate, measure, measure_both
 from nmoe_train.results.rules import Chosen, HeldOut, choose_rules
+from nmoe_train.stages.calibration import bytes_of_step
 from nmoe_train.stages.familiarity import familiar_latents
+from nmoe_train.stages.federation import size_bytes
 from nmoe_train.stages.weights import select_part
 from nmoe_train.trainer import STAGES, FrozenOutputs, Trainer, encode
 
@@ -55,8 +57,11 @@ def assess(trainer: Trainer, c: Checkpoint) -> Assessment:
         if trainer.specs.head is not None:
             metrics[name]["fedce"] = _measure_classifier(trainer, c, frozen, chosen)
     metrics["calibration"] = _calibration_facts(trainer, chosen)
-    metrics["split"] = trainer.clients.class_counts(trainer.classes)
+    whole_test = torch.bincount(trainer.clients.test[1], minlength=trainer.classes).tolist()
+    metrics["split"] = {**trainer.clients.class_counts(trainer.classes), "whole_test": [whole_test]}
     metrics["bytes"] = {stage: _bytes_sent(c, stage) for stage in STAGES[:-1]}
+    if chosen.steps:
+        metrics["bytes"]["calibration"] = _bytes_of_calibration(trainer, c, chosen.steps)
     epsilons = [entry["epsilon"] for entry in c.history if "epsilon" in entry and entry["stage"] == "extractor"]
     if epsilons:
         metrics["privacy"] = {
@@ -166,6 +171,13 @@ def _record(trainer: Trainer, c: Checkpoint, rules: Inference, prior: bool) -> R
         inference=rules,
         labels=dataset.labels,
     )
+
+
+def _bytes_of_calibration(trainer: Trainer, c: Checkpoint, steps: int) -> dict[str, int]:
+    """Sums of held-out rows, and first the experts, unless FedGate has sent them to every client already."""
+    up, down = bytes_of_step(trainer.count, trainer.classes)
+    sent = 0 if trainer.config.gate.method == "fedgate" else trainer.count * size_bytes(c.states["experts"][0])
+    return {"up": steps * up + sent, "down": steps * down + sent * (trainer.count - 1)}
 
 
 def _bytes_sent(c: Checkpoint, stage: str) -> dict[str, int]:

@@ -120,6 +120,7 @@ def measure_both(p: Sequence[Tensor], y: Sequence[Tensor], adapt: bool) -> dict[
     mixed = measure([class_mixed(q) for q in p], y)
     return {
         **(mixed if adapt else without),
+        "class_mix": adapt,
         "with_class_mix": {key: mixed[key] for key in SHORT},
         "without_class_mix": {key: without[key] for key in SHORT},
     }

@@ -71,6 +71,8 @@ class Chosen:
     calibration: Calibration
     head: Calibration | None
     """Of stage 1's classifier, N = 1; None without one."""
+    steps: int = 0
+    """Newton's steps for all calibrations that were tried, each for one expert."""
     note: str | None = None
     """Why nothing was calibrated, if it should have been."""
 
@@ -98,13 +100,15 @@ def choose_rules(held: HeldOut, rules: Inference, settings: InferenceConfig, pri
     head = None if held.head is None else held.head[:, None]
     head_calibration = None if head is None else no_calibration(1, head.shape[2])
     note = None
+    steps = 0
     if settings.calibrate and len(held.y) < MIN_ROWS:
         note = (
             f"Nothing is calibrated: that takes {MIN_ROWS} held-out rows, and there are {len(held.y)};"
             " raise data.held_out or data.train_size"
         )
     elif settings.calibrate:
-        candidates += _calibrated(held, rules.answer_rules(), seed)
+        found, steps = _calibrated(held, rules.answer_rules(), seed)
+        candidates += found
         head, head_calibration = _calibrated_head(head, held.y, seed)
     tried = [_adapted(held, candidate, head, rules, settings.adapt) for candidate in candidates]
     best = max(sum(accuracies) for _, accuracies in tried)
@@ -113,17 +117,21 @@ def choose_rules(held: HeldOut, rules: Inference, settings: InferenceConfig, pri
     inference, accuracies = tried[chosen]
     if settings.local_first:
         inference = _with_exit(held, candidates[chosen].outputs, inference, accuracies, settings.novelty)
-    return Chosen(inference, candidates[chosen].calibration, head_calibration, note)
+    return Chosen(inference, candidates[chosen].calibration, head_calibration, steps, note)
 
 
-def _calibrated(held: HeldOut, rules: AnswerRules, seed: int) -> list[_Candidate]:
+def _calibrated(held: HeldOut, rules: AnswerRules, seed: int) -> tuple[list[_Candidate], int]:
+    """Each form of calibration, and Newton's steps for all of them."""
     shares = np.mean([answer(held.scores[i], held.outputs, i, rules).routed for i in range(len(held.scores))], axis=0)
     found = []
+    all_steps = 0
     for every_row in EVERY_ROW:
         weights = row_weights(shares, every_row)  # (n, N)
-        calibration = fit(held.outputs, held.y, weights)
-        found.append(_Candidate(calibration, cross_fitted(held.outputs, held.y, weights, seed), False))
-    return found
+        calibration, steps = fit(held.outputs, held.y, weights)
+        outputs, more_steps = cross_fitted(held.outputs, held.y, weights, seed)
+        found.append(_Candidate(calibration, outputs, False))
+        all_steps += steps + more_steps
+    return found, all_steps
 
 
 def _calibrated_head(
@@ -133,10 +141,10 @@ def _calibrated_head(
     if head is None:
         return None, None
     weights = np.ones((len(y), 1))
-    calibrated = cross_fitted(head, y, weights, seed)
+    calibrated, _ = cross_fitted(head, y, weights, seed)
     if log_likelihood(calibrated, y) <= log_likelihood(head, y):
         return head, no_calibration(1, head.shape[2])
-    return calibrated, fit(head, y, weights)
+    return calibrated, fit(head, y, weights)[0]
 
 
 def _adapted(

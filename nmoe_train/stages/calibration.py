@@ -83,25 +83,37 @@ def row_weights(shares: NDArray[Any], every_row: float) -> NDArray[np.float64]:
     return weights / weights.mean(axis=0)
 
 
-def fit(outputs: NDArray[Any], y: NDArray[np.int64], weights: NDArray[np.float64]) -> Calibration:
-    """The calibration of every expert. outputs: (n, N, K); y: (n,); weights: (n, N), with mean 1 for each expert"""
+def fit(outputs: NDArray[Any], y: NDArray[np.int64], weights: NDArray[np.float64]) -> tuple[Calibration, int]:
+    """The calibration of every expert, and Newton's steps for all of them together.
+
+    outputs: (n, N, K); y: (n,); weights: (n, N), with mean 1 for each expert
+    """
     log_mix = _log_mix(y, outputs.shape[2])
     found = [_fit_one(outputs[:, i], y, weights[:, i], log_mix) for i in range(outputs.shape[1])]
-    scales = np.array([theta[0] for theta in found], np.float32)
-    return Calibration(scales, np.array([theta[1:] for theta in found], np.float32))
+    thetas = np.array([theta for theta, _ in found], np.float32)  # (N, 1 + K)
+    return Calibration(thetas[:, 0], np.ascontiguousarray(thetas[:, 1:])), sum(steps for _, steps in found)
+
+
+def bytes_of_step(clients: int, classes: int) -> tuple[int, int]:
+    """Bytes that all clients send (loss, gradient, half of the Hessian) and receive (θ) in one step for one expert."""
+    numbers = 1 + classes
+    return 8 * clients * (1 + numbers + numbers * (numbers + 1) // 2), 8 * clients * numbers
 
 
 def cross_fitted(
     outputs: NDArray[Any], y: NDArray[np.int64], weights: NDArray[np.float64], seed: int
-) -> NDArray[np.float32]:
-    """Calibrated outputs (n, N, K) in which no row helped to calibrate itself: for choosing between rules."""
+) -> tuple[NDArray[np.float32], int]:
+    """Calibrated outputs (n, N, K) in which no row helped to calibrate itself, and Newton's steps."""
     folds = torch.randperm(len(y), generator=generator(seed, "calibration")).numpy() % FOLDS
     calibrated = np.empty(outputs.shape, np.float32)
+    all_steps = 0
     for fold in range(FOLDS):
         others = folds != fold
         rest = weights[others] / weights[others].mean(axis=0)
-        calibrated[~others] = fit(outputs[others], y[others], rest).apply(outputs[~others])
-    return calibrated
+        fitted, steps = fit(outputs[others], y[others], rest)
+        calibrated[~others] = fitted.apply(outputs[~others])
+        all_steps += steps
+    return calibrated, all_steps
 
 
 def log_likelihood(outputs: NDArray[Any], y: NDArray[np.int64]) -> float:
@@ -118,12 +130,14 @@ def _log_mix(y: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
 
 def _fit_one(
     z: NDArray[Any], y: NDArray[np.int64], weights: NDArray[np.float64], log_mix: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """θ = (scale, bias…) of one expert, (1 + K,), by Newton's method with step halving. z: (n, K)"""
+) -> tuple[NDArray[np.float64], int]:
+    """θ = (scale, bias…) of one expert, (1 + K,), by Newton's method with step halving; and its steps. z: (n, K)"""
     z = z.astype(np.float64)
     theta = np.concatenate([[1.0], np.zeros(z.shape[1])])
     loss = _loss(theta, z, y, weights, log_mix)
-    for _ in range(_STEPS):
+    steps = 0
+    while steps < _STEPS:
+        steps += 1
         gradient, hessian = _derivatives(theta, z, y, weights, log_mix)
         step = np.linalg.solve(hessian, gradient)
         size = 1.0
@@ -136,7 +150,7 @@ def _fit_one(
         if not new_loss < loss - 1e-9 * abs(loss) or after[0] < _SMALLEST_SCALE:
             break
         theta, loss = after, new_loss
-    return theta
+    return theta, steps
 
 
 def _penalty(theta: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -35,6 +35,7 @@ EXPLANATIONS = {
     "centralised": "trained on all samples in one place",
 }
 """What each method of METHOD_NAMES is."""
+MIX_KEYS = ("without_class_mix", "with_class_mix")
 FACTS = {
     "data": "data.name",
     "clients": "data.clients",
@@ -84,7 +85,11 @@ def page(
         facts=[(name, settings[key]) for name, key in FACTS.items() if key in settings],
         note=metrics.get("note"),
         comparison=_comparison(metrics, baselines or {}),
+        class_mix=_class_mix(metrics, baselines or {}),
         kept_local=_kept_local(metrics),
+        unseen=_unseen(metrics),
+        calibration=metrics.get("calibration") or {},
+        uneven=_uneven(metrics.get("split") or {}),
         device_figures=_device_figures(metrics),
         routing_figures=_routing_figures(metrics),
         load_figures=_load_figures(metrics),
@@ -134,6 +139,45 @@ def _best(column: Sequence[float | None]) -> str | None:
     """The largest percentage as the table shows it; None where at most one method has a figure."""
     known = [share for share in column if share is not None]
     return percentage(max(known)) if len(known) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class WithMix:
+    """The table of accuracies without and with the class mix: two columns for each test set."""
+
+    used: bool
+    """Whether devices use it."""
+    parts: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def _class_mix(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> WithMix | None:
+    """None where nothing was measured both ways: in old runs, and where answers carry a prior of their own."""
+    found = {part: {**(baselines.get(part) or {}), **(metrics.get(part) or {})} for part in SETS}
+    rows = []
+    for method, name in METHOD_NAMES.items():
+        figures = [(found[part].get(method) or {}).get(key) or {} for part in SETS for key in MIX_KEYS]
+        shares = [finite_number(one.get("accuracy")) for one in figures]
+        if any(share is not None for share in shares):
+            rows.append((name, [percentage(share) for share in shares]))
+    if not rows:
+        return None
+    used = (((metrics.get("own") or {}).get("networked") or {}).get("class_mix")) is True
+    return WithMix(used, list(SETS.values()), rows)
+
+
+def _unseen(metrics: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the local exit does with balanced samples of classes that the device's client has never seen."""
+    unseen = (metrics.get("iid") or {}).get("unseen") or {}
+    return unseen if finite_number(unseen.get("kept")) is not None else None
+
+
+def _uneven(split: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Smallest and largest class of the whole test set, where they differ by more than a half."""
+    counts = split.get("whole_test")
+    if not counts or 2 * max(counts[0]) <= 3 * min(counts[0]):
+        return None
+    return min(counts[0]), max(counts[0])
 
 
 def _kept_local(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:

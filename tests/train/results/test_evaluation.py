@@ -1,20 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from nmoe_train.record import Inference
 from nmoe_train.results.evaluation import (
     DeviceRows,
     answers,
     apply_class_mix,
     auc,
-    choose_threshold,
-    class_mix,
     evaluate,
     macro_f1,
     measure,
+    measure_both,
 )
-from nmoe_train.run import Inference
 
 g = torch.Generator().manual_seed(0)
 
@@ -41,35 +42,6 @@ def test_a_row_with_a_confident_own_expert_is_answered_locally():
     assert routed.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     assert torch.equal(p[0], ROWS.expert_outputs[0, 0].softmax(0))
     assert torch.equal(p[1], ROWS.expert_outputs[1, 2].softmax(0))
-
-
-def test_em_finds_the_class_mix_of_unlabelled_answers():
-    torch.manual_seed(0)
-    mix = torch.tensor([0.7, 0.2, 0.1])
-    y = torch.multinomial(mix, 4000, replacement=True)
-    likelihood = (torch.randn(4000, 3) + 2 * torch.eye(3)[y]) * 2  # log p(x|y), up to a constant: N(2·1ᵧ, 1)
-    assert torch.allclose(class_mix(likelihood.softmax(1)), mix, atol=0.03)
-
-
-def test_the_class_mix_of_a_row_is_estimated_from_other_rows():
-    """Even rows are of class 0 and odd rows of class 1; each half is weighted with the mix of the other half."""
-    p = torch.full((40, 2), 0.5)
-    p[::2], p[1::2] = torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.9])
-    weighted = apply_class_mix(p, Inference(1, "probabilities", adapt=True))
-    assert weighted[0, 0] < 0.9
-    assert weighted[1, 1] < 0.9
-    assert torch.allclose(weighted.sum(1), torch.ones(40))
-    assert apply_class_mix(p, Inference(1, "probabilities", adapt=False)) is p
-
-
-def test_the_best_threshold_is_chosen_and_among_equals_the_one_with_most_local_answers():
-    rules = Inference(1, "probabilities")
-    right_locally = DeviceRows(
-        torch.tensor([[0.0, 9.0]] * 4), torch.tensor([[[3.0, 0.0], [0.0, 3.0]]] * 4), torch.zeros(4, dtype=torch.long)
-    )
-    wrong_locally = DeviceRows(right_locally.scores, right_locally.expert_outputs, torch.ones(4, dtype=torch.long))
-    assert choose_threshold([right_locally], [right_locally], rules) == 0.5
-    assert choose_threshold([wrong_locally], [wrong_locally], rules) == 0.99  # its own expert has a confidence of 95 %
 
 
 def test_macro_f1_matches_scikit_learn():
@@ -109,37 +81,103 @@ def test_the_share_kept_local_is_the_mean_diagonal_of_the_routing_matrix():
     assert result["kept_local"] == 0.25
 
 
-def test_an_expert_alone_gets_the_same_class_mix_as_the_fleet():
+def skewed_rows(rows=400, mix=(0.8, 0.1, 0.1), experts=3, seed=0):
+    """Calibrated answers without a prior of `experts` experts, each with noise of its own, to rows of this mix."""
+    torch.manual_seed(seed)
+    y = torch.multinomial(torch.tensor(mix), rows, replacement=True)
+    outputs = torch.randn(rows, experts, len(mix)) + torch.eye(len(mix))[y][:, None]
+    return DeviceRows(torch.randn(rows, experts), outputs, y, 10 * torch.rand(rows))
+
+
+ADAPTING = Inference(2, "probabilities", 0.6, adapt=True, familiar=5.0)
+
+
+def test_every_method_is_measured_with_and_without_the_class_mix():
     """With one device the fleet is its own expert, so both figures are equal."""
-    torch.manual_seed(0)
-    y = torch.multinomial(torch.tensor([0.8, 0.1, 0.1]), 400, replacement=True)
-    rows = DeviceRows(torch.zeros(400, 1), (torch.randn(400, 3) + torch.eye(3)[y])[:, None], y)
-    result = evaluate([rows], Inference(1, "probabilities", adapt=True))
-    assert result["networked"] == result["own_expert"]
-    without = evaluate([rows], Inference(1, "probabilities"))
-    assert without["networked"]["accuracy"] < result["networked"]["accuracy"]
+    rows = skewed_rows(experts=1)
+    found = evaluate([rows], Inference(1, "probabilities", adapt=True))
+    assert found["networked"] == found["own_expert"]
+    both = found["networked"]
+    assert both["class_mix"] is True
+    assert both["accuracy"] == both["with_class_mix"]["accuracy"] > both["without_class_mix"]["accuracy"] + 0.05
+    plain = evaluate([rows], Inference(1, "probabilities"))["networked"]
+    assert plain["accuracy"] == both["without_class_mix"]["accuracy"]
+    assert {**plain, "class_mix": 0} != {**both, "class_mix": 0}
+    assert plain["with_class_mix"] == both["with_class_mix"]
 
 
-def test_the_threshold_considers_own_rows_and_pooled_rows():
-    """The local expert is right for own rows and wrong for pooled ones, with other confidences."""
-    rules = Inference(1, "probabilities")
-
-    def rows(confidence, label, n):
-        logit = torch.tensor(confidence / (1 - confidence)).log().item()
-        outputs = torch.tensor([[[logit, 0.0], [0.0, 9.0]]] * n)
-        return DeviceRows(torch.tensor([[0.0, 9.0]] * n), outputs, torch.full((n,), label))
-
-    confident = rows(0.93, 0, 4)
-    assert (
-        choose_threshold([confident], [rows(0.65, 1, 4)], rules) == 0.7
-    )  # local for confident rows, remote for the others
-    assert choose_threshold([confident], [rows(0.93, 1, 4)], rules) == 0.5  # a tie is answered locally
-    assert choose_threshold([rows(0.65, 1, 4)], [rows(0.65, 1, 4)], rules) == 0.7
+def test_answers_that_carry_a_prior_are_not_measured_with_a_class_mix():
+    found = evaluate([skewed_rows(experts=1)], Inference(1, "probabilities"), prior=True)
+    assert "with_class_mix" not in found["networked"]
 
 
-def test_an_absent_class_keeps_a_small_share():
-    mix = class_mix(torch.tensor([[1.0, 0.0]] * 10))
-    assert mix[1].item() == pytest.approx(0.5 / 11, rel=1e-3)
+def orders_of(y, seed):
+    """Orders of the rows: random, sorted by class, 0, 1, 2, 0, 1, … as far as rows last, and two classes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    by_class = [torch.nonzero(y == k)[:, 0] for k in range(int(y.max()) + 1)]
+    longest = max(len(rows) for rows in by_class)
+    turns = [rows[i] for i in range(longest) for rows in by_class if i < len(rows)]
+    return [torch.randperm(len(y), generator=generator), y.argsort(stable=True), torch.stack(turns)]
+
+
+@pytest.mark.parametrize("mix", [(0.8, 0.1, 0.1), (0.5, 0.5, 0.0), (1 / 3, 1 / 3, 1 / 3)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_figure_depends_on_the_order_of_the_rows(mix, seed):
+    rows = [skewed_rows(mix=mix, seed=10 * seed + device) for device in range(3)]
+    seen = torch.tensor([[True, False, True], [True, True, False], [True, True, True]])
+    expected = evaluate(rows, ADAPTING, seen=seen)
+    for number in range(3):
+        ordered = []
+        for part in rows:
+            order = orders_of(part.y, seed)[number]
+            ordered.append(
+                DeviceRows(part.scores[order], part.expert_outputs[order], part.y[order], part.distances[order])
+            )
+        assert flat(evaluate(ordered, ADAPTING, seen=seen)) == pytest.approx(flat(expected), abs=1e-6)
+
+
+def flat(value, name=""):
+    """Every number of nested figures by its path."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{name}.{i}").items()}
+    return {name: value}
+
+
+def test_a_file_of_two_alternating_classes_is_not_answered_wrongly():
+    """The halves used to be the even and the odd rows: each half got the mix of the other class."""
+    p = torch.tensor([[0.6, 0.4], [0.4, 0.6]] * 200)
+    figures = measure_both([p], [torch.tensor([0, 1] * 200)], adapt=True)
+    assert figures["accuracy"] == 1.0
+
+
+def test_what_the_exit_does_with_unseen_classes_is_counted():
+    outputs = torch.tensor([[[4.0, 0, 0], [0, 0, 4.0]]] * 4)  # expert 0 says class 0, expert 1 class 2
+    rows = DeviceRows(torch.tensor([[0.0, 9.0]] * 4), outputs, torch.tensor([0, 2, 2, 1]), torch.tensor([1.0, 1, 9, 9]))
+    seen = torch.tensor([[True, False, False]])
+    rules = Inference(1, "probabilities", 0.5, familiar=2.0)
+    assert evaluate([rows], rules, seen=seen)["unseen"] == {"rows": 3, "kept": pytest.approx(1 / 3), "right": 0.0}
+    assert evaluate([rows], replace(rules, familiar=0.5), seen=seen)["unseen"]["right"] is None
+    assert "unseen" not in evaluate([rows], replace(rules, local_first=None, familiar=None), seen=seen)
+    assert "unseen" not in evaluate([rows], rules, seen=torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_a_confident_row_is_answered_locally_only_if_it_is_familiar():
+    near = DeviceRows(ROWS.scores, ROWS.expert_outputs, ROWS.y, torch.tensor([1.0, 1.0]))
+    _, routed = answers(near, 0, Inference(1, "probabilities", 0.5, familiar=2.0))
+    assert routed[:, 0].tolist() == [1.0, 1.0]
+    far = replace(near, distances=torch.tensor([1.0, 3.0]))
+    _, routed = answers(far, 0, Inference(1, "probabilities", 0.5, familiar=2.0))
+    assert routed[:, 0].tolist() == [1.0, 0.0]
+
+
+def test_the_class_mix_is_multiplied_in_only_where_the_rules_adapt():
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4]] * 50)
+    assert apply_class_mix(p, Inference(1, "probabilities")) is p
+    mixed = apply_class_mix(p, Inference(1, "probabilities", adapt=True))
+    assert (mixed[:, 0] >= p[:, 0]).all()
+    assert torch.allclose(mixed.sum(1), torch.ones(100))
 
 
 def test_a_row_counts_as_asked_when_any_other_expert_gets_it():
