@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from nmoe_train.cli import main
+from nmoe_train.results.paper.units import table_units
 
 
 @pytest.fixture
@@ -30,10 +31,11 @@ def test_the_table_stops_in_time_and_says_how_to_continue(run_main, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     stopped = run_main(main, "table", "1", "--partitions", "iid", "--minutes", "0", *quick_options)
     assert stopped.exit_code == 0
+    parts = len(table_units(["iid"], 1))
     assert stopped.output.endswith(
-        "0 of 7 parts are done and saved in paper/digits/paper.json; run the same command again to continue\n"
+        f"0 of {parts} parts are done and saved in paper/digits/paper.json; run the same command again to continue\n"
     )
-    assert "[1/7] iid, fedce, fedgate, seed 0" in stopped.error
+    assert f"[1/{parts}] iid, fedce, fedgate, seed 0" in stopped.error
     assert "(90.4)" in stopped.output
 
 
@@ -41,7 +43,8 @@ def test_no_train_shows_what_the_folder_holds_whatever_its_settings(folder, run_
     shown = run_main(main, "table", "1", "--no-train")
     assert shown.exit_code == 0
     assert "FedCE + RollGate" in shown.output
-    assert "7 of 28 parts are done" in shown.output
+    parts = len(table_units(["iid"], 1))
+    assert f"{parts} of {4 * parts} parts are done" in shown.output
     assert "run the command without --no-train to continue" in shown.output
 
 

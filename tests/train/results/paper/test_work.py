@@ -158,3 +158,11 @@ def test_baselines_that_are_stopped_resume_to_the_same_figures(made, tmp_path):
     assert baselines(read_run(folder)) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert "Centralised mixture" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_balanced_rows_of_each_device_give_about_the_figures_of_the_whole_test_set(made):
+    metrics = read_run(made.plan.out / "noniid-0.5-fedce-fedgate-0").metrics
+    whole = metrics["iid"]["networked"]
+    sampled = metrics["iid_rows"]["networked"]
+    assert sampled["auc"] == pytest.approx(whole["auc"], abs=0.05)
+    assert sampled["accuracy"] == pytest.approx(whole["accuracy"], abs=0.08)
