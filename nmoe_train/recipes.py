@@ -25,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "extractor": {"head": "linear"},
         "experts": {"loss": "plain", "start": "fresh", "rate": 2e-3},
-        "gate": {"loss": "outputs", "own": "nothing", "load_loss": 0.01},
+        "gate": {"method": "fedgate", "loss": "outputs", "own": "nothing", "rate": 1.0, "rounds": 300},
         "inference": {"local_first": False, "calibrate": False, "adapt": False},
     },
 }

@@ -77,7 +77,7 @@ def test_damaged_statistics_are_refused_by_name(run, tmp_path):
 
 def test_the_gate_of_a_run_is_exported_like_any_other(run):
     gate = run.gate(0)
-    h = encode(run.extractor(), torch.from_numpy(run.calibration()["inputs"]))
+    h = encode(run.extractor(), torch.from_numpy(run.calibration()["inputs"].copy()))
     graph = Graph("gate", export_graph(gate, "gate", h[:2]), (64,), (10,))
     with torch.no_grad():
         expected = gate(h).numpy()
