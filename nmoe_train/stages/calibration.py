@@ -201,7 +201,7 @@ def _derivatives(
 
 
 class Calibrated(nn.Module):
-    """A network whose outputs are scaled and shifted, for networks that do not end with a linear layer."""
+    """A network with its outputs scaled and shifted, for networks that do not end with a linear layer."""
 
     def __init__(self, net: nn.Module, scale: float, bias: Tensor) -> None:
         super().__init__()

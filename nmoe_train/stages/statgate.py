@@ -17,7 +17,7 @@ The scores are log-likelihoods, far too sure of themselves for weights, because 
 divides them: the one under which held-out rows are most likely to come from the client that they do come from. A client
 needs the statistics and its own rows for that, and no expert.
 
-A new device joins by one more row of statistics: `assemble` again, with one client more. Nobody else does anything.
+A new device joins by one more row of statistics: `assemble` again, with one client more. The others do nothing.
 """
 
 from __future__ import annotations
