@@ -39,7 +39,7 @@ JSON = click.option(
 )
 RESUME = click.option("--resume", is_flag=True, help="Finish the training that stopped at --out.")
 RUN = click.argument("folder", type=PATH, metavar="RUN")
-_RECIPES = "best (most accurate) or paper (as published)."
+_RECIPES = "best (the defaults), paper (as published) or apart (each device knows two classes)."
 
 
 def gate(default: str) -> Callable[..., Any]:
@@ -96,7 +96,9 @@ TRAINING = combine(
     click.option(
         "--config", "file", type=PATH, help="A TOML file of settings, or a run.json to take all settings from."
     ),
-    click.option("--recipe", type=click.Choice(("best", "paper")), help=f"Named settings: {_RECIPES}  [default: best]"),
+    click.option(
+        "--recipe", type=click.Choice(("best", "paper", "apart")), help=f"Named settings: {_RECIPES}  [default: best]"
+    ),
     click.option(
         "--data",
         help="digits (comes with scikit-learn); a data set of torchvision (downloaded), such as cifar10, cifar100 or"

@@ -28,8 +28,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gate": {"method": "fedgate", "loss": "outputs", "own": "nothing", "rate": 1.0, "rounds": 300},
         "inference": {"local_first": False, "calibrate": False, "adapt": False},
     },
+    "apart": {
+        "data": {"partition": "classes:2"},
+        "extractor": {"head": "linear", "rounds": 40},
+        "experts": {"start": "fresh", "rate": 2e-3},
+        "gate": {"method": "statgate", "statistics": "means"},
+    },
 }
-"""What each recipe changes; "best" is the defaults."""
+"""What each recipe changes. "best" is the defaults; in "apart" each device knows two classes and needs the others."""
 
 METHODS: dict[tuple[str, str], dict[str, Any]] = {
     ("fedsc", ""): {

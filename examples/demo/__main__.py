@@ -69,7 +69,7 @@ Steps = dict[str, float]
 @click.option(
     "--rate", type=click.FloatRange(1, 1000), default=30.0, show_default=True, help="Requests/s to each device."
 )
-@click.option("--recipe", default="best", show_default=True, help="Recipe of the training: best or paper.")
+@click.option("--recipe", default="apart", show_default=True, help="Recipe of the training: apart, best or paper.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the training; see nmoe-train settings."
 )

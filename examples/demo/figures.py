@@ -42,7 +42,10 @@ def comparison(run: Path, rows: list[Row], own_expert: dict[str, list[float]]) -
     found: dict[str, Any] = {"accuracy": {}, "devices": {}, "routing": {}, "kept_local": {}}
     for part in PARTS:
         fleet = fleet_accuracy(rows, part, len(own_expert[part]))
-        methods = {name: figures["accuracy"] for name, figures in metrics[part].items() if isinstance(figures, dict)}
+        methods = {}
+        for name, figures in metrics[part].items():
+            if isinstance(figures, dict) and "accuracy" in figures:
+                methods[name] = figures["accuracy"]
         methods |= {name: figures[part]["accuracy"] for name, figures in baselines.items()}
         methods["alone"] = float(np.mean(own_expert[part]))
         methods["fleet"] = float(np.mean(fleet))

@@ -18,7 +18,7 @@ from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
 from nmoe_train.pipeline import retrain_config, stopped_config, train
 from nmoe_train.recipes import configure
-from nmoe_train.results.evaluation import class_mix
+from nmoe_train.results.evaluation import class_mixed
 from nmoe_train.run import read_run
 from nmoe_train.stages.privacy import noise_for
 
@@ -266,9 +266,9 @@ def test_the_figures_of_a_run_can_be_recomputed_from_its_files(tmp_path, recipe)
     config = configure(recipe, flags=SHORT)
     run = train(config, tmp_path / "run")
     rules, clients = run.record.inference, assign_samples(load("digits"), config.data, 0)
-    assert (rules.adapt, rules.combination) == ((True, "probabilities") if recipe == "best" else (False, "outputs"))
+    assert rules.combination == ("probabilities" if recipe == "best" else "outputs")
     assert run.record.answers_carry_prior == (recipe == "paper")
-    extractor, experts = run.extractor(), [run.expert(i) for i in range(3)]
+    extractor, experts = run.extractor(), [run.calibrated_expert(i) for i in range(3)]
     for part, tests in (("own", clients.own_test), ("iid", [clients.test] * 3)):
         right, kept = [], []
         for device, (x, y) in enumerate(tests):
@@ -277,13 +277,13 @@ def test_the_figures_of_a_run_can_be_recomputed_from_its_files(tmp_path, recipe)
                 asked = run.gate(device)(h).argmax(1)
                 answers = torch.stack([expert(h) for expert in experts], 1).softmax(2)
             if rules.local_first is not None:
-                asked[answers[:, device].max(1).values > rules.local_first] = device
+                local = answers[:, device].max(1).values > rules.local_first
+                if rules.familiar is not None:
+                    local &= torch.from_numpy(run.familiar(device).distances(h.numpy()) <= rules.familiar)
+                asked[local] = device
             p = answers[torch.arange(len(y)), asked]
             if rules.adapt:
-                even = p[::2] * class_mix(p[1::2])
-                odd = p[1::2] * class_mix(p[::2])
-                p[::2] = even / even.sum(1, keepdim=True)
-                p[1::2] = odd / odd.sum(1, keepdim=True)
+                p = class_mixed(p)
             right.append((p.argmax(1) == y).double().mean().item())
             kept.append((asked == device).double().mean().item())
         figures = run.metrics[part]
