@@ -28,7 +28,7 @@ from nmoe_train.settings import as_toml, parse_setting
         ({"data": {"clients": 0}}, "clients is 0"),
         ({"data": {"held_out": 1.0}}, "held_out is 1.0"),
         ({"inference": {"top_k": 11}}, "top_k is 11; it must be in 1..10"),
-        ({"experts": {"loss": "plain"}}, "adapt needs"),
+        ({"experts": {"loss": "plain"}, "inference": {"calibrate": False}}, "adapt needs"),
         ({"extractor": {"head": "linear"}}, "needs extractor.method = 'fedce' and extractor.head = 'expert'"),
         ({"extractor": {"method": "fedsc"}, "experts": {"start": "head"}}, "needs extractor.method"),
         ({"extractor": {"drop": 1.0}}, "drop is 1.0"),
