@@ -214,7 +214,13 @@ def test_a_module_imports_only_modules_before_it(package):
 
 
 def test_the_stages_of_training_know_neither_runs_nor_results():
-    inside = ("nmoe_train.config", "nmoe_train.data.views", "nmoe_train.errors", "nmoe_train.nets", "nmoe_train.stages.")
+    inside = (
+        "nmoe_train.config",
+        "nmoe_train.data.views",
+        "nmoe_train.errors",
+        "nmoe_train.nets",
+        "nmoe_train.stages.",
+    )
     allowed = (*inside, "nmoe_edge.protocol.")
     for name, path in modules("nmoe_train").items():
         if name.startswith("stages"):

@@ -74,7 +74,10 @@ def no_calibration(experts: int, classes: int) -> Calibration:
 def calibration_arrays(experts: Calibration, head: Calibration | None) -> dict[str, NDArray[np.float32]]:
     """As a run stores them."""
     arrays = {"scale": experts.scale, "bias": experts.bias}
-    return arrays if head is None else arrays | {"head_scale": head.scale, "head_bias": head.bias}
+    if head is not None:
+        arrays |= {"head_scale": head.scale, "head_bias": head.bias}
+    # safetensors writes the memory of an array as it lies, also where the array is a view of another one.
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def row_weights(shares: NDArray[Any], every_row: float) -> NDArray[np.float64]:

@@ -110,7 +110,7 @@ def test_a_damaged_file_is_refused_by_name(folder, name, damage):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda r: r.update(schema=2), "schema 2 is unknown"),
+        (lambda r: r.update(schema=3), "schema 3 is unknown"),
         (lambda r: r.update(sede=1), r"unknown key 'sede' \(did you mean 'seed'\?\)"),
         (lambda r: r["inference"].update(topk=1), "unknown key 'inference.topk'"),
         (lambda r: r.pop("networks"), "'networks' is missing"),
@@ -254,7 +254,7 @@ def test_the_document_names_every_metric(golden, tmp_path):
 
     flags = {"extractor": {"rounds": 1, "method": "fedsc"}, "fedsc": {"epsilon": 8.0}, "gate": {"rounds": 1}}
     metrics = train(configure(flags={**flags, "data": {"clients": 2}}), tmp_path / "run").metrics
-    table = RUN_MD[RUN_MD.index("## metrics.json") : RUN_MD.index("## Your own data")]
+    table = RUN_MD[RUN_MD.index("## metrics.json") : RUN_MD.index("## baselines.json")]
     first_cells = re.findall(r"^\| (`.*?) \|", table, re.M)
     documented = re.findall(r"`(\w+)`", " ".join(first_cells))
     assert sorted(documented) == sorted(metrics)
