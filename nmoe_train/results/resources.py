@@ -146,6 +146,8 @@ def _gate_work(config: Config, work: Mapping[str, Work], sizes: Sequence[int], h
     method = config.gate.method
     if method == "rangate":
         return [0] * len(sizes)
+    if method == "statgate":  # second moments of the latents
+        return [n * (work["extractor"].forward + config.extractor.dim**2) for n in sizes]
     total = [n * (work["extractor"].forward + len(sizes) * work["expert"].forward) for n in sizes]
     for active, _ in _participants(config, "gate", len(sizes), history):
         for client in active:
@@ -160,7 +162,8 @@ Participants = list[tuple[Sequence[int], Sequence[int]]]
 def _participants(config: Config, stage: str, clients: int, history: History) -> Participants:
     """For every round of a stage the clients that finished it, and those that dropped out."""
     rounds = [entry["round"] - 1 for entry in history if entry["stage"] == stage]
-    if stage == "experts":
+    everyone = stage == "experts" or (stage == "gate" and config.gate.method == "statgate")
+    if everyone:
         return [(range(clients), ()) for _ in rounds]
     if stage == "gate" and config.gate.method == "rollgate":
         return [((client_at(stop, clients, config.seed, config.gate),), ()) for stop in rounds]

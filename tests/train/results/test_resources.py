@@ -47,6 +47,7 @@ def test_rows_of_a_round_are_those_of_its_batches(samples, limit, epochs):
         {"extractor": {"drop": 0.4, "share": 0.67, "step_limit": 2, "rounds": 3}},
         {"gate": {"method": "rollgate", "laps": 2, "order": "shuffled"}},
         {"gate": {"method": "rangate"}},
+        {"gate": {"method": "fedgate"}},
         {"extractor": {"method": "fedsc", "rounds": 2, "local_epochs": 1}},
         {"extractor": {"heads": "local", "rounds": 2}},
     ],
@@ -67,7 +68,7 @@ def test_the_clients_add_up_to_the_stage_and_the_bytes_to_those_of_the_history(t
 
 
 def test_a_default_run_counts_what_its_clients_compute_and_send(tmp_path):
-    run = train(configure(flags=SHORT), tmp_path / "run")
+    run = train(configure(flags={**SHORT, "gate": {"method": "fedgate", "rounds": 2}}), tmp_path / "run")
     resources = run.metrics["resources"]
     work = {name: Work(**figures) for name, figures in resources["networks"].items()}
     assert work["gate"] == Work(64 * 3, 64 * 3)
