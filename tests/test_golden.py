@@ -72,6 +72,46 @@ def test_the_run_of_version_1_loads_and_gives_the_same_answers(golden):
             assert np.allclose(run.expert(device)(latents), expected["outputs"][device], atol=1e-5)
 
 
+def test_the_run_of_version_1_is_not_calibrated_and_tests_no_latents(golden):
+    torch = pytest.importorskip("torch")
+    from nmoe_train.run import read_run
+
+    run = read_run(golden / "run")
+    latents = torch.ones(2, 8)
+    assert run.record.inference.familiar is None
+    assert run.familiar(0) is None
+    assert run.statistics() == []
+    with torch.no_grad():
+        assert torch.equal(run.calibrated_expert(1)(latents), run.expert(1)(latents))
+
+
+def test_the_run_of_version_2_loads_and_gives_the_same_answers(golden_2):
+    torch = pytest.importorskip("torch")
+    from nmoe_train.run import read_run
+
+    run = read_run(golden_2 / "run")
+    expected = read_npz((golden_2 / "run-answers.npz").read_bytes())
+    latents = torch.from_numpy(expected["latents"].copy())
+    assert (run.record.schema, run.record.inference.familiar) == (2, 9.0)
+    with torch.no_grad():
+        found = {
+            "extracted": run.extractor()(torch.from_numpy(run.calibration()["inputs"].copy())),
+            "latents": latents,
+            "scores": run.gate(0)(latents),
+            "outputs": np.stack([run.expert(i)(latents) for i in range(3)]),
+            "calibrated": np.stack([run.calibrated_expert(i)(latents) for i in range(3)]),
+            "head": run.calibrated_head(0)(latents),
+            "distances": np.stack([run.familiar(i).distances(latents.numpy()) for i in range(3)]),
+            "means": np.stack([one.means for one in run.statistics()]),
+        }
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.allclose(found[name], array, rtol=1e-4, atol=1e-4), name
+    scale = np.array([0.5, 1, 2])[:, None, None]
+    bias = np.array([[0, 1, -1], [0, 0, 0], [0.5, 0, 0]])[:, None]
+    assert np.allclose(expected["calibrated"], expected["outputs"] * scale + bias, atol=1e-5)
+
+
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_no_sample_was_changed(golden, version):
     folder = golden.with_name(version)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 import nmoe_train.run as run_module
 from nmoe_train.errors import NetError, RunError
 from nmoe_train.nets import NetSpec, build
 from nmoe_train.run import DataRecord, Inference, Networks, RunRecord, read_run, write_run
+from nmoe_train.stages.calibration import Calibration
+from nmoe_train.stages.familiarity import familiar_latents
 
 NETWORKS = Networks(
     NetSpec("small", {"channels": 1, "size": 6, "dim": 8, "widths": [4, 4]}),
@@ -238,6 +242,92 @@ def test_a_resnet18_takes_raw_images_of_both_sizes(norm):
             latents = net(torch.randint(0, 255, (2, 3, size, size), dtype=torch.uint8))
         assert latents.shape == (2, 16)
         assert latents.isfinite().all()
+
+
+def full_parts(record):
+    """Every argument of write_run that schema 2 adds."""
+    random = np.random.default_rng(0)
+    familiar = [familiar_latents(random.normal(size=(9, 8)), np.arange(9) % 3) for _ in range(2)]
+    bias = random.normal(size=(2, 3)).astype(np.float32)
+    both = np.array([[0.5, 2.0], [7, 7]], np.float32).T  # a column of it does not lie in one piece
+    return {**parts(record), "corrections": Calibration(both[:, 0], bias), "familiar": familiar}
+
+
+SCHEMA_2 = replace(RECORD, schema=2, inference=Inference(1, "outputs", 0.9, familiar=7.0))
+
+
+def test_calibration_and_familiar_latents_are_read_back(tmp_path):
+    given = full_parts(SCHEMA_2)
+    run = write_run(tmp_path / "run", SCHEMA_2, **given)
+    latents = torch.randn(5, 8)
+    with torch.no_grad():
+        for device, scale in enumerate((0.5, 2.0)):
+            plain = run.expert(device)(latents)
+            expected = scale * plain + torch.from_numpy(given["corrections"].bias[device])
+            assert torch.allclose(run.calibrated_expert(device)(latents), expected, atol=1e-5)
+            distances = given["familiar"][device].distances(latents.numpy())
+            assert np.array_equal(run.familiar(device).distances(latents.numpy()), distances)
+    assert run.calibrated_head(0) is None
+
+
+def test_a_run_without_a_calibration_keeps_its_experts_as_they_are(tmp_path):
+    run = write_run(tmp_path / "run", replace(RECORD, schema=2), **parts())
+    latents = torch.randn(5, 8)
+    assert torch.equal(run.calibrated_expert(0)(latents), run.expert(0)(latents))
+    assert run.familiar(0) is None
+
+
+def test_a_limit_needs_the_statistics_of_every_client(tmp_path):
+    given = full_parts(SCHEMA_2)
+    for familiar in ((), given["familiar"][:1]):
+        with pytest.raises(RunError, match="files are not those of a run with 2 experts"):
+            write_run(tmp_path / "run", SCHEMA_2, **{**given, "familiar": familiar})
+    with pytest.raises(ValueError, match="familiar needs schema 2"):
+        replace(SCHEMA_2, schema=1)
+    with pytest.raises(ValueError, match="familiar is -1"):
+        Inference(1, "outputs", familiar=-1)
+
+
+def resealed(folder, name, arrays):
+    """Replace a file of a run and its digest in run.json."""
+    (folder / name).write_bytes(save(arrays))
+    plain = json.loads((folder / "run.json").read_text())
+    data = (folder / name).read_bytes()
+    plain["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "run.json").write_text(json.dumps(plain))
+    return read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"scale": np.ones(2, np.float32)}, "bias"),
+        ({"scale": np.zeros(2, np.float32), "bias": np.zeros((2, 3), np.float32)}, "every scale must be over 0"),
+        ({"scale": np.ones(3, np.float32), "bias": np.zeros((3, 3), np.float32)}, "experts and classes"),
+    ],
+    ids=["missing", "zero", "another count"],
+)
+def test_a_calibration_that_does_not_fit_gives_a_one_line_error(tmp_path, arrays, text):
+    write_run(tmp_path / "run", SCHEMA_2, **full_parts(SCHEMA_2))
+    run = resealed(tmp_path / "run", "calibration.safetensors", arrays)
+    with pytest.raises(RunError, match=text) as refused:
+        run.calibrated_expert(0)
+    assert "\n" not in str(refused.value)
+    assert "calibration.safetensors" in str(refused.value)
+
+
+def test_familiar_latents_that_do_not_fit_give_a_one_line_error(tmp_path):
+    write_run(tmp_path / "run", SCHEMA_2, **full_parts(SCHEMA_2))
+    wrong = {"whitening": np.eye(5, dtype=np.float32), "centres": np.zeros((1, 5), np.float32)}
+    run = resealed(tmp_path / "run", "familiar/01.safetensors", wrong)
+    with pytest.raises(RunError, match="for latents of 5 numbers"):
+        run.familiar(1)
+
+
+def test_the_document_names_every_file(tmp_path):
+    run = write_run(tmp_path / "run", SCHEMA_2, **full_parts(SCHEMA_2))
+    for name in run.record.files:
+        assert f"| {re.sub('[0-9]+', 'NN', name)} |" in RUN_MD, name
 
 
 def test_the_document_names_every_key():
