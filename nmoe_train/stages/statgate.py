@@ -17,7 +17,7 @@ The scores are log-likelihoods, far too sure of themselves for weights, because 
 divides them: the one under which held-out rows are most likely to come from the client that they do come from. A client
 needs the statistics and its own rows for that, and no expert.
 
-A new device joins by one more row of statistics: `assemble` again, with one client more. The others do nothing.
+A new device joins by one more row of statistics: `assemble` again, with one client more. The others send nothing again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def assemble(published: Sequence[Statistics], config: GateConfig, temperature: f
     pooled = sum(w * one.spread.double() for w, one in zip(weights, published, strict=True))
     is_diagonal = pooled.ndim == 1
     level = (pooled if is_diagonal else pooled.diagonal()).mean()
-    if not level > 0:
+    if not level > 1e-12 * center.square().mean():  # less is rounding
         raise RunError(
             "the latents of every client are all equal within their groups, so there is no covariance to assemble a"
             " gate from; give clients more samples, train the extractor longer, or use another gate"
