@@ -11,6 +11,7 @@ from nmoe_train.nets import MLP, NetSpec, build
 from nmoe_train.stages.federation import active_clients, generator
 from nmoe_train.stages.gate import (
     Gate,
+    GateSamples,
     client_at,
     composed_gate,
     fedgate_round,
@@ -124,6 +125,36 @@ def test_a_unit_step_is_as_long_as_the_rate_and_a_clipped_step_at_most_that_long
         after, _ = fedgate_round(net, [begin(net)], samples(9), 0, 0, config)
         length = math.sqrt(sum(value.square().sum().item() for value in after[0].values()))
         assert length == pytest.approx(0.05, rel=1e-4) if step == "unit" else length <= 0.05 * 1.0001
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "outputs", "expected"])
+def test_with_top_k_in_training_an_expert_that_is_never_kept_is_never_moved(kind):
+    net = gate(own="nothing")
+    before = {**begin(net), "shared.bias": torch.tensor([4.0, 3.0, -4.0])}
+    moved = {}
+    for kept in (2, None):
+        config = GateConfig(
+            method="fedgate", loss=kind, train_top_k=kept, share=1.0, rounds=2, rate=0.1, noise=0.1, step="clipped"
+        )
+        ((after,), _) = fedgate_round(net, [before], samples(30, kind=kind), 0, 0, config)
+        moved[kept] = (after["shared.weight"] - before["shared.weight"]).abs().sum(1)
+    assert moved[2].isfinite().all()
+    assert (moved[2] > 0).tolist() == [True, True, False]
+    assert (moved[None] > 0).all()
+
+
+def test_the_expected_loss_prefers_the_expert_that_is_right():
+    """Expert 0 gives the truth a probability of 0.9, the others 0.1."""
+    data = GateSamples(torch.randn(50, DIM), torch.tensor([[0.9, 0.1, 0.1]]).log().repeat(50, 1), torch.zeros(50).long())
+    net = gate(own="nothing")
+    states = [begin(net)]
+    config = GateConfig(method="fedgate", loss="expected", share=1.0, rounds=20)
+    for round_ in range(20):
+        states, record = fedgate_round(net, states, [data], round_, 0, config)
+    net.load_state_dict(states[0])
+    assert (net(data.latents).argmax(1) == 0).double().mean() > 0.9
+    assert record.loss < 0.5
+    assert config.combination == "probabilities"
 
 
 def test_a_gate_may_be_an_mlp():
