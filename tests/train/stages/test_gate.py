@@ -63,7 +63,9 @@ def test_a_client_that_is_not_scheduled_keeps_its_own_part_and_gets_the_shared_p
 )
 def test_gate_own_sets_which_weights_a_device_keeps_to_itself(own, kept):
     net = gate(own=own)
-    after, _ = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, GateConfig(method="fedgate", own=own, share=1.0, rounds=2))
+    after, _ = fedgate_round(
+        net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, GateConfig(method="fedgate", own=own, share=1.0, rounds=2)
+    )
     assert {key for key in after[0] if key.startswith("own.") and after[0][key].any()} == kept
     for key in kept:
         assert not torch.equal(after[0][key], after[1][key])
@@ -108,7 +110,17 @@ def test_one_round_follows_the_gradient_of_the_configured_loss():
 def test_gates_trained_together_do_not_influence_each_other(kind):
     """Clients of unequal size, one smaller than a batch: padding has no influence."""
     net, data = gate(own="weights"), samples(30, 3, 12, kind=kind)
-    config = GateConfig(method="fedgate", own="weights", loss=kind, share=1.0, rounds=2, batch=8, local_steps=3, load_loss=0.1, noise=0.0)
+    config = GateConfig(
+        method="fedgate",
+        own="weights",
+        loss=kind,
+        share=1.0,
+        rounds=2,
+        batch=8,
+        local_steps=3,
+        load_loss=0.1,
+        noise=0.0,
+    )
     together, _ = fedgate_round(net, [begin(net)] * 3, data, 0, 0, config)
     for client in range(3):
         others = samples(30, 3, 12, kind=kind, seed=9)
@@ -145,7 +157,9 @@ def test_with_top_k_in_training_an_expert_that_is_never_kept_is_never_moved(kind
 
 def test_the_expected_loss_prefers_the_expert_that_is_right():
     """Expert 0 gives the truth a probability of 0.9, the others 0.1."""
-    data = GateSamples(torch.randn(50, DIM), torch.tensor([[0.9, 0.1, 0.1]]).log().repeat(50, 1), torch.zeros(50).long())
+    data = GateSamples(
+        torch.randn(50, DIM), torch.tensor([[0.9, 0.1, 0.1]]).log().repeat(50, 1), torch.zeros(50).long()
+    )
     net = gate(own="nothing")
     states = [begin(net)]
     config = GateConfig(method="fedgate", loss="expected", share=1.0, rounds=20)
