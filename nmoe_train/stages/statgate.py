@@ -8,6 +8,7 @@ rows, and s is gate.shrink. Nothing is trained, no expert leaves its device, and
     means      groups are the client's classes
     moments    all rows are one group, and no label is used
 
+A client's number of rows is not a prior: a row should go to the expert that knows it, not to the largest client.
 With s = 1 all share one covariance: the scores are linear before the logarithm, and the gate is small.
 
 A constant and log N(h; c, Σ)'s quadratic part are the same for all experts and are left out. In directions scaled by Σ,
