@@ -176,23 +176,24 @@ def _check_widths(widths: tuple[int, ...]) -> None:
 class GateConfig:
     """Stage 3: the gate G, which picks the experts for a latent."""
 
-    method: Literal["rangate", "rollgate", "fedgate", "statgate"] = "fedgate"
+    method: Literal["rangate", "rollgate", "fedgate", "statgate"] = "statgate"
     """RanGate draws at random; RollGate learns which client a latent comes from; FedGate learns by FedAvg; StatGate is
     assembled from what each client publishes once about its latents."""
     widths: tuple[int, ...] = ()
     """Widths of hidden layers; none makes the paper's linear gate."""
-    own: Literal["nothing", "bias", "weights"] = "bias"
-    """FedGate: the part of the gate that a device adds to the shared scores and never sends; other gates have none."""
+    own: Literal["nothing", "bias", "weights"] = "nothing"
+    """FedGate: the part of the gate that a device adds to the shared scores and never sends; other gates have none.
+    It makes a device prefer its own expert: better on its own distribution, worse on balanced rows."""
     loss: Literal["outputs", "probabilities", "expected"] = "probabilities"
     """What is combined, in training and on devices: the experts' outputs (the paper) or their probabilities.
     "expected": FedGate learns to draw an expert of small loss; devices combine probabilities."""
-    rounds: int = 100
+    rounds: int = 300
     """FedGate: federated rounds."""
     local_steps: int = 1
     """FedGate: gradient steps of a client in one round."""
     batch: int = 64
     """Samples per gradient step."""
-    rate: float = 0.05
+    rate: float = 1.0
     """Learning rate at its peak; it falls to 0 along a cosine. With step = "unit" it is the length of a step."""
     step: Literal["unit", "clipped"] = "unit"
     """Gradient normalisation. "unit": every gradient is scaled to length 1; "clipped": only longer ones."""
@@ -212,9 +213,9 @@ class GateConfig:
     """RollGate: probability that a sample is labelled with its own client, the paper's p."""
     order: Literal["ring", "shuffled"] = "ring"
     """RollGate: order of the clients in a lap. "ring": by number; "shuffled": a new random order in every lap."""
-    laps: int = 10
+    laps: int = 30
     """RollGate: how often the gate visits every client."""
-    statistics: Literal["means", "moments"] = "moments"
+    statistics: Literal["means", "moments"] = "means"
     """StatGate: what a client publishes. "means": share and mean of each class; "moments": one mean, without labels.
     Both with a covariance."""
     shrink: float = 0.5
@@ -243,6 +244,8 @@ class GateConfig:
         _check_widths(self.widths)
         if self.widths and self.own == "weights":
             raise ValueError("own = 'weights' needs a linear gate; set widths = []")
+        if self.method == "statgate" and self.own != "nothing":
+            raise ValueError(f"own = {self.own!r} is trained, and StatGate trains nothing; set own = 'nothing'")
         if self.shares is not None and not (min(self.shares, default=0) > 0 and abs(sum(self.shares) - 1) < 1e-6):
             raise ValueError(f"shares are {list(self.shares)}; each must be over 0, and they must sum to 1")
 

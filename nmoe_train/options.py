@@ -111,7 +111,7 @@ TRAINING = combine(
         " dirichlet:A or classes:C.  [default: noniid:0.2]",
     ),
     extractor("fedce", "small", "20 on digits with fedce", "no noise"),
-    gate("fedgate"),
+    gate("statgate; fedgate with --recipe paper"),
     top_k("1"),
     click.option("--seed", type=int, help="Seed of all randomness; the same seed gives the same run.  [default: 0]"),
     click.option("--threads", type=int, help="CPU threads; their number affects the last digits.  [default: 1]"),

@@ -25,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "extractor": {"head": "linear"},
         "experts": {"loss": "plain", "start": "fresh", "rate": 2e-3},
-        "gate": {"method": "fedgate", "loss": "outputs", "own": "nothing", "rate": 1.0, "rounds": 300},
+        "gate": {"method": "fedgate", "loss": "outputs", "load_loss": 0.001},
         "inference": {"local_first": False, "calibrate": False, "adapt": False},
     },
     "apart": {
@@ -97,7 +97,7 @@ def configure(recipe: str = "best", file: Path | None = None, flags: Mapping[str
 
 
 def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
-    """`config` with some settings changed; if the stage-1 method changes, the new method's defaults apply first."""
+    """`config` with some settings changed; if a method changes, the new one's defaults apply first."""
     plain = to_plain(config)
     try:
         method = _chosen(flags, plain, "extractor", "method")
@@ -107,6 +107,8 @@ def configure_from(config: Config, flags: Mapping[str, Any]) -> Config:
             start = {"start": "fresh", "rate": 2e-3} if method == "fedsc" else {}
             changes = {"extractor": {**usual["extractor"], **kept}, "fedsc": usual["fedsc"], "experts": start}
             plain = _merge(plain, changes)
+        if _chosen(flags, plain, "gate", "method") != config.gate.method:
+            plain = _merge(plain, {"gate": {"own": "nothing"}})  # only FedGate has a part of its own
         return from_plain(Config, _merge(plain, flags))
     except ValueError as error:
         raise ConfigError(str(error)) from error

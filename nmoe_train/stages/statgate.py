@@ -8,6 +8,7 @@ rows, and s is gate.shrink. Nothing is trained, no expert leaves its device, and
     means      groups are the client's classes
     moments    all rows are one group, and no label is used
 
+A client's number of rows is not a prior: a row should go to the expert that knows it, not to the largest client.
 With s = 1 all share one covariance: the scores are linear before the logarithm, and the gate is small.
 
 A constant and log N(h; c, Σ)'s quadratic part are the same for all experts and are left out. In directions scaled by Σ,
@@ -17,7 +18,7 @@ The scores are log-likelihoods, far too sure of themselves for weights, because 
 divides them: the one under which held-out rows are most likely to come from the client that they do come from. A client
 needs the statistics and its own rows for that, and no expert.
 
-A new device joins by one more row of statistics: `assemble` again, with one client more. The others do nothing.
+A new device joins by one more row of statistics: `assemble` again, with one client more. The others send nothing again.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def assemble(published: Sequence[Statistics], config: GateConfig, temperature: f
     pooled = sum(w * one.spread.double() for w, one in zip(weights, published, strict=True))
     is_diagonal = pooled.ndim == 1
     level = (pooled if is_diagonal else pooled.diagonal()).mean()
-    if not level > 0:
+    if not level > 1e-12 * center.square().mean():  # less is rounding
         raise RunError(
             "the latents of every client are all equal within their groups, so there is no covariance to assemble a"
             " gate from; give clients more samples, train the extractor longer, or use another gate"

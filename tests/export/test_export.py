@@ -388,7 +388,15 @@ def test_without_the_export_extra_the_pip_command_is_printed(nmoe_export, golden
 
 
 @pytest.mark.parametrize(
-    "gate", [{"method": "rangate", "shares": [0.7, 0.3]}, {"widths": [16]}, {"own": "weights"}], ids=str
+    "gate",
+    [
+        {"method": "rangate", "shares": [0.7, 0.3]},
+        {"method": "statgate", "statistics": "moments"},
+        {"method": "statgate", "statistics": "means"},
+        {"method": "fedgate", "widths": [16]},
+        {"method": "fedgate", "own": "weights"},
+    ],
+    ids=str,
 )
 def test_every_kind_of_gate_becomes_a_bundle(tmp_path, gate):
     """The run is a real, short training, so the exporter finds what training writes."""

@@ -166,7 +166,7 @@ def test_json_prints_every_round_and_the_result(nmoe_train, tmp_path):
     assert [(line["stage"], line["round"]) for line in lines[:-1]] == [
         *(("extractor", n) for n in (1, 2)),
         *(("experts", n) for n in (1, 2)),
-        *(("gate", n) for n in (1, 2, 3)),
+        ("gate", 1),
     ]
     assert lines[0]["loss"] > 0
     assert lines[-1]["metrics"]["own"]["networked"]["accuracy"] > 0

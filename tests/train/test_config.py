@@ -39,6 +39,8 @@ from nmoe_train.settings import as_toml, parse_setting
         ({"gate": {"shares": [0.5, 0.5]}}, "2 numbers for 10 experts"),
         ({"gate": {"shares": [0.5, 0.6]}}, "sum to 1"),
         ({"gate": {"widths": [8], "own": "weights"}}, "needs a linear gate"),
+        ({"gate": {"method": "statgate", "own": "bias"}}, "StatGate trains nothing; set own = 'nothing'"),
+        ({"gate": {"method": "fedgate", "train_top_k": 1}}, "gate: train_top_k is 1"),
         ({"gate": {"method": "rollgate"}, "data": {"clients": 1}}, "needs two clients"),
         ({"gate": {"method": "softgate"}}, "expected one of 'rangate', 'rollgate', 'fedgate'"),
     ],
@@ -115,5 +117,8 @@ def test_a_setting_without_name_or_value_is_refused_in_one_line(text):
 def test_a_configuration_with_some_settings_changed_keeps_the_rest():
     changed = configure_from(configure("paper"), {"gate": {"rate": 0.5}})
     assert (changed.gate.rate, changed.gate.loss) == (0.5, "outputs")
+    with_bias = configure(flags={"gate": {"method": "fedgate", "own": "bias"}})
+    assert configure_from(with_bias, {"gate": {"rate": 0.5}}).gate.own == "bias"
+    assert configure_from(with_bias, {"gate": {"method": "statgate"}}).gate.own == "nothing"
     with pytest.raises(ConfigError, match="unknown key 'gate.rat'"):
         configure_from(Config(), {"gate": {"rat": 0.5}})

@@ -22,7 +22,12 @@ from nmoe_train.results.evaluation import class_mixed
 from nmoe_train.run import read_run
 from nmoe_train.stages.privacy import noise_for
 
-SHORT = {"extractor": {"rounds": 2}, "gate": {"rounds": 3, "laps": 1}, "experts": {"epochs": 2}, "data": {"clients": 3}}
+SHORT = {
+    "extractor": {"rounds": 2},
+    "gate": {"method": "fedgate", "rounds": 3, "laps": 1},
+    "experts": {"epochs": 2},
+    "data": {"clients": 3},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -347,15 +352,19 @@ def test_settings_of_stages_that_are_kept_cannot_be_changed(tmp_path):
         {"extractor": {"heads": "local", "rounds": 2}},
         {"extractor": {"head": "linear", "rounds": 2}, "experts": {"start": "fresh", "epochs": 2}},
         {"gate": {"method": "rollgate", "laps": 1, "order": "shuffled"}},
-        {"gate": {"widths": [8], "rounds": 2}},
-        {"gate": {"own": "weights", "rounds": 2}},
-        {"gate": {"train_top_k": 2, "loss": "expected", "rounds": 2}},
-        {"gate": {"method": "statgate"}},
+        {"gate": {"method": "fedgate", "widths": [8], "rounds": 2}},
+        {"gate": {"method": "fedgate", "own": "weights", "rounds": 2}},
+        {"gate": {"method": "fedgate", "train_top_k": 2, "loss": "expected", "rounds": 2}},
+        {"gate": {"method": "statgate", "statistics": "moments"}},
+        {"data": {"clients": 1}},
         {"gate": {"method": "statgate", "statistics": "means", "epsilon": 8.0}},
-        {"gate": {"own": "nothing", "rounds": 2}},
+        {"gate": {"method": "fedgate", "own": "nothing", "rounds": 2}},
         {"gate": {"method": "rangate", "shares": [0.5, 0.3, 0.2]}},
-        {"extractor": {"drop": 0.5, "rounds": 3, "share": 0.7, "step_limit": 3}, "gate": {"drop": 0.5, "rounds": 3}},
-        {"data": {"clients": 1}, "gate": {"rounds": 2}},
+        {
+            "extractor": {"drop": 0.5, "rounds": 3, "share": 0.7, "step_limit": 3},
+            "gate": {"method": "fedgate", "drop": 0.5, "rounds": 3},
+        },
+        {"data": {"clients": 1}, "gate": {"method": "fedgate", "rounds": 2}},
         {"extractor": {"method": "fedsc", "rounds": 2, "batch": 64}, "fedsc": {"views": "crop", "epsilon": 8.0}},
     ],
     ids=str,

@@ -11,6 +11,7 @@ from nmoe_train.nets import MLP, NetSpec, build
 from nmoe_train.stages.federation import active_clients, generator
 from nmoe_train.stages.gate import (
     Gate,
+    GateSamples,
     client_at,
     composed_gate,
     fedgate_round,
@@ -48,7 +49,7 @@ def test_a_fresh_gate_scores_every_expert_equally():
 
 
 def test_a_client_that_is_not_scheduled_keeps_its_own_part_and_gets_the_shared_part():
-    net, config = gate(), GateConfig(share=0.3, rounds=2)
+    net, config = gate(), GateConfig(method="fedgate", share=0.3, rounds=2)
     ((active,), _) = active_clients(3, 0.3, 0.0, 0, "gate", 0)
     after, record = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, config)
     for client in range(3):
@@ -62,7 +63,9 @@ def test_a_client_that_is_not_scheduled_keeps_its_own_part_and_gets_the_shared_p
 )
 def test_gate_own_sets_which_weights_a_device_keeps_to_itself(own, kept):
     net = gate(own=own)
-    after, _ = fedgate_round(net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, GateConfig(own=own, share=1.0, rounds=2))
+    after, _ = fedgate_round(
+        net, [begin(net)] * 3, samples(9, 9, 9), 0, 0, GateConfig(method="fedgate", own=own, share=1.0, rounds=2)
+    )
     assert {key for key in after[0] if key.startswith("own.") and after[0][key].any()} == kept
     for key in kept:
         assert not torch.equal(after[0][key], after[1][key])
@@ -107,7 +110,17 @@ def test_one_round_follows_the_gradient_of_the_configured_loss():
 def test_gates_trained_together_do_not_influence_each_other(kind):
     """Clients of unequal size, one smaller than a batch: padding has no influence."""
     net, data = gate(own="weights"), samples(30, 3, 12, kind=kind)
-    config = GateConfig(own="weights", loss=kind, share=1.0, rounds=2, batch=8, local_steps=3, load_loss=0.1, noise=0.0)
+    config = GateConfig(
+        method="fedgate",
+        own="weights",
+        loss=kind,
+        share=1.0,
+        rounds=2,
+        batch=8,
+        local_steps=3,
+        load_loss=0.1,
+        noise=0.0,
+    )
     together, _ = fedgate_round(net, [begin(net)] * 3, data, 0, 0, config)
     for client in range(3):
         others = samples(30, 3, 12, kind=kind, seed=9)
@@ -120,10 +133,42 @@ def test_gates_trained_together_do_not_influence_each_other(kind):
 def test_a_unit_step_is_as_long_as_the_rate_and_a_clipped_step_at_most_that_long():
     net = gate()
     for step in ("unit", "clipped"):
-        config = GateConfig(step=step, rounds=1, rate=0.05, own="bias")
+        config = GateConfig(method="fedgate", step=step, rounds=1, rate=0.05, own="bias")
         after, _ = fedgate_round(net, [begin(net)], samples(9), 0, 0, config)
         length = math.sqrt(sum(value.square().sum().item() for value in after[0].values()))
         assert length == pytest.approx(0.05, rel=1e-4) if step == "unit" else length <= 0.05 * 1.0001
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "outputs", "expected"])
+def test_with_top_k_in_training_an_expert_that_is_never_kept_is_never_moved(kind):
+    net = gate(own="nothing")
+    before = {**begin(net), "shared.bias": torch.tensor([4.0, 3.0, -4.0])}
+    moved = {}
+    for kept in (2, None):
+        config = GateConfig(
+            method="fedgate", loss=kind, train_top_k=kept, share=1.0, rounds=2, rate=0.1, noise=0.1, step="clipped"
+        )
+        ((after,), _) = fedgate_round(net, [before], samples(30, kind=kind), 0, 0, config)
+        moved[kept] = (after["shared.weight"] - before["shared.weight"]).abs().sum(1)
+    assert moved[2].isfinite().all()
+    assert (moved[2] > 0).tolist() == [True, True, False]
+    assert (moved[None] > 0).all()
+
+
+def test_the_expected_loss_prefers_the_expert_that_is_right():
+    """Expert 0 gives the truth a probability of 0.9, the others 0.1."""
+    data = GateSamples(
+        torch.randn(50, DIM), torch.tensor([[0.9, 0.1, 0.1]]).log().repeat(50, 1), torch.zeros(50).long()
+    )
+    net = gate(own="nothing")
+    states = [begin(net)]
+    config = GateConfig(method="fedgate", loss="expected", share=1.0, rounds=20)
+    for round_ in range(20):
+        states, record = fedgate_round(net, states, [data], round_, 0, config)
+    net.load_state_dict(states[0])
+    assert (net(data.latents).argmax(1) == 0).double().mean() > 0.9
+    assert record.loss < 0.5
+    assert config.combination == "probabilities"
 
 
 def test_a_gate_may_be_an_mlp():
@@ -211,8 +256,8 @@ def test_rollgate_visits_every_client_once_per_lap():
 
 
 def test_gate_net_builds_the_configured_gate():
-    assert Config().gate_net(10) == NetSpec("linear", {"dim": 64, "outputs": 10})
-    assert Config(gate=GateConfig(widths=(16,))).gate_net(10).factory == "mlp"
+    assert Config(gate=GateConfig(method="fedgate")).gate_net(10) == NetSpec("linear", {"dim": 64, "outputs": 10})
+    assert Config(gate=GateConfig(method="fedgate", widths=(16,))).gate_net(10).factory == "mlp"
     assert Config(gate=GateConfig(method="rangate")).gate_net(10).arguments["shares"] == [0.1] * 10
 
 

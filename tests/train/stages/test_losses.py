@@ -68,6 +68,8 @@ def test_the_mixture_losses_match_their_formulae():
     assert mixture_loss(gate.log(), log_p, y, "probabilities").tolist() == pytest.approx(naive, abs=1e-6)
     naive = [-math.log(sum(gate[b, j] * outputs[b, j] for j in range(4)).softmax(0)[y[b]]) for b in range(6)]
     assert mixture_loss(gate.log(), outputs, y, "outputs").tolist() == pytest.approx(naive, abs=1e-6)
+    naive = [-sum(float(gate[b, j] * log_p[b, j]) for j in range(4)) for b in range(6)]
+    assert mixture_loss(gate.log(), log_p, y, "expected").tolist() == pytest.approx(naive, abs=1e-6)
 
 
 def test_the_mixture_loss_accepts_stacked_clients():

@@ -30,8 +30,8 @@ EVERY_FORM = [
 ]
 
 
-def config(**settings):
-    return GateConfig(method="statgate", **settings)
+def config(statistics="moments", **settings):
+    return GateConfig(method="statgate", statistics=statistics, **settings)
 
 
 def latents(client, rows=60):

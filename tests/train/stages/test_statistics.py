@@ -23,8 +23,8 @@ DIM = 3
 CLASSES = 4
 
 
-def config(**settings):
-    return GateConfig(method="statgate", **settings)
+def config(statistics="moments", **settings):
+    return GateConfig(method="statgate", statistics=statistics, **settings)
 
 
 def rows(n=40, seed=0):
