@@ -76,6 +76,8 @@ class ExtractorConfig:
     """FedCE. "shared": the head is averaged like the extractor; "local": each client keeps its own (paper, eq. 2)."""
     loss: Literal["plain", "adjusted"] = "plain"
     """FedCE's cross-entropy: "plain" as in the paper; "adjusted" adds the log of the class mix to the logits."""
+    correction: Literal["none", "scaffold"] = "none"
+    """FedCE. "scaffold": every step is corrected for the client's drift (SCAFFOLD); clients send twice the bytes."""
     views: Literal["none", "shift", "light", "crop", "strong"] = "none"
     """FedCE: random changes of training images. "shift": moved by up to 1/8; "light": moved, mirrored; "crop": a part,
     1/2 to all of the area; "strong": a part, 1/5 to all of the area, mirrored and recoloured."""
@@ -106,6 +108,8 @@ class ExtractorConfig:
         _check(self, {"dim": _COUNT, "rounds": _COUNT, "batch": _COUNT, "step_limit": _COUNT})
         _check(self, {"local_epochs": (0, 10**6), "warm_rounds": (0, 10**6), "share": _SHARE, "drop": (0, 0.999)})
         _check(self, {"rate": _POSITIVE, "momentum": (0, 1), "weight_decay": (0, 1e9), "clip": _POSITIVE})
+        if self.correction == "scaffold" and (self.method, self.heads) != ("fedce", "shared"):
+            raise ValueError("correction = 'scaffold' needs method = 'fedce' and heads = 'shared'")
         try:
             json.dumps(self.arguments, allow_nan=False)
         except (TypeError, ValueError) as error:

@@ -27,10 +27,13 @@ from nmoe_train.stages.experts import train_experts
 from nmoe_train.stages.extractor import ENCODE_BATCH, Headed, MatrixNoise, fedce_round, fedsc_round
 from nmoe_train.stages.federation import Round, State, generator, size_bytes
 from nmoe_train.stages.gate import Gate, composed_gate, fedgate_round, gate_samples, rollgate_stop
+from nmoe_train.stages.scaffold import scaffold_round, zero_variates
 from nmoe_train.stages.statgate import statgate_round
 from nmoe_train.stages.statistics import client_statistics, to_state
 from nmoe_train.stages.weights import copy_state, select_part, to_device
 
+VARIATES = "variates"
+"""Where a checkpoint holds SCAFFOLD's control variates during stage 1"""
 STAGES = ("extractor", "experts", "gate", "evaluate")
 STATISTICS = "statistics"
 """Key of what StatGate's clients publish, in a checkpoint's states."""
@@ -222,12 +225,19 @@ class Trainer:
         data = [(x.to(self.device), y.to(self.device)) for x, y in self.clients.train]
         for round_ in range(c.round, self.extractor_rounds):
             states = to_device(c.states["extractor"], self.device)
-            if config.method == "fedce":
+            if config.correction == "scaffold":
+                before = c.states.get(VARIATES) or zero_variates(self.classifier, self.count)
+                variates: Sequence[State] = to_device(before, self.device)
+                states, variates, finished = scaffold_round(
+                    self.classifier, states, variates, data, round_, seed, config
+                )
+                c = replace(c, states={**c.states, VARIATES: to_device(variates, torch.device("cpu"))})
+            elif config.method == "fedce":
                 states, finished = fedce_round(self.classifier, states, data, round_, seed, config)
             else:
                 states, finished = fedsc_round(self.classifier, states, data, round_, seed, config, self.config.fedsc)
             c = finish_round(c, to_device(states, torch.device("cpu")), finished)
-        return c
+        return replace(c, states={name: each for name, each in c.states.items() if name != VARIATES})
 
     def _train_experts(self, c: Checkpoint, finish_round: FinishRound, progress: Progress) -> Checkpoint:
         """Stage 2, with a single checkpoint at its end: the whole stage takes seconds."""

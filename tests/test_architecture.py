@@ -119,7 +119,8 @@ ORDER = {
     ),
     "nmoe_train": (
         "errors meter vision nets config recipes settings data data.partition data.views data.datasets data.clients"
-        " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.experts"
+        " stages stages.federation stages.weights stages.losses stages.privacy stages.extractor stages.scaffold"
+        " stages.experts"
         " stages.gate stages.statistics stages.statgate stages.calibration stages.familiarity checkpoint record run"
         " results results.evaluation"
         " results.rules results.pages"

@@ -187,7 +187,7 @@ def _settings(trainer: Trainer) -> ExtractorConfig:
     if config.method != "fedce":
         usual = configure(flags={"data": {"name": trainer.config.data.name}}).extractor
         config = replace(usual, backbone=config.backbone, arguments=config.arguments, dim=config.dim)
-    return replace(config, heads="shared", loss="plain", share=1.0, drop=0.0, step_limit=None)
+    return replace(config, heads="shared", loss="plain", correction="none", share=1.0, drop=0.0, step_limit=None)
 
 
 def _local(contest: _Contest) -> dict[str, Figures]:
@@ -215,7 +215,7 @@ def _fedavg(contest: _Contest) -> dict[str, Figures]:
 
 def _fedavg_states(contest: _Contest, f: Federation) -> Sequence[State]:
     extractor = contest.trainer.config.extractor
-    is_fedavg = (extractor.heads, extractor.loss) == ("shared", "plain")
+    is_fedavg = (extractor.heads, extractor.loss, extractor.correction) == ("shared", "plain", "none")
     if contest.trainer.specs.head == contest.head and is_fedavg:
         return contest.extractors
     return contest.train(f, "fedavg", fedavg_round, ["fedavg"])["fedavg"]

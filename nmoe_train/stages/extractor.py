@@ -314,6 +314,12 @@ def _batches(samples: int, config: ExtractorConfig, g: torch.Generator) -> Itera
         yield from batches
 
 
+def steps_of_round(samples: int, config: ExtractorConfig) -> int:
+    """Gradient steps of a client in one round."""
+    steps = sum(1 for _ in _batches(samples, config, torch.Generator()))
+    return steps if config.step_limit is None else min(steps, config.step_limit)
+
+
 def _train_mode(net: nn.Module) -> None:
     """Training mode, except for frozen layers: the statistics of a frozen BatchNorm stay fixed too."""
     net.train()

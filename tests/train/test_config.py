@@ -32,6 +32,8 @@ from nmoe_train.settings import as_toml, parse_setting
         ({"extractor": {"head": "linear"}}, "needs extractor.method = 'fedce' and extractor.head = 'expert'"),
         ({"extractor": {"method": "fedsc"}, "experts": {"start": "head"}}, "needs extractor.method"),
         ({"extractor": {"drop": 1.0}}, "drop is 1.0"),
+        ({"extractor": {"correction": "scaffold", "heads": "local"}}, "correction = 'scaffold' needs"),
+        ({"extractor": {"correction": "scaffold", "method": "fedsc"}}, "correction = 'scaffold' needs"),
         ({"extractor": {"arguments": {"width": float("nan")}}}, "must be JSON values"),
         ({"extractor": {"arguments": {"day": __import__("datetime").date(2020, 1, 1)}}}, "must be JSON values"),
         ({"fedsc": {"epsilon": 0.0}}, "fedsc: epsilon is 0.0"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint
 from nmoe_train.data.clients import assign_samples
 from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
@@ -99,6 +100,27 @@ def test_a_training_that_stops_after_any_round_resumes_to_the_same_numbers(tmp_p
     parts = read_run(tmp_path / "parts").metrics
     whole = read_run(tmp_path / "whole").metrics
     assert repeatable(parts) == repeatable(whole)
+
+
+def test_a_training_with_scaffold_that_stops_resumes_to_the_same_numbers(tmp_path):
+    """Its control variates are in the checkpoint until stage 1 is over."""
+    config = configure(flags={**SHORT, "extractor": {"rounds": 4, "share": 0.67, "correction": "scaffold"}})
+    left = iter(range(2))
+
+    def stop(*_):
+        if next(left, None) is None:
+            raise Stop
+
+    train(config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(config, tmp_path / "parts", progress=stop)
+    assert "variates" in Checkpoint.read(tmp_path / "parts.partial" / CHECKPOINT_FILE).states
+    train(config, tmp_path / "parts", resume=True)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    plain = train(configure(flags={**SHORT, "extractor": {"rounds": 4, "share": 0.67}}), tmp_path / "plain")
+    assert weights(tmp_path / "plain") != weights(tmp_path / "whole")
+    sent = read_run(tmp_path / "whole").metrics["bytes"]["extractor"]["up"]
+    assert 1.9 < sent / plain.metrics["bytes"]["extractor"]["up"] <= 2
 
 
 def test_a_training_that_is_killed_resumes_to_the_same_numbers(tmp_path):
