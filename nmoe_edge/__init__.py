@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nmoe_edge.errors import CallError, EdgeError
 
 __all__ = ["Answers", "CallError", "Client", "EdgeError", "Node", "Rules"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 """As in pyproject.toml. importlib.metadata would import the email package, a megabyte."""
 
 # onnxruntime's Linux wheels (at least 1.29 to 1.31) write an id and an event to report as soon as they are imported. A

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import signal
 import subprocess
@@ -12,46 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from train.trainings import SHORT, Stop, repeatable, stop_after, weights
 
 from nmoe_train.checkpoint import CHECKPOINT_FILE, Checkpoint
-from nmoe_train.data.clients import assign_samples
-from nmoe_train.data.datasets import load
 from nmoe_train.errors import ConfigError, DivergedError, NetError, RunError
 from nmoe_train.pipeline import retrain_config, stopped_config, train
 from nmoe_train.recipes import configure
-from nmoe_train.results.evaluation import class_mixed
 from nmoe_train.run import read_run
-from nmoe_train.stages.privacy import noise_for
-
-SHORT = {
-    "extractor": {"rounds": 2},
-    "gate": {"method": "fedgate", "rounds": 3, "laps": 1},
-    "experts": {"epochs": 2},
-    "data": {"clients": 3},
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def weights(folder):
-    """Digest of every file of a run that holds weights or arrays."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in {".safetensors", ".npz"}
-    }
-
-
-def repeatable(metrics):
-    """The metrics without what a second training of the same settings may change: times, memory and energy."""
-    resources = {**metrics["resources"], "measured": None, "client_seconds": None}
-    return {**metrics, "seconds": None, "resources": resources}
 
 
 @pytest.mark.parametrize("method", ["rangate", "rollgate", "fedgate", "statgate"])
@@ -77,10 +42,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another_run(tmp_path)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(configure(flags={**SHORT, "seed": seed}), tmp_path / name)
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("after", range(1, 7))
@@ -246,81 +207,6 @@ def test_a_backbone_with_another_latent_size_is_refused(tmp_path):
         train(configure(flags={**flags, "extractor": {**flags["extractor"], "dim": 32}}), tmp_path / "run")
 
 
-def test_the_default_training_is_as_accurate_as_documented(tmp_path):
-    metrics = train(configure(flags={"seed": 0}), tmp_path / "run").metrics
-    assert metrics["iid"]["networked"]["accuracy"] >= 0.93
-    assert metrics["own"]["networked"]["accuracy"] >= 0.96
-    assert metrics["own"]["kept_local"] >= 0.85
-
-
-def stop_after(rounds):
-    """A progress function that stops the training after so many rounds, as Ctrl-C would."""
-    left = iter(range(rounds - 1))
-
-    def stop(_finished):
-        if next(left, None) is None:
-            raise Stop
-
-    return stop
-
-
-@pytest.mark.parametrize("recipe", ["best", "paper"])
-def test_the_figures_of_a_run_can_be_recomputed_from_its_files(tmp_path, recipe):
-    """Rebuild the networks from the run, route the rows and count right answers by hand."""
-    config = configure(recipe, flags=SHORT)
-    run = train(config, tmp_path / "run")
-    rules, clients = run.record.inference, assign_samples(load("digits"), config.data, 0)
-    assert rules.combination == ("probabilities" if recipe == "best" else "outputs")
-    assert run.record.answers_carry_prior == (recipe == "paper")
-    extractor, experts = run.extractor(), [run.calibrated_expert(i) for i in range(3)]
-    for part, tests in (("own", clients.own_test), ("iid", [clients.test] * 3)):
-        right, kept = [], []
-        for device, (x, y) in enumerate(tests):
-            with torch.no_grad():
-                h = extractor(x)
-                asked = run.gate(device)(h).argmax(1)
-                answers = torch.stack([expert(h) for expert in experts], 1).softmax(2)
-            if rules.local_first is not None:
-                local = answers[:, device].max(1).values > rules.local_first
-                if rules.familiar is not None:
-                    local &= torch.from_numpy(run.familiar(device).distances(h.numpy()) <= rules.familiar)
-                asked[local] = device
-            p = answers[torch.arange(len(y)), asked]
-            if rules.adapt:
-                p = class_mixed(p)
-            right.append((p.argmax(1) == y).double().mean().item())
-            kept.append((asked == device).double().mean().item())
-        figures = run.metrics[part]
-        assert figures["networked"]["devices"] == pytest.approx(right, abs=1e-6)
-        assert figures["kept_local"] == pytest.approx(sum(kept) / 3, abs=1e-6)
-    head = run.head(0)
-    with torch.no_grad():
-        p = head(extractor(clients.test[0])).softmax(1)
-    if recipe == "paper":
-        right = (p.argmax(1) == clients.test[1]).double().mean().item()
-        assert run.metrics["iid"]["fedce"]["accuracy"] == pytest.approx(right, abs=1e-6)
-
-
-def test_calibration_samples_are_the_held_out_samples_of_each_client(tmp_path):
-    run = train(configure(flags=SHORT), tmp_path / "run")
-    clients, calibration = assign_samples(load("digits"), configure(flags=SHORT).data, 0), run.calibration()
-    for client, (x, y) in enumerate(clients.held_out):
-        mine = calibration["clients"] == client
-        assert np.array_equal(calibration["inputs"][mine], x.numpy())
-        assert np.array_equal(calibration["labels"][mine], y.numpy())
-
-
-def test_the_papers_fedgate_beats_rangate_by_ten_points(tmp_path):
-    config = configure("paper")
-    fedgate = train(config, tmp_path / "fedgate")
-    again = retrain_config(fedgate, "gate", {"gate": {"method": "rangate"}})
-    rangate = train(again, tmp_path / "rangate", again=(fedgate, "gate"))
-    fedgate_accuracy = fedgate.metrics["iid"]["networked"]["accuracy"]
-    rangate_accuracy = rangate.metrics["iid"]["networked"]["accuracy"]
-    assert fedgate_accuracy >= rangate_accuracy + 0.10
-    assert fedgate.metrics["iid"]["own_expert"] == rangate.metrics["iid"]["own_expert"]
-
-
 def test_a_stage_is_trained_again_and_earlier_stages_are_kept(tmp_path):
     first = train(configure(flags=SHORT), tmp_path / "first")
     same = train(retrain_config(first, "experts", {}), tmp_path / "same", again=(first, "experts"))
@@ -402,31 +288,6 @@ def test_every_kind_of_training_can_be_resumed_and_evaluated_again(tmp_path, cha
     run = read_run(tmp_path / "whole")
     measured = train(retrain_config(run, "evaluate", {}), tmp_path / "measured", again=(run, "evaluate"))
     assert repeatable(measured.metrics) == repeatable(run.metrics)
-
-
-def test_local_heads_are_kept_and_measured_for_each_client(tmp_path):
-    run = train(configure(flags={**SHORT, "extractor": {"heads": "local", "rounds": 2}}), tmp_path / "run")
-    heads = [run.head(i).state_dict() for i in range(3)]
-    assert not torch.equal(heads[0]["0.weight"], heads[1]["0.weight"])
-    assert len(set(run.metrics["iid"]["fedce"]["devices"])) > 1
-
-
-def test_fedsc_needs_no_head_and_reports_the_privacy_cost_of_its_matrices(tmp_path):
-    flags = {**SHORT, "extractor": {"method": "fedsc", "rounds": 3}, "fedsc": {"epsilon": 4.0, "views": "crop"}}
-    seen = []
-    run = train(configure(flags=flags), tmp_path / "run", progress=seen.append)
-    assert run.head(0) is None
-    assert "fedce" not in run.metrics["own"]
-    costs = [finished.epsilon for finished in seen if finished.stage == "extractor"]
-    assert costs == sorted(costs)
-    assert costs[-1] == pytest.approx(4.0, rel=1e-6)
-    samples = sum(run.metrics["split"]["train"][0])
-    assert run.metrics["privacy"] == {
-        "epsilon": costs[-1],
-        "delta": 1e-5,
-        "sigma": noise_for(4.0, math.sqrt(2) * 20.0 / samples, 3, 1e-5),
-        "releases": 3,
-    }
 
 
 def test_a_spent_budget_ends_the_stage_and_one_too_small_for_a_release_is_refused(tmp_path):

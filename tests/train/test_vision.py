@@ -226,7 +226,10 @@ def test_stl10_is_read_from_its_binary_files(folder, monkeypatch):
 
 
 def cifar_files(inside, monkeypatch, kind, label_key, classes):
-    """Files like those of CIFAR, and torchvision's list of them with their digests."""
+    """Files like those of CIFAR, and torchvision's list of them with their digests.
+
+    CIFAR's own format is a pickle, which torchvision reads after it has checked the digest.
+    """
     inside.mkdir()
     y = [i % classes for i in range(2 * classes)]
     pixels = np.arange(len(y) * 3072).reshape(len(y), 3072).astype(np.uint8)

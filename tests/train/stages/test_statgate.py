@@ -161,7 +161,7 @@ def test_clients_with_one_row_or_one_class_are_taken_in():
 
 
 def test_statistics_without_any_variance_are_refused():
-    h = torch.zeros(9, DIM)
+    h = torch.ones(9, DIM)
     clients = [client_statistics(h, torch.zeros(9, dtype=torch.long), CLASSES, config(), 0, i) for i in range(2)]
     with pytest.raises(RunError, match="latents of every client are all equal"):
         gate_of(clients, config())
